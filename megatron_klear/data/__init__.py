@@ -1,0 +1,1 @@
+"""Chat rows to token samples, tokenised once, packed into rows."""

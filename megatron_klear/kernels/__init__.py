@@ -1,0 +1,1 @@
+"""The fused policy loss beside its plain-torch reference."""

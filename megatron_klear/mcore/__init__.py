@@ -1,0 +1,1 @@
+"""Megatron-Core behind the Engine; the only room that imports megatron."""

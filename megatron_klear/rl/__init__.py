@@ -1,0 +1,1 @@
+"""Losses, advantages and weights: pure functions over token tensors."""

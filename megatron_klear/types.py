@@ -1,0 +1,128 @@
+"""What is handed from one room to the next: prompt -> sample -> scored group -> packed batch -> step stats.
+
+Ragged data (one sequence) is numpy, so that it pickles small. Packed data is torch, and every per-token tensor of a
+batch has the one length T. The letters used in this package:
+    T  tokens of one packed row, over all its sequences
+    S  sequences packed in that row
+    V  vocabulary
+    H  hidden size
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One token sequence to train on: a prompt and what followed it.
+
+    `trained` is true on the tokens the loss reads: the response, or in SFT the assistant's turns.
+    `logprobs` are those of the policy that sampled the tokens, 0 where `trained` is false; None in SFT.
+    """
+
+    tokens: npt.NDArray[np.int32]  # [n]
+    trained: npt.NDArray[np.bool_]  # [n]
+    logprobs: npt.NDArray[np.float32] | None = None  # [n]
+    policy_version: int = 0
+    finish: Literal["stop", "length", "none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedBatch:
+    """One micro-batch: S sequences laid end to end in one row of T tokens, without padding.
+
+    Entry t of every tensor speaks of predicting `targets[t]` after reading `tokens[t]` and what precedes it in its own
+    sequence. `weights` is 0 on prompts and on the last token of a sequence; over the global batch (all ranks and
+    micro-batches) the weights sum to one, so that the loss of a step is the plain sum of weight * token loss.
+
+    The row knows nothing of the layout it will run in: the engine pads segments for context and sequence parallelism,
+    takes its slice, and hands results back in this very order.
+
+    Example: sequences [5 6 7] and [8 9], trained everywhere but on their first token:
+        tokens     5    6    7   8   9
+        targets    6    7    0   9   0        (0 where there is nothing to predict)
+        weights   1/3  1/3   0  1/3  0
+        cu_seqlens 0 3 5
+    """
+
+    tokens: Tensor  # [T] int64
+    targets: Tensor  # [T] int64
+    weights: Tensor  # [T] float32
+    cu_seqlens: Tensor  # [S + 1] int32, on the CPU: the bounds drive Python loops and allocation sizes
+    advantages: Tensor | None = None  # [T] float32
+    old_logprobs: Tensor | None = None  # [T] float32, the policy at the start of the rollout step
+    sampler_logprobs: Tensor | None = None  # [T] float32, the rollout engine's
+    ref_logprobs: Tensor | None = None  # [T] float32, a frozen reference model's
+    nll_weights: Tensor | None = None  # [T] float32, weights of an added -logp term
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the row, T."""
+        return int(self.tokens.shape[0])
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that carry a weight."""
+        return int((self.weights != 0).sum())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepStats:
+    """What one optimizer step did, the same on every rank."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int
+    num_trained_tokens: int
+    num_sequences: int
+    skipped: bool = False
+    """True when the loss or the gradient was not finite and the weights were left alone."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class LossKind(IntEnum):
+    """Members of the token-loss family that the fused kernel computes; the numbers are part of its C interface."""
+
+    NLL = 0
+    REINFORCE = 1
+    PPO = 2
+    GPPO = 3
+    CISPO = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossCoefficients:
+    """All the fused kernel needs to know of a loss: its kind and the constants of its gradient weight.
+
+    Bounds are absolute ratios (`1 - clip_low`, `1 + clip_high`), `dual_clip` is infinite where there is none.
+    """
+
+    kind: LossKind
+    ratio_low: float = 0.0
+    ratio_high: float = float("inf")
+    beta_low: float = 1.0
+    beta_high: float = 1.0
+    dual_clip: float = float("inf")
+
+
+class TokenLoss(Protocol):
+    """A loss over tokens: it sees per-token tensors, returns per-token losses, and knows no mask, mean or rank."""
+
+    def __call__(self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor | None) -> Tensor:
+        """Per-token losses [T], differentiable in `logprobs` [T]."""
+        ...
+
+    def coefficients(self) -> LossCoefficients | None:
+        """The loss in the fused kernel's terms, None where it is not of the family."""
+        ...
