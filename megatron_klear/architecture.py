@@ -52,7 +52,7 @@ class Architecture:
     qkv_bias: bool
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
-        """Vocabulary rows held over all tensor ranks: the next multiple of `tensor_parallel`; the extra rows are zero."""
+        """Vocabulary rows held over all tensor ranks: a multiple of `tensor_parallel`, extra rows zero."""
         return -(-self.vocab_size // tensor_parallel) * tensor_parallel
 
     @property

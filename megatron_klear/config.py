@@ -34,7 +34,7 @@ class ModelConfig(Settings):
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations. bf16 keeps fp32 master weights and fp32 gradients."""
     attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"
-    """Packed attention: `auto` takes FlashAttention or torch's variable-length kernel on CUDA, SDPA per segment else."""
+    """Packed attention: `auto` takes FlashAttention or torch's varlen kernel on CUDA, SDPA per segment elsewhere."""
     transformer_engine: Literal["auto", "on", "off"] = "auto"
     """transformer-engine's linear and norm layers: `auto` uses them when importable and a GPU is present."""
     fp8: Literal["off", "e4m3", "hybrid"] = "off"
@@ -42,7 +42,7 @@ class ModelConfig(Settings):
     fused_loss: bool = True
     """The fused loss kernel (hidden states to gradients). Off computes logits and differentiates them, to debug."""
     logits_dtype: Literal["fp32", "model"] = "fp32"
-    """Precision in which logits leave the matrix product; `model` is faster and moves log-probs by about 0.01 in bf16."""
+    """Precision in which logits leave the matrix product; `model` is faster and rounds them."""
 
 
 class ParallelConfig(Settings):
@@ -106,7 +106,7 @@ class OptimizerConfig(Settings):
     cpu_offload: float = Field(default=0.0, ge=0, le=1)
     """Share of the optimizer state held and stepped in host memory."""
     implementation: Literal["auto", "torch", "fused"] = "auto"
-    """`fused` is NVIDIA Apex's or transformer-engine's Adam and is an error where neither imports; `auto` prefers it."""
+    """`fused` is Apex's or transformer-engine's Adam, an error where neither imports; `auto` prefers it."""
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
@@ -152,7 +152,7 @@ class DataConfig(Settings):
     packing: bool = True
     """False puts one sequence in a row."""
     segment_multiple: PositiveInt = 64
-    """A sequence's share of a row is rounded up to this many tokens when rows are planned, so that one plan serves every
+    """A sequence takes a multiple of this many tokens when rows are planned, so that one plan serves every
     layout whose context and tensor parallelism divide it."""
 
     @model_validator(mode="after")
