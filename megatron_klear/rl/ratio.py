@@ -14,18 +14,15 @@ MAX_LOG_RATIO = 20.0
 
 
 class Region(IntEnum):
-    """Where a token's ratio lies with respect to the clip bounds and the sign of its advantage.
-
-    Tokens of advantage zero are `INSIDE`: nothing of them is clipped.
-    """
+    """Where a token's ratio lies with respect to the clip bounds and the sign of its advantage."""
 
     INSIDE = 0
     NEGATIVE_LOW = 1
     """A < 0 and r under the low bound: PPO stops the gradient, GPPO keeps that of the bound."""
     POSITIVE_HIGH = 2
-    """A > 0 and r over the high bound: PPO stops the gradient, GPPO keeps that of the bound."""
+    """A >= 0 and r over the high bound: PPO stops the gradient, GPPO keeps that of the bound."""
     POSITIVE_LOW = 3
-    """A > 0 and r under the low bound: plain gradient, CISPO raises it to the bound."""
+    """A >= 0 and r under the low bound: plain gradient, CISPO raises it to the bound."""
     NEGATIVE_HIGH = 4
     """A < 0 and r over the high bound: plain gradient, CISPO lowers it to the bound."""
     DUAL_CLIP = 5
@@ -43,7 +40,7 @@ def regions(ratio: Tensor, advantages: Tensor, coefficients: LossCoefficients) -
     The share of 1 and 2 together is what is usually reported as the clip fraction, that of 5 as the dual one.
     """
     low, high = ratio < coefficients.ratio_low, ratio > coefficients.ratio_high
-    positive, negative = advantages > 0, advantages < 0
+    positive, negative = advantages >= 0, advantages < 0
     region = torch.zeros_like(ratio, dtype=torch.uint8)
     for code, where in (
         (Region.NEGATIVE_LOW, negative & low),
