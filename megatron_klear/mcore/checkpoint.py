@@ -185,6 +185,14 @@ def _sharded_state(state: TrainingState, topology: Topology, *, loading: bool) -
 def _write(hidden: Path, state: TrainingState, topology: Topology, model_folder: Path, *, asynchronous: bool) -> Any:
     """Write Megatron's files and ours; the request of the background part, None when all is written."""
     sharded = _sharded_state(state, topology, loading=False)
+    _fork_result_queue()
+    strategy = get_default_save_sharded_strategy()
+    if topology.data_context.size > 1:
+        strategy = FullyParallelSaveStrategyWrapper(strategy, topology.data_context.group)
+    options = {"async_sharded_save": asynchronous}
+    if asynchronous and "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        options["async_strategy"] = "mcore"  # 0.19's default needs a package of its own
+    request = dist_checkpointing.save(sharded, str(hidden), strategy, **options)
     if topology.rank == 0:
         training = {
             "step": state.step,
@@ -196,14 +204,7 @@ def _write(hidden: Path, state: TrainingState, topology: Topology, model_folder:
         }
         hidden.joinpath("training.json").write_text(json.dumps(training, indent=1))
         manifest.copy_model_files(model_folder, hidden / "hf")
-    _fork_result_queue()
-    strategy = get_default_save_sharded_strategy()
-    if topology.data_context.size > 1:
-        strategy = FullyParallelSaveStrategyWrapper(strategy, topology.data_context.group)
-    options = {"async_sharded_save": asynchronous}
-    if asynchronous and "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
-        options["async_strategy"] = "mcore"  # 0.19's default needs a package of its own
-    return dist_checkpointing.save(sharded, str(hidden), strategy, **options)
+    return request
 
 
 def _read(path: Path, sharded: dict[str, Any], topology: Topology) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import os
 import sys
 import time
 import types
+import warnings
 from typing import Any
 
 import torch
@@ -127,6 +128,14 @@ def _use_cpu_generator() -> None:
     logging.getLogger(tracker.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
+def _quieten() -> None:
+    """Drop Megatron's import-time notes on packages that are absent or names that moved; the doctor tells of those."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
+        lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
+    )
+
+
 _mode: CudaMeansCpu | None = None
 
 
@@ -137,6 +146,7 @@ def install() -> bool:
     a CPU.
     """
     global _mode
+    _quieten()
     if torch.cuda.is_available():
         return False
     if _mode is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,11 +104,39 @@ def load_hf_weights(chunks: Sequence[Any], architecture: Architecture, folder: P
     """
     check_divisible(architecture, topology.tensor.size)
     weights = open_weights(architecture, folder)
+    _fill(chunks, architecture, topology, weights.sliced)
+
+
+@torch.no_grad()
+def load_random_weights(chunks: Sequence[Any], architecture: Architecture, seed: int, topology: Topology) -> None:
+    """Fill the chunks with a fresh initialisation that depends on the seed alone, never on the layout.
+
+    Every Hugging Face tensor is drawn by itself from (seed, name): norms 1, biases 0, matrices N(0, 0.02), those that
+    write to the residual stream divided by sqrt(2 * layers) as Megatron does.
+    """
+    check_divisible(architecture, topology.tensor.size)
+    shapes = {spec.name: spec.shape for spec in expected_tensors(architecture)}
+
+    def draw(name: str) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shapes[name])
+        if name.endswith(".bias"):
+            return torch.zeros(shapes[name])
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        scale = (2 * architecture.num_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+        return torch.empty(shapes[name]).normal_(std=0.02 * scale, generator=generator)
+
+    _fill(chunks, architecture, topology, draw)
+
+
+def _fill(chunks: Sequence[Any], architecture: Architecture, topology: Topology, source: Callable[[str], Any]) -> None:
+    """Set every parameter of the chunks from whole tensors (or slices of them) looked up by Hugging Face name."""
     for placed, parameter in _local_parameters(chunks, architecture).items():
         names = placed.hf
         if names == [HEAD] and architecture.tied_embeddings:
             names = [EMBEDDING]  # the last pipeline stage's own copy
-        sources = [weights.sliced(name) for name in names]
+        sources = [source(name) for name in names]
         shard = placed.entry.mapping.to_megatron(sources, topology.tensor.rank, topology.tensor.size)
         if shard.shape != parameter.shape:
             raise ConversionError(

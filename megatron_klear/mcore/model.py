@@ -119,7 +119,10 @@ def transformer_config(architecture: Architecture, run: RunConfig, topology: Top
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        perform_initialization=False,
+        # Megatron marks its tensor-parallel parameters while it initialises them, and the gradient norm needs the marks.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         use_cpu_initialization=not cuda,
         # The engine's weights sum to one over the global batch: gradients are summed and never averaged.
         calculate_per_token_loss=True,
@@ -141,6 +144,11 @@ def transformer_config(architecture: Architecture, run: RunConfig, topology: Top
         transformer_impl="transformer_engine" if use_transformer_engine(run.model) else "local",
         **options,
     )
+
+
+def _leave(tensor: Tensor) -> Tensor:
+    """Initialise nothing."""
+    return tensor
 
 
 def build_chunks(architecture: Architecture, run: RunConfig, topology: Topology) -> list[PolicyModel]:
