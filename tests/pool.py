@@ -162,13 +162,6 @@ def _results(case: _Case, endings: Sequence[str]) -> list[Any]:
 
 def _serve(connection: Connection, parent: int) -> None:
     """The server's loop: import what cases need, fork their ranks, report how each one ended."""
-    import torch
-
-    torch.set_num_threads(1)
-    if importlib.util.find_spec("megatron_klear.mcore.device") is not None:
-        importlib.import_module("megatron_klear.mcore.device").install()
-    for name in _PRELOADED:
-        importlib.import_module(name)
     while True:
         try:
             case: _Case = connection.recv()
@@ -176,6 +169,7 @@ def _serve(connection: Connection, parent: int) -> None:
             return
         sys.path[:] = case.search_path
         try:
+            _preload()
             importlib.import_module(case.module)
         except Exception as error:
             connection.send(_portable(error))
@@ -184,6 +178,17 @@ def _serve(connection: Connection, parent: int) -> None:
         if endings is None:
             return
         connection.send(endings)
+
+
+def _preload() -> None:
+    """Import what every case needs; on all calls but the first there is nothing left to do."""
+    import torch
+
+    torch.set_num_threads(1)
+    if importlib.util.find_spec("megatron_klear.mcore.device") is not None:
+        importlib.import_module("megatron_klear.mcore.device").install()
+    for name in _PRELOADED:
+        importlib.import_module(name)
 
 
 def _run(case: _Case, connection: Connection, parent: int) -> list[str] | None:

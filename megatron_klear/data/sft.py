@@ -23,7 +23,7 @@ from megatron_klear.data.packing import (
     plan_epoch,
     work_imbalance,
 )
-from megatron_klear.data.rows import Aggregation, loss_weights, num_predicted, pack
+from megatron_klear.data.batches import Aggregation, loss_weights, num_predicted, pack
 from megatron_klear.types import PackedBatch, Sample
 
 
@@ -71,6 +71,7 @@ class _Share:
             raise ValueError(f"data rank {data_rank} of {data_size}")
         microbatches_per_rank(settings.rows_per_step, data_size)
         self.store, self.settings, self.work = store, settings, work.of(store.lengths)
+        self.lengths, self.trained_counts = store.lengths, store.trained_counts
         self.data_rank, self.data_size = data_rank, data_size
 
     def batches(self, plan: EpochPlan, step: int, weights: npt.NDArray[np.float64]) -> list[PackedBatch]:
@@ -91,14 +92,14 @@ class _Share:
         """What the step is made of, over all ranks."""
         rows, samples = plan.step_rows(step), plan.step_samples(step)
         work = np.append(plan.row_sums(self.work, rows), 0.0)  # NO_ROW, -1, reads the zero
-        num_tokens = int(self.store.lengths[samples].sum())
+        num_tokens = int(self.lengths[samples].sum())
         return StepFacts(
             epoch=epoch,
             step_in_epoch=step,
             num_rows=len(rows),
             num_sequences=len(samples),
             num_tokens=num_tokens,
-            num_trained_tokens=int(self.store.trained_counts[samples].sum()),
+            num_trained_tokens=int(self.trained_counts[samples].sum()),
             packing_efficiency=num_tokens / (len(rows) * self.settings.tokens_per_row),
             work_imbalance=work_imbalance(work[self._assigned(plan, rows)].sum(axis=1)),
         )
@@ -108,7 +109,7 @@ class _Share:
 
     def _sample(self, index: int) -> Sample:
         sample = self.store[index]
-        counted = (int(self.store.lengths[index]), int(self.store.trained_counts[index]))
+        counted = (int(self.lengths[index]), int(self.trained_counts[index]))
         found = (len(sample.tokens), num_predicted(sample))
         if counted != found:
             raise ValueError(
@@ -145,7 +146,7 @@ class SampleStream:
                 "there are no samples to train on: data.train is empty or all of it was held out or dropped"
             )
         self._share = _Share(store, settings, work, data_rank, data_size)
-        self._store, self._settings, self._seed = store, settings, seed
+        self._settings, self._seed = settings, seed
         self._aggregation: Aggregation = aggregation
         self._epoch = self._step = 0
         self._num_steps: dict[int, int] = {}
@@ -170,7 +171,7 @@ class SampleStream:
         if self._step == self._plan.num_steps:
             self._epoch, self._step = self._epoch + 1, 0
             self._plan = self._plan_epoch(self._epoch)
-        counts = self._store.trained_counts[self._plan.step_samples(self._step)]
+        counts = self._share.trained_counts[self._plan.step_samples(self._step)]
         batches = self._share.batches(self._plan, self._step, loss_weights(counts, self._aggregation))
         self.facts = self._share.facts(self._plan, self._epoch, self._step)
         self._step += 1
@@ -194,12 +195,12 @@ class SampleStream:
         self._plan = self._plan_epoch(self._epoch)
 
     def _plan_epoch(self, epoch: int) -> EpochPlan:
-        plan = plan_epoch(self._store.lengths, self._settings, seed=self._seed, epoch=epoch)
+        plan = plan_epoch(self._share.lengths, self._settings, seed=self._seed, epoch=epoch)
         self._num_steps[epoch] = plan.num_steps
         return plan
 
     def _identity(self) -> dict[str, Any]:
-        lengths = np.ascontiguousarray(self._store.lengths, dtype=np.int64)
+        lengths = np.ascontiguousarray(self._share.lengths, dtype=np.int64)
         return asdict(self._settings) | {
             "seed": self._seed,
             "num_samples": len(lengths),

@@ -2,9 +2,9 @@
 
     python tools/benchmark/packing.py
 
-Lengths are log-normal with a median of 6K tokens, those above the cap of 32K left out as an over-long sample would be.
-Work is that of Qwen3-8B, a * L + b * L^2. Beside the planner runs the plain way: samples in shuffled order go into a row
-until the next one does not fit, rows go to ranks in order. Work imbalance of a step is the largest work of a rank over
+Lengths are log-normal with a median of 6K tokens; those above the cap of 32K are left out, as over-long samples are.
+Work is that of Qwen3-8B, a * L + b * L^2. Beside the planner runs the plain way: shuffled samples go into a row until
+the next one does not fit, rows go to ranks in order. Work imbalance of a step is the largest work of a rank over
 the mean one, less one; its mean and 99th percentile over the epoch's full steps are reported.
 """
 
