@@ -25,3 +25,14 @@ def zigzag_indices(cu_seqlens: Sequence[int], size: int, rank: int) -> npt.NDArr
         for index in (rank, 2 * size - 1 - rank):
             kept.append(np.arange(start + index * chunk, start + (index + 1) * chunk, dtype=np.int64))
     return np.concatenate(kept) if kept else np.empty(0, dtype=np.int64)
+
+
+def zigzag_order(cu_seqlens: Sequence[int], size: int) -> npt.NDArray[np.int64]:
+    """Where every position of the padded row lies once the ranks' slices are laid end to end in rank order.
+
+    The inverse of the slices: `gathered[zigzag_order(bounds, size)]` is the row in document order again.
+    """
+    gathered = np.concatenate([zigzag_indices(cu_seqlens, size, rank) for rank in range(size)])
+    order = np.empty_like(gathered)
+    order[gathered] = np.arange(len(gathered))
+    return order
