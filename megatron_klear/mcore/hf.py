@@ -23,7 +23,6 @@ _LOADABLE = (torch.float32, torch.bfloat16, torch.float16)
 _BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 """Constants that old Llama exports saved beside the weights."""
 _COMPARED_ROWS = 4096
-_INITIAL_DEVIATION = 0.02
 
 
 class ConversionError(ValueError):
@@ -144,31 +143,6 @@ def _fill(chunks: Sequence[Any], architecture: Architecture, topology: Topology,
                 f"{', '.join(names)} make a shard of {tuple(shard.shape)}, the model's is {tuple(parameter.shape)}"
             )
         parameter.copy_(shard)
-
-
-@torch.no_grad()
-def load_random_weights(chunks: Sequence[Any], architecture: Architecture, seed: int, topology: Topology) -> None:
-    """Fill the chunks with a fresh model: the same weights from the same seed in every layout.
-
-    Matrices are normal with deviation 0.02, as Hugging Face configurations initialise by default; norms are one, biases
-    zero. Each Hugging Face tensor has a generator of its own, seeded by its name.
-    """
-    check_divisible(architecture, topology.tensor.size)
-    for placed, parameter in _local_parameters(chunks, architecture).items():
-        tied = placed.hf == [HEAD] and architecture.tied_embeddings
-        names = [EMBEDDING] if tied else placed.hf
-        whole = [_random(name, shape, seed) for name, shape in zip(names, placed.entry.shapes, strict=True)]
-        parameter.copy_(placed.entry.mapping.to_megatron(whole, topology.tensor.rank, topology.tensor.size))
-
-
-def _random(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    if name.endswith(".bias"):
-        return torch.zeros(shape)
-    if len(shape) == 1:
-        return torch.ones(shape)
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(shape, generator=generator) * _INITIAL_DEVIATION
 
 
 @torch.no_grad()
