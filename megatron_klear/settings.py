@@ -121,7 +121,8 @@ def help_text(cls: type[BaseModel], description: str = "") -> str:
     out = [description.strip()] if description else []
     out += [
         "usage: --config FILE.toml [--dry-run[=PROCESSES]] [--key value ...]",
-        "Settings, in the file as [table] key = value, on the command line as --table.key value:",
+        "Settings, in the file as [table] key = value, on the command line as --table.key value.",
+        "Relative paths are taken from the current directory; none unsets what can be unset.",
     ]
     table = None
     for key in keys_of(cls).values():
@@ -149,8 +150,8 @@ RESUME_BREAKING = (
 """Settings that a resumed run must share with the one it goes on from: they decide the model, its optimizer state's
 form, or which samples a step sees. Others (layout, learning rate, length, logging) may change and are only told."""
 
-RESUME_HARMLESS = ("data.cache", "data.workers")
-"""Exceptions to RESUME_BREAKING: they change where and how fast, not what."""
+RESUME_HARMLESS = ("data.cache", "data.workers", "data.validation")
+"""Exceptions to RESUME_BREAKING: they change nothing of what is trained on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

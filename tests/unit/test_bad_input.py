@@ -8,6 +8,8 @@ stage can find.
 import contextlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,17 +187,30 @@ def test_mistakes_are_named(mistake: Mistake, good_run: Path, monkeypatch: pytes
     assert contents(good_run) == before
 
 
-def test_unwritable_output_is_named(good_run: Path, capsys):
-    if os.geteuid() == 0:
-        pytest.skip("the superuser may write everywhere")
-    good_run.chmod(0o500)
-    try:
-        with pytest.raises(SystemExit) as caught:
-            start_sft(["--config", "run.toml"])
-    finally:
-        good_run.chmod(0o700)
+def test_unwritable_output_is_named(good_run: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK | os.X_OK)
+    with pytest.raises(SystemExit) as caught:
+        start_sft(["--config", "run.toml"])
     assert caught.value.code == 2
-    assert "output run" in capsys.readouterr().err
+    assert "output run" in (shown := capsys.readouterr().err)
+    assert "cannot be written" in shown
+
+
+def test_a_process_ends_with_2_and_no_traceback(good_run: Path):
+    code = "from megatron_klear.start import start_sft; start_sft()"
+    root = str(Path(__file__).resolve().parents[2])
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "--config", "run.toml", "--train.step", "1"],
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.splitlines() == [
+        "error: 1 problem, nothing was started:",
+        "  - --train.step: there is no setting train.step; did you mean train.steps?",
+    ]
 
 
 def test_dry_run_prints_the_plan_and_ends_well(good_run: Path, capsys):

@@ -47,7 +47,8 @@ def config(**tables: dict[str, object]) -> SFTConfig:
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameter_count_is_that_of_transformers(model_type: str, tied: bool):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     architecture = shape(model_type, tie_word_embeddings=tied)
     head = {"head_dim": 16} if model_type == "qwen3" else {}
     hf = transformers.AutoConfig.for_model(model_type, **TINY, **head, tie_word_embeddings=tied)
@@ -72,7 +73,8 @@ def test_stages_sum_to_the_model(tied: bool, tensor: int, pipeline: int):
 
 def saved_bytes(architecture: Architecture, tokens: int) -> int:
     """Bytes autograd keeps for one layer of the project's arithmetic, weights and rotation tables left out."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     functional = torch.nn.functional
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
     q, kv, dim = architecture.num_heads, architecture.num_kv_heads, architecture.head_dim

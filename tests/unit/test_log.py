@@ -229,13 +229,14 @@ def test_a_terminal_gets_a_bar(tmp_path: Path):
 
 
 def test_tensorboard_hides_what_a_resume_repeats(tmp_path: Path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     for resume, last in ((0, 4), (2, 3)):
         with open_log(config(tmp_path, tensorboard=True), resume_step=resume, stream=io.StringIO()) as log:
             for step in range(resume + 1, last + 1):
                 log.step(stats(step, loss=float(resume + step)))
             log.validation(last, {"loss": 0.5})
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 5.0)]
     assert events.Scalars("validation/loss")[-1].step == 3
 
