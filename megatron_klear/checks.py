@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_klear.architecture import Architecture
 from megatron_klear.config import RunConfig, SFTConfig
+from megatron_klear.settings import differences
 
 Importable = Callable[[str], bool]
 
@@ -24,12 +25,29 @@ def importable(module: str) -> bool:
 
 def check_run(config: SFTConfig, architecture: Architecture, world_size: int) -> list[str]:
     """Everything that keeps this run from starting with this model on this many processes."""
-    return [
-        *check_layout(config, architecture, world_size),
-        *_check_batch(config, world_size),
-        *check_packages(config),
-        *check_files(config),
-    ]
+    return [*check_plan(config, architecture, world_size), *check_packages(config), *check_files(config)]
+
+
+def check_plan(config: SFTConfig, architecture: Architecture, world_size: int) -> list[str]:
+    """What of it is arithmetic: true on every machine."""
+    return [*check_layout(config, architecture, world_size), *_check_batch(config, world_size)]
+
+
+def check_resume(resolved: Path, config: RunConfig) -> tuple[list[str], list[str]]:
+    """Errors and warnings of going on from a checkpoint of a run whose settings `write_resolved` left at `resolved`.
+
+    Raises SettingsError when that file cannot be read.
+    """
+    errors, warnings = [], []
+    for difference in differences(resolved, config):
+        if difference.breaks_resume:
+            errors.append(
+                f"{difference} since the run in {config.output} was started, which its checkpoints do not go with; "
+                "restore the setting or choose another output"
+            )
+        elif difference.key != "output":
+            warnings.append(f"resuming with a changed setting: {difference}")
+    return errors, warnings
 
 
 def warn_run(config: SFTConfig, architecture: Architecture) -> list[str]:

@@ -45,6 +45,8 @@ class CommandLine(Generic[C]):
     config: C
     dry_run: bool
     """Print the plan of the run and stop."""
+    planned_processes: int | None = None
+    """N of `--dry-run=N`: plan for N processes instead of those started."""
 
 
 def parse_command_line(cls: type[C], argv: Sequence[str] | None = None, *, description: str = "") -> CommandLine[C]:
@@ -57,9 +59,13 @@ def parse_command_line(cls: type[C], argv: Sequence[str] | None = None, *, descr
         print(help_text(cls, description))
         raise SystemExit(0)
     with exit_on_bad_input():
-        dry_run = "--dry-run" in arguments
-        config = load(cls, [argument for argument in arguments if argument != "--dry-run"])
-    return CommandLine(config=config, dry_run=dry_run)
+        dry_runs = [argument for argument in arguments if argument.partition("=")[0] == "--dry-run"]
+        planned = [argument.partition("=")[2] for argument in dry_runs if "=" in argument]
+        if not all(number.isdigit() and int(number) > 0 for number in planned):
+            raise SettingsError([f"{dry_runs[-1]}: expected a number of processes, as in --dry-run=64"])
+        config = load(cls, [argument for argument in arguments if argument not in dry_runs])
+    processes = int(planned[-1]) if planned else None
+    return CommandLine(config=config, dry_run=bool(dry_runs), planned_processes=processes)
 
 
 def load(cls: type[C], argv: Sequence[str]) -> C:
@@ -114,8 +120,9 @@ def help_text(cls: type[BaseModel], description: str = "") -> str:
     """Every setting with its type, default and documentation, as `--help` shows it."""
     out = [description.strip()] if description else []
     out += [
-        "usage: --config FILE.toml [--dry-run] [--key value ...]",
-        "Settings, in the file as [table] key = value, on the command line as --table.key value:",
+        "usage: --config FILE.toml [--dry-run[=PROCESSES]] [--key value ...]",
+        "Settings, in the file as [table] key = value, on the command line as --table.key value.",
+        "Relative paths are taken from the current directory; none unsets what can be unset.",
     ]
     table = None
     for key in keys_of(cls).values():
@@ -143,8 +150,8 @@ RESUME_BREAKING = (
 """Settings that a resumed run must share with the one it goes on from: they decide the model, its optimizer state's
 form, or which samples a step sees. Others (layout, learning rate, length, logging) may change and are only told."""
 
-RESUME_HARMLESS = ("data.cache", "data.workers")
-"""Exceptions to RESUME_BREAKING: they change where and how fast, not what."""
+RESUME_HARMLESS = ("data.cache", "data.workers", "data.validation")
+"""Exceptions to RESUME_BREAKING: they change nothing of what is trained on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_klear.architecture import Architecture, architecture_from_config
-from megatron_klear.checks import check_layout, check_packages, check_run, warn_run
+from megatron_klear.checks import check_layout, check_packages, check_resume, check_run, warn_run
 from megatron_klear.config import SFTConfig
 from megatron_klear.estimate import (
     describe_plan,
@@ -18,6 +18,7 @@ from megatron_klear.estimate import (
     stage_memory,
     stage_parameters,
 )
+from megatron_klear.settings import write_resolved
 
 TINY = {
     "hidden_size": 32,
@@ -46,7 +47,8 @@ def config(**tables: dict[str, object]) -> SFTConfig:
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameter_count_is_that_of_transformers(model_type: str, tied: bool):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     architecture = shape(model_type, tie_word_embeddings=tied)
     head = {"head_dim": 16} if model_type == "qwen3" else {}
     hf = transformers.AutoConfig.for_model(model_type, **TINY, **head, tie_word_embeddings=tied)
@@ -71,7 +73,8 @@ def test_stages_sum_to_the_model(tied: bool, tensor: int, pipeline: int):
 
 def saved_bytes(architecture: Architecture, tokens: int) -> int:
     """Bytes autograd keeps for one layer of the project's arithmetic, weights and rotation tables left out."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     functional = torch.nn.functional
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
     q, kv, dim = architecture.num_heads, architecture.num_kv_heads, architecture.head_dim
@@ -243,3 +246,15 @@ def test_warnings():
 def test_planning_imports_no_torch():
     code = "import sys, megatron_klear.estimate, megatron_klear.checks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_resume_refuses_what_changes_the_run_and_tells_the_rest(tmp_path):
+    old = config()
+    write_resolved(old, tmp_path / "config.toml")
+    assert check_resume(tmp_path / "config.toml", old) == ([], [])
+    changed = config(train={"rows_per_step": 4}, optimizer={"learning_rate": 1.0})
+    errors, warnings = check_resume(tmp_path / "config.toml", changed)
+    assert len(errors) == len(warnings) == 1
+    assert "train.rows_per_step: 8 -> 4" in errors[0]
+    assert "another output" in errors[0]
+    assert "optimizer.learning_rate: 8e-05 -> 1.0" in warnings[0]
