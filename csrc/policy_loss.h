@@ -143,6 +143,7 @@ int klear_cuda_finish(const klear_logits*, const klear_tokens*, const klear_coef
                       const klear_outputs*, void* stream);
 int klear_cuda_device_count(int* count);
 const char* klear_cuda_archs(void);  // what the CUDA part was compiled for, "" without one
+const char* klear_cuda_error_string(int error);
 
 const char* klear_error_string(int error);
 
