@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_klear.kernels import gemm, rows
+from megatron_klear.kernels.reference import weighted_rows
 from megatron_klear.kernels.rows import RowOutputs
 from megatron_klear.kernels.vocab_parallel import VocabShard, gather_sequence, gather_shards, reduce_hidden_gradient
 from megatron_klear.types import LossCoefficients, LossKind
@@ -38,7 +39,8 @@ class Tokens:
         """The inputs of some tokens, as the row kernels' arguments."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
-            name: value[selection].contiguous() if isinstance(value, Tensor) else value for name, value in values.items()
+            name: value[selection].contiguous() if isinstance(value, Tensor) else value
+            for name, value in values.items()
         }
 
 
@@ -85,20 +87,6 @@ class Gradients:
     hidden: Tensor | None
 
 
-def weighted_rows(weighted: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Indices where `weighted` [T] is true; ValueError where one of them has a target outside the vocabulary."""
-    index = weighted.nonzero().squeeze(-1)
-    chosen = targets[index]
-    outside = (chosen < 0) | (chosen >= vocab_size)
-    if bool(outside.any()):
-        bad = int(index[outside][0])
-        raise ValueError(
-            f"target {int(targets[bad])} of token {bad} lies outside the vocabulary of {vocab_size}: "
-            "give untrained tokens weight 0, and check that tokenizer and model belong together"
-        )
-    return index
-
-
 def _split(tokens: Tokens, terms: Terms, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Indices of the tokens with a gradient, and of those that have a weight but no gradient."""
     weighted = tokens.policy_weights != 0
@@ -131,7 +119,7 @@ def _row_losses(head: Head, logits: Tensor, tokens: dict[str, Any], terms: Terms
     loss = {field.name: getattr(terms, field.name) for field in fields(terms)}
     if head.shard.group is None:
         return rows.policy_loss_rows(logits, **tokens, **loss, vocab_size=head.vocab_size, gradient=gradient)
-    place = {"vocab_start": head.shard.start, "vocab_size": head.vocab_size}
+    place: dict[str, Any] = {"vocab_start": head.shard.start, "vocab_size": head.vocab_size}
     read = {name: tokens[name] for name in ("targets", "temperature", "policy_weights", "nll_weights")}
     stats = rows.combine_stats(gather_shards(rows.stats_rows(logits, **read, **place), head.shard))
     return rows.finish_rows(logits, stats=stats, **tokens, **loss, **place, gradient=gradient)

@@ -110,9 +110,7 @@ def _(hidden: Tensor, weight: Tensor, targets: Tensor, *arguments: Any) -> tuple
     return (
         *_fake_outputs(hidden, targets),
         torch.empty_like(hidden) if hidden_gradient else hidden.new_empty(0),
-        torch.empty_like(weight, dtype=torch.float32)
-        if weight_gradient
-        else weight.new_empty(0, dtype=torch.float32),
+        torch.empty_like(weight, dtype=torch.float32) if weight_gradient else weight.new_empty(0, dtype=torch.float32),
     )
 
 
@@ -214,11 +212,15 @@ class PolicyLossInto(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         gradient, weight = ctx.saved_tensors
+        gradients: list[Tensor | None] = [None] * (4 + ctx.count)
         if grad_outputs[0] is None:
-            return (None,) * (4 + ctx.count)
+            return tuple(gradients)
         check_scale(grad_outputs[0], ctx.scale)
-        head = head_gradient_stub(weight, ctx.mode) if ctx.needs_input_grad[1] else None
-        return (gradient if ctx.wanted else None, head, *(None,) * (2 + ctx.count))
+        if ctx.wanted:
+            gradients[0] = gradient
+        if ctx.needs_input_grad[1]:
+            gradients[1] = head_gradient_stub(weight, ctx.mode)
+        return tuple(gradients)
 
 
 def check_scale(grad_output: Tensor, scale: float) -> None:

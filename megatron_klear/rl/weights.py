@@ -31,15 +31,16 @@ def _counts(counts: npt.ArrayLike) -> Counts:
 def token_mean(counts: npt.ArrayLike) -> Weights:
     """Mean over all trained tokens of the step: each weighs 1 / N_tokens (arXiv 2508.07629, Eq. 7)."""
     values = _counts(counts)
-    total = values.sum()
+    total = int(values.sum())
     return np.where(values > 0, 1.0 / total if total else 0.0, 0.0)
 
 
 def sequence_mean(counts: npt.ArrayLike) -> Weights:
     """Mean over sequences of each one's token mean: 1 / (N_sequences * n_i) (GRPO, arXiv 2402.03300, Eq. 3)."""
     values = _counts(counts)
-    trained = np.count_nonzero(values)
-    return np.divide(1.0, values * trained, out=np.zeros(len(values)), where=values > 0)
+    trained = int(np.count_nonzero(values))
+    weights: Weights = np.divide(1.0, values * trained, out=np.zeros(len(values)), where=values > 0)
+    return weights
 
 
 def sequence_mean_token_sum(counts: npt.ArrayLike, length: int) -> Weights:
@@ -50,7 +51,7 @@ def sequence_mean_token_sum(counts: npt.ArrayLike, length: int) -> Weights:
     if length < 1:
         raise ValueError(f"the fixed length {length} must be positive: the longest response allowed, in tokens")
     values = _counts(counts)
-    trained = np.count_nonzero(values)
+    trained = int(np.count_nonzero(values))
     return np.where(values > 0, 1.0 / (max(trained, 1) * length), 0.0)
 
 
@@ -69,7 +70,8 @@ def as_released(counts: npt.ArrayLike, microbatches: npt.ArrayLike) -> Weights:
     _, index = np.unique(batches, return_inverse=True)
     tokens = np.bincount(index, weights=values)[index]
     share = np.bincount(index)[index] / len(values)
-    return np.divide(share, tokens, out=np.zeros(len(values)), where=values > 0)
+    weights: Weights = np.divide(share, tokens, out=np.zeros(len(values)), where=values > 0)
+    return weights
 
 
 def aggregate(
