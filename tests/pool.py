@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import faulthandler
 import importlib
-import importlib.util
 import os
 import pickle
 import signal
@@ -185,8 +184,7 @@ def _preload() -> None:
     import torch
 
     torch.set_num_threads(1)
-    if importlib.util.find_spec("megatron_klear.mcore.device") is not None:
-        importlib.import_module("megatron_klear.mcore.device").install()
+    importlib.import_module("megatron_klear.mcore.device").install()
     for name in _PRELOADED:
         importlib.import_module(name)
 
