@@ -102,7 +102,7 @@ class QKV:
         queries = self.num_heads // self.num_kv_heads * self.head_dim
         rest = shards[0].shape[1:]
         grouped = torch.cat([shard.reshape(-1, queries + 2 * self.head_dim, *rest) for shard in shards])
-        parts = grouped.split([queries, self.head_dim, self.head_dim], dim=1)
+        parts = torch.split_with_sizes(grouped, [queries, self.head_dim, self.head_dim], dim=1)
         return [part.reshape(-1, *rest) for part in parts]
 
 

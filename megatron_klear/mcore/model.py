@@ -119,7 +119,7 @@ def transformer_config(architecture: Architecture, run: RunConfig, topology: Top
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        # Megatron marks its tensor-parallel parameters while it initialises them, and the gradient norm needs the marks.
+        # Megatron marks tensor-parallel parameters as it initialises them; the gradient norm needs the marks.
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,

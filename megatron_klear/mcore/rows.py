@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.types import PackedBatch
-from megatron_klear.zigzag import zigzag_indices
+from megatron_klear.zigzag import zigzag_indices, zigzag_order
 
 device_shim.install()
 
@@ -90,7 +90,7 @@ def local_row(batch: PackedBatch, topology: Topology, inverse_frequencies: Tenso
         max_seqlen_kv=longest,
         cosine=angles.cos(),
         sine=angles.sin(),
-        key_order=_key_order(bounds, cp).to(device) if cp > 1 else None,
+        key_order=torch.from_numpy(zigzag_order(bounds, cp)).to(device) if cp > 1 else None,
         **_runs(_pieces(bounds, cp, rank), device, gathered=cp > 1),
     )
     per_token = {
@@ -181,10 +181,3 @@ def _runs(pieces: tuple[tuple[int, int, int, int], ...], device: torch.device, g
 
 def _cumulative(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-
-
-def _key_order(bounds: list[int], cp: int) -> Tensor:
-    gathered = torch.cat([torch.from_numpy(zigzag_indices(bounds, cp, rank)) for rank in range(cp)])
-    order = torch.empty_like(gathered)
-    order[gathered] = torch.arange(len(gathered))
-    return order

@@ -229,7 +229,7 @@ class SafetensorsWriter:
         if self._written == 0 or number != self._shard_of[self._written - 1]:
             self._start_file(number)
         data = tensor.detach().cpu().contiguous()
-        self._file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(data.reshape(-1).view(torch.uint8).numpy())
         self._written += 1
 
     def file_name(self, number: int) -> str:
