@@ -1,7 +1,5 @@
 """Same numbers in every layout: loss, gradient norm and log-probs against one process, over five optimizer steps."""
 
-from pathlib import Path
-
 import pytest
 
 from megatron_klear.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, SFTConfig
@@ -31,9 +29,7 @@ def case(request, tmp_path_factory, ranks):
         checkpoint=CheckpointConfig(asynchronous=False),
     )
     samples = ragged_samples(shape.vocab_size, longest=64)
-    references = {
-        loss: ranks(1, measure, config, ONE_PROCESS, samples, STEPS, loss)[0] for loss in ("nll", "gppo")
-    }
+    references = {loss: ranks(1, measure, config, ONE_PROCESS, samples, STEPS, loss)[0] for loss in ("nll", "gppo")}
     return config, samples, references
 
 
