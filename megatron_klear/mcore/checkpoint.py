@@ -19,7 +19,10 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -67,7 +70,7 @@ class Saver:
     def __init__(self, *, asynchronous: bool) -> None:
         self._asynchronous = asynchronous
         self._queue: Any = AsyncCallsQueue(persistent=False) if asynchronous else None
-        self._pending: Path | None = None
+        self._pending: tuple[Path, Path] | None = None  # hidden folder being written, where it will appear
 
     def save(self, path: Path, state: TrainingState, topology: Topology, model_folder: Path) -> None:
         """Write `state` at `path`; the folder appears when it is complete.
@@ -82,8 +85,8 @@ class Saver:
                 _publish(hidden, path, topology)
                 return
             request.finalize_fns.append(lambda: _publish(hidden, path, topology))
-            self._queue.schedule_async_request(request)
-            self._pending = path
+            self._queue.schedule_async_request(request._replace(async_fn=_ending_with_parent(request.async_fn)))
+            self._pending = (hidden, path)
         except Exception as error:
             raise _failure(hidden, path, error) from error
 
@@ -91,13 +94,13 @@ class Saver:
         """Publish a background save that has been written, or with `blocking` wait for it."""
         if self._pending is None:
             return
-        path = self._pending
+        hidden, path = self._pending
         try:
             if self._queue.maybe_finalize_async_calls(blocking=blocking):
                 self._pending = None
         except Exception as error:
             self._pending = None
-            raise _failure(None, path, error) from error
+            raise _failure(hidden, path, error) from error
 
     def close(self) -> None:
         """Wait for a background save and stop its processes."""
@@ -248,9 +251,8 @@ def _hidden_folder(path: Path, topology: Topology) -> Path:
     return hidden
 
 
-def _failure(hidden: Path | None, path: Path, error: Exception) -> CheckpointError:
-    if hidden is not None:
-        shutil.rmtree(hidden, ignore_errors=True)
+def _failure(hidden: Path, path: Path, error: Exception) -> CheckpointError:
+    shutil.rmtree(hidden, ignore_errors=True)
     return CheckpointError(
         f"checkpoint {path} could not be written: {error}; earlier checkpoints are as they were. Check the free space "
         "and the permissions of the output folder, then start the run again: it resumes"
@@ -292,10 +294,26 @@ def _fork_result_queue() -> None:
     if getattr(filesystem_async, "_results_queue", "absent") is not None:
         return
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(initializer=_end_with_parent)
+    manager.start(initializer=_end_with_parent, initargs=(os.getpid(),))
     filesystem_async._results_queue = manager.Queue()
 
 
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _ending_with_parent(write: Callable[..., None] | None) -> Callable[..., None] | None:
+    """`write` for a forked process that must not outlive this one: a resumed run would meet it in the same folder."""
+    return None if write is None else partial(_write_while_parent_lives, os.getpid(), write)
+
+
+def _write_while_parent_lives(parent: int, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    own = os.getpid()
+    os.register_at_fork(after_in_child=lambda: _end_with_parent(own))  # it forks one process a file
+    _end_with_parent(parent)
+    write(*args, **kwargs)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, which forked it, ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

@@ -60,13 +60,21 @@ class Processes:
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def kill(self) -> None:
-        """Send SIGKILL to all and wait until they are gone."""
-        for process in self._processes:
+    def kill(self, rank: int | None = None) -> None:
+        """Send SIGKILL to all, or to one, and wait until they are gone."""
+        doomed = self._processes if rank is None else [self._processes[rank]]
+        for process in doomed:
             if process.is_alive():
                 process.kill()
-        for process in self._processes:
+        for process in doomed:
             process.join()
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Whether all have ended, well or not, within the time."""
+        deadline = time.monotonic() + timeout_seconds
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return not any(process.is_alive() for process in self._processes)
 
     def results(self, timeout_seconds: float | None = None) -> list[Any] | None:
         """What the function returned, by rank; None where the time ran out first. A process's error is raised here."""
