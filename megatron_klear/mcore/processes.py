@@ -6,6 +6,7 @@ starting a further set of processes takes a second and not ten. On a machine wit
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import shutil
@@ -42,7 +43,7 @@ class Processes:
                 'CUDA_VISIBLE_DEVICES="" to run it on the CPU'
             )
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, "megatron_klear.mcore.engine"])
+        context.set_forkserver_preload([__name__, "megatron_klear.mcore.engine", function.__module__])
         self._folder = Path(tempfile.mkdtemp(prefix="klear-ranks-"))
         self._processes = [
             context.Process(target=_process, args=(rank, size, str(self._folder), function, args))
@@ -113,6 +114,7 @@ def _error(folder: Path, exit_code: int) -> BaseException:
 
 
 def _process(rank: int, size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    gc.freeze()  # Megatron collects garbage at every save; what was imported before the fork never is any
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     cuda = torch.cuda.is_available()
     if cuda:

@@ -87,7 +87,8 @@ def verify_resume(
         *_check_state(_final(whole, steps), _final(killed, steps)),
         _check_metrics(read_metrics(whole), read_metrics(killed), steps),
     ]
-    middle = manifest.steps(sft.checkpoints_of(whole.config))[-2:][0]
+    published = manifest.steps(sft.checkpoints_of(whole.config))
+    middle = published[(len(published) - 1) // 2]
     for layout in layouts:
         checks.append(_check_layout(whole, layout, middle, work, tolerance, told))
     passed = all(check.passed is not False for check in checks)
@@ -187,7 +188,7 @@ def _check_layout(
         problems.append(f"data.segment_multiple must be a multiple of {laid_out.parallel.row_multiple}")
     if problems:
         return Check(name=name, passed=None, detail=f"not possible: {problems[0]}")
-    told(f"going on {name} on {layout.processes} processes")
+    told(f"{name} on {layout.processes} processes")
     folder = work / layout.name.replace(" ", "-").replace(",", "")
     other = at_output(replace(whole, config=laid_out, world_size=layout.processes), folder)
     run_in_layout(other, _final(whole, middle))
