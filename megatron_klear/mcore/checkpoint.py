@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore import manifest
@@ -52,6 +53,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # noqa
 )
 
 _PR_SET_PDEATHSIG = 1
+_ERRORS = (Exception, CheckpointException)  # torch derives its own from BaseException
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +89,7 @@ class Saver:
             request.finalize_fns.append(lambda: _publish(hidden, path, topology))
             self._queue.schedule_async_request(request._replace(async_fn=_ending_with_parent(request.async_fn)))
             self._pending = (hidden, path)
-        except Exception as error:
+        except _ERRORS as error:
             raise _failure(hidden, path, error) from error
 
     def finish(self, *, blocking: bool) -> None:
@@ -98,7 +100,7 @@ class Saver:
         try:
             if self._queue.maybe_finalize_async_calls(blocking=blocking):
                 self._pending = None
-        except Exception as error:
+        except _ERRORS as error:
             self._pending = None
             raise _failure(hidden, path, error) from error
 
@@ -216,9 +218,9 @@ def _read(path: Path, sharded: dict[str, Any], topology: Topology) -> dict[str, 
         strategy = FullyParallelLoadStrategyWrapper(strategy, topology.data_context.group)
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(path), strategy)
-    except Exception as error:
+    except _ERRORS as error:
         raise CheckpointError(
-            f"{path} could not be read into this model: {error}; it may be damaged (tools/inspect_checkpoint.py "
+            f"{path} could not be read into this model: {_cause(error)}; it may be damaged (tools/inspect_checkpoint.py "
             "verifies it) or of another model than model.path"
         ) from error
     return loaded
@@ -251,12 +253,19 @@ def _hidden_folder(path: Path, topology: Topology) -> Path:
     return hidden
 
 
-def _failure(hidden: Path, path: Path, error: Exception) -> CheckpointError:
+def _failure(hidden: Path, path: Path, error: BaseException) -> CheckpointError:
     shutil.rmtree(hidden, ignore_errors=True)
     return CheckpointError(
-        f"checkpoint {path} could not be written: {error}; earlier checkpoints are as they were. Check the free space "
+        f"checkpoint {path} could not be written: {_cause(error)}; earlier checkpoints are as they were. Check the free space "
         "and the permissions of the output folder, then start the run again: it resumes"
     )
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, without the tracebacks of all ranks that torch's exception carries in its text."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(dict.fromkeys(str(failure[0]) for failure in error.failures.values())) or "on another rank"
+    return str(error)
 
 
 def _rng_states(topology: Topology) -> list[dict[str, Any]]:
