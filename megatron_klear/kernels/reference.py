@@ -52,19 +52,25 @@ class _HeadWeight(torch.autograd.Function):
         if ctx.mode == "autograd":
             return grad_outputs[0].to(weight.dtype), None, None, None
         ctx.main_grad.add_(grad_outputs[0])
+        mark_head(weight, ctx.mode)
         return head_gradient_stub(weight, ctx.mode), None, None, None
 
 
 def head_gradient_stub(weight: Tensor, mode: WeightGrad) -> Tensor | None:
     """What backward returns for a head whose gradient is in main_grad already, by Megatron's convention.
 
-    Untied: the flag `grad_added_to_main_grad` is set and a tensor of no meaning makes the parameter's hooks run.
-    Tied to the embedding in the same stage: nothing, since the embedding's own gradient will make them run.
+    Untied: a tensor of no meaning, which makes the parameter's hooks run; they see the flag of `mark_head` and leave
+    it. Tied to the embedding in the same stage: nothing, since the embedding's own gradient will make them run.
     """
     if mode == "main_grad_tied":
         return None
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+def mark_head(weight: Tensor, mode: WeightGrad) -> None:
+    """Set Megatron's flag on a head whose gradient goes to main_grad without autograd."""
+    if mode == "main_grad":
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
 
 
 def check_weight_grad(weight: Tensor, main_grad: Tensor | None, mode: WeightGrad) -> None:
