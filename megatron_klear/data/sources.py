@@ -1,0 +1,179 @@
+"""Data files: which ones a setting names, and their rows in chunks that say where they come from."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .rows import EXPECTED, ChatRow, DataError, read_row
+
+_CHUNK_BYTES = 1 << 20
+_CHUNK_ROWS = 512
+_SETTLED_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some consecutive rows of a file, undecoded: lines of JSON, or one Arrow stream of a Parquet file's rows."""
+
+    path: str
+    first: int
+    """Line (JSONL) or row (Parquet) number of the first one, counted from 1."""
+    lines: list[bytes] | None
+    table: bytes = b""
+    num_bytes: int = 0
+    """Share of the file's size, for progress."""
+
+
+def resolve_files(patterns: Sequence[str], key: str) -> list[Path]:
+    """Files that `patterns` (paths or globs) name, in that order, those of one glob sorted.
+
+    `key` is the setting to name in errors. Raises DataError where one is missing, empty, matches nothing, or is
+    neither JSONL nor Parquet.
+    """
+    files: list[Path] = []
+    for pattern in patterns:
+        if glob.has_magic(pattern) and not os.path.exists(pattern):
+            found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
+            if not found:
+                raise DataError(f"{key}: no file matches {pattern!r}")
+        else:
+            found = [Path(pattern)]
+        files += found
+    for path in files:
+        if path.is_dir():
+            raise DataError(f"{key}: {path} is a folder; name its files, for example '{path}/*.jsonl'")
+        if not path.is_file():
+            raise DataError(f"{key}: {path} does not exist")
+        if path.suffix not in (".jsonl", ".parquet"):
+            raise DataError(f"{key}: {path} must end in .jsonl or .parquet")
+        if path.stat().st_size == 0:
+            raise DataError(f"{key}: {path} is empty")
+    return files
+
+
+def read_chunks(path: Path) -> Iterator[Chunk]:
+    """Stream a file as chunks of about a megabyte, or of 512 rows.
+
+    Raises DataError where a Parquet file cannot be read.
+    """
+    return _parquet_chunks(path) if path.suffix == ".parquet" else _jsonl_chunks(path)
+
+
+def parse_chunk(chunk: Chunk) -> Iterator[tuple[int, ChatRow]]:
+    """Rows of a chunk, each with its line or row number.
+
+    Raises DataError with file and line where a row is malformed.
+    """
+    if chunk.lines is None:
+        for number, row in enumerate(_table_rows(chunk.table), chunk.first):
+            yield number, _located(chunk.path, "row", number, row)
+        return
+    for number, line in enumerate(chunk.lines, chunk.first):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{chunk.path}:{number}: not valid JSON ({error}); {EXPECTED}") from None
+        yield number, _located(chunk.path, "line", number, row)
+
+
+def file_digest(path: Path, memo: Path) -> str:
+    """SHA-256 of a file's content, remembered under the folder `memo` by path, size, times and inode.
+
+    A file written within the last two seconds is not remembered: it could change again within one clock tick.
+    """
+    before = path.stat()
+    identity = (str(path.resolve()), before.st_size, before.st_mtime_ns, before.st_ctime_ns, before.st_ino)
+    entry = memo / hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+    try:
+        known = entry.read_text()
+        if len(known) == 64:
+            return known
+    except FileNotFoundError:
+        pass
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    after = path.stat()
+    if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise DataError(f"{path} changed while it was being read; start again when it is complete")
+    if time.time() - max(after.st_mtime, after.st_ctime) > _SETTLED_SECONDS:
+        write_atomically(entry, digest.encode())
+    return digest
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file so that it is there whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _located(path: str, unit: str, number: int, row: object) -> ChatRow:
+    try:
+        return read_row(row)
+    except DataError as error:
+        where = f"{path}:{number}" if unit == "line" else f"{path}: row {number}"
+        raise DataError(f"{where}: {error}") from None
+
+
+def _jsonl_chunks(path: Path) -> Iterator[Chunk]:
+    lines: list[bytes] = []
+    size, first = 0, 1
+    with path.open("rb") as stream:
+        for line in stream:
+            if first == 1 and not lines:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            lines.append(line)
+            size += len(line)
+            if size >= _CHUNK_BYTES or len(lines) >= _CHUNK_ROWS:
+                yield Chunk(str(path), first, lines, num_bytes=size)
+                first, lines, size = first + len(lines), [], 0
+    if lines:
+        yield Chunk(str(path), first, lines, num_bytes=size)
+
+
+def _parquet_chunks(path: Path) -> Iterator[Chunk]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = [name for name in file.schema_arrow.names if name in ("messages", "prompt", "response", "tools")]
+            rows = max(file.metadata.num_rows, 1)
+            per_row = path.stat().st_size / rows
+            first = 1
+            for batch in file.iter_batches(batch_size=_CHUNK_ROWS // 2, columns=columns):
+                buffer = io.BytesIO()
+                with pa.ipc.new_stream(buffer, batch.schema) as writer:
+                    writer.write_batch(batch)
+                share = round(per_row * batch.num_rows)
+                yield Chunk(str(path), first, None, buffer.getvalue(), num_bytes=share)
+                first += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable Parquet file: {error}") from None
+
+
+def _table_rows(table: bytes) -> list[object]:
+    import pyarrow as pa
+
+    with pa.ipc.open_stream(table) as reader:
+        rows: list[object] = reader.read_all().to_pylist()
+    return rows
