@@ -104,15 +104,15 @@ def _row_terms(logits: Tensor, targets: Tensor, shard: VocabShard) -> tuple[Tens
     """Log-prob of the target, entropy and log-sum-exp of each row, [T], over all shards."""
     top = gather_shards(logits.detach().amax(dim=-1), shard).amax(dim=0)
     shifted = logits - top.unsqueeze(-1)
-    total = sum_shards(shifted.exp().sum(dim=-1), shard)
+    exponentials = shifted.exp()
+    total = sum_shards(exponentials.sum(dim=-1), shard)
     local = targets - shard.start
     here = (local >= 0) & (local < shard.valid)
     picked = shifted.gather(-1, local.clamp(0, logits.shape[1] - 1).unsqueeze(-1)).squeeze(-1)
     target = sum_shards(torch.where(here, picked, torch.zeros_like(picked)), shard)
     log_total = total.log()
-    probabilities = (shifted - log_total.unsqueeze(-1)).exp()
     finite = shifted.masked_fill(shifted.isneginf(), 0)  # 0 * -inf is NaN, in the entropy and in its gradient
-    entropy = log_total - sum_shards((probabilities * finite).sum(dim=-1), shard)
+    entropy = log_total - sum_shards((exponentials * finite).sum(dim=-1), shard) / total
     return target - log_total, entropy, top + log_total.detach()
 
 
