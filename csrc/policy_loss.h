@@ -126,8 +126,7 @@ int klear_cpu_rows(const klear_logits*, const klear_tokens*, const klear_coeffic
 int klear_cpu_stats(const klear_logits*, const klear_tokens*, float* stats, int threads);
 // Merge [ranks, 4, rows] into [4, rows], in the order of the ranks; bitwise the same on the CPU and on CUDA.
 int klear_cpu_combine(const float* stats, int64_t ranks, int64_t rows, float* combined);
-// Outputs and, where `gradient` is set, this shard's gradient, from the merged statistics. One pass is the same as
-// stats followed by finish, bit for bit on the CPU.
+// Outputs and, where `gradient` is set, this shard's gradient, from the merged statistics.
 int klear_cpu_finish(const klear_logits*, const klear_tokens*, const klear_coefficients*, const float* combined,
                      const klear_outputs*, int threads);
 // The instruction set the next call will use ("avx512", "avx2", "scalar"), null when KLEAR_CPU_ISA cannot be had.
