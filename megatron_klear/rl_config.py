@@ -23,7 +23,7 @@ class PromptSource(Settings):
     """JSONL or Parquet files or globs of rows with `prompt`, `data_source` and `reward_model.ground_truth`."""
     generator: str | None = None
     """`arithmetic` (built in), or `reasoning_gym:TASK`."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of the generator."""
     count: PositiveInt = 1000
     """Problems that a generator makes for an epoch."""
@@ -85,7 +85,7 @@ class RewardConfig(Settings):
     """Grading processes on a node; 0 is one per core."""
     max_error_share: float = Field(default=0.05, ge=0, le=1)
     """The run stops when more than this share of a step's samples end as timeout or error."""
-    functions: dict[str, str] = {}
+    functions: dict[str, str] = Field(default_factory=dict)
     """Rewards of your own: data_source to dotted path, `"my_task" = "my_module:reward"`."""
 
 
