@@ -6,6 +6,7 @@ against transformers; only then does it get its name. Everything runs on the CPU
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import sys
@@ -13,10 +14,11 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -144,7 +146,8 @@ def megatron_to_hf(
 def write_checkpoint(run: RunConfig, path: Path, companions: Path) -> None:
     """On every process of the layout: load the Hugging Face weights, save them at `path`, read that back and compare.
 
-    `companions` holds the config.json and tokenizer files that go with them. Raises ConversionError on every process when a tensor does not come back bit for bit.
+    `companions` holds the config.json and tokenizer files that go with them. Raises ConversionError on every process
+    when a tensor does not come back bit for bit.
     """
     with world(run.parallel) as topology:
         architecture = read_architecture(run.model.path)
@@ -202,7 +205,7 @@ def checkpoint_tensors(path: Path) -> list[TensorSpec]:
 
     Raises CheckpointError when its metadata cannot be read.
     """
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     try:
@@ -224,12 +227,12 @@ def run_processes(size: int, function: Callable[..., None], *args: Any) -> None:
     if size == 1:
         function(*args)
         return
-    import torch.multiprocessing as multiprocessing
+    from torch.multiprocessing.spawn import start_processes
 
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory(prefix="convert-") as folder:
         try:
-            multiprocessing.start_processes(  # type: ignore[no-untyped-call]
+            start_processes(  # type: ignore[no-untyped-call]
                 _process, (size, folder, function, args), nprocs=size, start_method="forkserver"
             )
         except Exception as error:
@@ -278,10 +281,11 @@ def transformers_logits(folder: Path, batch: PackedBatch, dtype: torch.dtype | N
     """Logits [T, V] that transformers computes in fp32, each sequence by itself; weights rounded to `dtype` first."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32).float().eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
+    model = model.float().eval()
     bounds = batch.cu_seqlens.tolist()
     with torch.no_grad():
-        logits = [model(batch.tokens[None, a:b]).logits[0] for a, b in zip(bounds, bounds[1:], strict=False)]
+        logits = [model(batch.tokens[None, a:b]).logits[0] for a, b in pairwise(bounds)]
     return torch.cat(logits)
 
 
