@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import faulthandler
 import importlib
-import importlib.util
 import os
 import pickle
 import signal
@@ -28,14 +27,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 MAX_RANKS = 8
-_PRELOADED = (
-    "megatron.core.parallel_state",
-    "megatron.core.distributed",
-    "megatron.core.optimizer",
-    "megatron.core.models.gpt",
-    "megatron.core.pipeline_parallel",
-    "megatron.core.dist_checkpointing",
-)
 _GRACE_SECONDS = 3.0  # for the other ranks to end after the first one failed
 _PR_SET_PDEATHSIG = 1
 _DONE = "pool/done"  # key of the store: ranks that no longer need it
@@ -84,6 +75,7 @@ class Pool:
         `function` must be importable by name, results picklable. Raises the exception of the rank that failed first,
         with the traceback and last output of every failed rank as notes, and RankFailure where a rank died or hung.
         """
+        __tracebackhide__ = True  # pytest shows the test's own line, not these
         if not 1 <= world_size <= MAX_RANKS:
             raise ValueError(f"world_size {world_size}: the pool runs 1 to {MAX_RANKS} ranks")
         with tempfile.TemporaryDirectory(prefix="ranks-") as name:
@@ -134,6 +126,7 @@ class Pool:
 
 def _results(case: _Case, endings: Sequence[str]) -> list[Any]:
     """Results in rank order, or the first rank's exception with a note a failed rank."""
+    __tracebackhide__ = True
     results: list[Any] = []
     raised: list[_Raised] = []
     notes: list[str] = []
@@ -185,10 +178,7 @@ def _preload() -> None:
     import torch
 
     torch.set_num_threads(1)
-    if importlib.util.find_spec("megatron_klear.mcore.device") is not None:
-        importlib.import_module("megatron_klear.mcore.device").install()
-    for name in _PRELOADED:
-        importlib.import_module(name)
+    importlib.import_module("megatron_klear.mcore.engine")
 
 
 def _run(case: _Case, connection: Connection, parent: int) -> list[str] | None:

@@ -146,20 +146,18 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return cast(Tensor, _K3.apply(logprobs, ref_logprobs))  # type: ignore[no-untyped-call]
 
 
-def weighted_rows(targets: Tensor, policy_weights: Tensor, nll_weights: Tensor | None, vocab_size: int) -> Tensor:
-    """Indices of the tokens that carry a weight; ValueError where one of them has a target outside the vocabulary."""
-    weighted = policy_weights != 0
-    if nll_weights is not None:
-        weighted = weighted | (nll_weights != 0)
-    rows = weighted.nonzero().squeeze(-1)
-    chosen = targets[rows]
-    if rows.numel() and bool(((chosen < 0) | (chosen >= vocab_size)).any()):
-        bad = int(rows[(chosen < 0) | (chosen >= vocab_size)][0])
+def weighted_rows(weighted: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Indices where `weighted` [T] is true; ValueError where one of them has a target outside the vocabulary."""
+    index = weighted.nonzero().squeeze(-1)
+    chosen = targets[index]
+    outside = (chosen < 0) | (chosen >= vocab_size)
+    if bool(outside.any()):
+        bad = int(index[outside][0])
         raise ValueError(
             f"target {int(targets[bad])} of token {bad} lies outside the vocabulary of {vocab_size}: "
             "give untrained tokens weight 0, and check that tokenizer and model belong together"
         )
-    return rows
+    return index
 
 
 def _rows_of(value: Any, rows: Tensor) -> Any:
@@ -201,7 +199,8 @@ def fused_policy_loss_ref(
     shard = VocabShard.of(weight, group, vocab_size)
     hidden = enter_shards(hidden, shard, sequence_parallel)
     total_vocab = weight.shape[0] * shard.size if vocab_size is None else vocab_size
-    rows = weighted_rows(targets, policy_weights, nll_weights, total_vocab)
+    weighted = policy_weights != 0 if nll_weights is None else (policy_weights != 0) | (nll_weights != 0)
+    rows = weighted_rows(weighted, targets, total_vocab)
     head = cast(Tensor, _HeadWeight.apply(weight, main_grad, weight_grad, logits_dtype))  # type: ignore[no-untyped-call]
     logits = _scaled_logits(hidden[rows], head, _rows_of(temperature, rows), shard, logits_dtype)
     logprobs, entropy, lse = _row_terms(logits, targets[rows], shard)
@@ -213,14 +212,14 @@ def fused_policy_loss_ref(
         if ref is None:
             raise ValueError(f"kl_coefficient {kl_coefficient} needs ref_logprobs, and there are none")
         per_token = per_token + kl_coefficient * k3(logprobs, ref)
-    weighted = policy_weights[rows] * per_token
+    total = policy_weights[rows] * per_token
     if nll_weights is not None:
-        weighted = weighted - nll_weights[rows] * logprobs
+        total = total - nll_weights[rows] * logprobs
     ratio, region = ratio_and_region(loss.coefficients(), logprobs.detach(), old, advantage)
     values = (logprobs, entropy, lse, ratio)
     outputs = (_scatter(value, rows, len(targets), torch.promote_types(value.dtype, torch.float32)) for value in values)
     return PolicyLossOutput(
-        loss=weighted.sum(),
+        loss=total.sum(),
         **dict(zip(("logprobs", "entropy", "lse", "ratio"), outputs, strict=True)),
         region=_scatter(region, rows, len(targets), torch.uint8),
     )
@@ -236,8 +235,10 @@ def vocab_parallel_logprobs_ref(
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
     logits_dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and entropy of each row, [T] float32, differentiable, in plain torch.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob of each target, entropy and log-sum-exp of each row, [T] float32, in plain torch.
+
+    The first two are differentiable.
 
     Targets outside the vocabulary are read as 0: mask what comes of them.
     """
@@ -246,5 +247,4 @@ def vocab_parallel_logprobs_ref(
     total_vocab = weight.shape[0] * shard.size if vocab_size is None else vocab_size
     known = torch.where((targets >= 0) & (targets < total_vocab), targets, torch.zeros_like(targets))
     logits = _scaled_logits(hidden, weight.to(logits_dtype), temperature, shard, logits_dtype)
-    logprobs, entropy, _ = _row_terms(logits, known, shard)
-    return logprobs, entropy
+    return _row_terms(logits, known, shard)
