@@ -31,9 +31,7 @@ def case(request, tmp_path_factory, ranks):
         checkpoint=CheckpointConfig(asynchronous=False),
     )
     samples = ragged_samples(shape.vocab_size, longest=64)
-    references = {
-        loss: ranks(1, measure, config, ONE_PROCESS, samples, STEPS, loss)[0] for loss in ("nll", "gppo")
-    }
+    references = {loss: ranks(1, measure, config, ONE_PROCESS, samples, STEPS, loss)[0] for loss in ("nll", "gppo")}
     return config, samples, references
 
 
