@@ -24,13 +24,14 @@ from typing import Any, Generic, NoReturn, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from megatron_klear.architecture import ArchitectureError
+from megatron_klear.errors import UserError
 from megatron_klear.schema import Key, allows_none, in_words, is_list, keys_of, nearest_key, tables_in, value_type
 from megatron_klear.toml_writer import to_toml, write_text_atomically
 
 C = TypeVar("C", bound=BaseModel)
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError, ValueError):
     """Settings that cannot be used; `problems` has one sentence for each thing that is wrong."""
 
     def __init__(self, problems: Sequence[str]) -> None:

@@ -1,9 +1,9 @@
 """Sequences of tokens in two files, `.bin` and `.idx`, in the format of Megatron-Core's IndexedDataset.
 
 The layout is that of `megatron.core.datasets.indexed_dataset`, so that Megatron's own tools read what is written here:
-.bin holds the tokens of all sequences end to end; .idx is a header, the number of sequences and of documents, the length
-of each sequence (int32), its byte offset in .bin (int64), and the first sequence of each document (int64), with one
-sequence to a document here.
+.bin holds the tokens of all sequences end to end; .idx is a header, the number of sequences and of documents, the
+length of each sequence (int32), its byte offset in .bin (int64), and the first sequence of each document (int64), with
+one sequence to a document here.
 """
 
 from __future__ import annotations

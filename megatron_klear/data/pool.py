@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -78,14 +78,14 @@ def tokenize_chunk(chunk: Chunk, tokenizer: ChatTokenizer, job: TokenizeJob) -> 
         try:
             sample = tokenizer.encode_row(row, job.turns)
         except DataError as error:
-            raise DataError(f"{chunk.path}:{number}: {error}") from None
+            raise DataError(f"{chunk.where(number)}: {error}") from None
         tokens, trained = sample.tokens, sample.trained
         result.longest = max(result.longest, len(tokens))
         if len(tokens) > job.max_length:
             result.overlong += 1
             if job.overlong == "error":
                 raise DataError(
-                    f"{chunk.path}:{number}: the row has {len(tokens)} tokens, above data.max_length {job.max_length}; "
+                    f"{chunk.where(number)}: the row has {len(tokens)} tokens, above data.max_length {job.max_length}; "
                     'raise it, or set data.overlong to "drop" or "truncate"'
                 )
             if job.overlong == "drop":
@@ -162,7 +162,8 @@ class _Worker:
     def ask(self, chunk: Chunk) -> TokenizedChunk:
         """Send a chunk and wait for its result."""
         stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+        assert stdin is not None
+        assert stdout is not None
         try:
             if self._greeting is not None:
                 _send(stdin, self._greeting)
@@ -172,7 +173,7 @@ class _Worker:
         except (EOFError, BrokenPipeError):
             code = self._process.wait()
             raise RuntimeError(
-                f"a tokenizing process ended with exit code {code} at {chunk.path}:{chunk.first}"
+                f"a tokenizing process ended with exit code {code} at {chunk.where(chunk.first)}"
                 + ("; it was killed, perhaps for memory: try fewer data.workers" if code == -9 else "")
             ) from None
         if isinstance(answer, BaseException):
@@ -201,19 +202,19 @@ def serve() -> None:
                 _send(answers, error)
             except Exception as error:
                 kind = type(error).__name__
-                _send(answers, RuntimeError(f"{kind} near {chunk.path}:{chunk.first}: {error}"))
+                _send(answers, RuntimeError(f"{kind} near {chunk.where(chunk.first)}: {error}"))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
 
 
-def _send(stream: BinaryIO, value: object) -> None:
+def _send(stream: IO[bytes], value: object) -> None:
     content = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
     stream.write(_LENGTH.pack(len(content)))
     stream.write(content)
     stream.flush()
 
 
-def _receive(stream: BinaryIO) -> Any:
+def _receive(stream: IO[bytes]) -> Any:
     header = stream.read(_LENGTH.size)
     if len(header) < _LENGTH.size:
         raise EOFError

@@ -32,6 +32,10 @@ class Chunk:
     num_bytes: int = 0
     """Share of the file's size, for progress."""
 
+    def where(self, number: int) -> str:
+        """A row's place, as errors name it."""
+        return f"{self.path}: row {number}" if self.lines is None else f"{self.path}:{number}"
+
 
 def resolve_files(patterns: Sequence[str], key: str) -> list[Path]:
     """Files that `patterns` (paths or globs) name, in that order, those of one glob sorted.
@@ -75,7 +79,7 @@ def parse_chunk(chunk: Chunk) -> Iterator[tuple[int, ChatRow]]:
     """
     if chunk.lines is None:
         for number, row in enumerate(_table_rows(chunk.table), chunk.first):
-            yield number, _located(chunk.path, "row", number, row)
+            yield number, _located(chunk, number, row)
         return
     for number, line in enumerate(chunk.lines, chunk.first):
         if not line.strip():
@@ -83,8 +87,8 @@ def parse_chunk(chunk: Chunk) -> Iterator[tuple[int, ChatRow]]:
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{chunk.path}:{number}: not valid JSON ({error}); {EXPECTED}") from None
-        yield number, _located(chunk.path, "line", number, row)
+            raise DataError(f"{chunk.where(number)}: not valid JSON ({error}); {EXPECTED}") from None
+        yield number, _located(chunk, number, row)
 
 
 def file_digest(path: Path, memo: Path) -> str:
@@ -99,7 +103,7 @@ def file_digest(path: Path, memo: Path) -> str:
         known = entry.read_text()
         if len(known) == 64:
             return known
-    except FileNotFoundError:
+    except OSError:
         pass
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -120,18 +124,18 @@ def write_atomically(path: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
+        os.chmod(name, 0o644)  # a cache may be shared; mkstemp's file is its owner's alone
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
 
 
-def _located(path: str, unit: str, number: int, row: object) -> ChatRow:
+def _located(chunk: Chunk, number: int, row: object) -> ChatRow:
     try:
         return read_row(row)
     except DataError as error:
-        where = f"{path}:{number}" if unit == "line" else f"{path}: row {number}"
-        raise DataError(f"{where}: {error}") from None
+        raise DataError(f"{chunk.where(number)}: {error}") from None
 
 
 def _jsonl_chunks(path: Path) -> Iterator[Chunk]:

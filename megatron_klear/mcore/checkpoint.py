@@ -189,7 +189,7 @@ def _write(hidden: Path, state: TrainingState, topology: Topology, model_folder:
     strategy = get_default_save_sharded_strategy()
     if topology.data_context.size > 1:
         strategy = FullyParallelSaveStrategyWrapper(strategy, topology.data_context.group)
-    options = {"async_sharded_save": asynchronous}
+    options: dict[str, Any] = {"async_sharded_save": asynchronous}
     if asynchronous and "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         options["async_strategy"] = "mcore"  # 0.19's default needs a package of its own
     request = dist_checkpointing.save(sharded, str(hidden), strategy, **options)

@@ -25,8 +25,8 @@ class Head:
     """The vocabulary-parallel head and the loss behind it."""
 
     def __init__(self, model: ModelConfig, architecture: Architecture, topology: Topology) -> None:
+        self._fused = model.fused_loss
         self._policy_loss = kernels.fused_policy_loss if model.fused_loss else kernels.fused_policy_loss_ref
-        self._logprobs = kernels.fused_logprobs if model.fused_loss else kernels.vocab_parallel_logprobs_ref
         self._layout: dict[str, Any] = {
             "group": topology.tensor.group if topology.tensor.size > 1 else None,
             "vocab_size": architecture.vocab_size,
@@ -49,7 +49,7 @@ class Head:
             advantages=values.get("advantages"),
             nll_weights=values.get("nll_weights"),
             temperature=temperature,
-            main_grad=weight.main_grad,
+            main_grad=weight.main_grad,  # type: ignore[attr-defined]  # Megatron's DDP puts it there
             # A head that is also this chunk's embedding gets a second gradient through autograd.
             weight_grad="main_grad_tied" if model.head_is_embedding else "main_grad",
             **self._layout,
@@ -68,7 +68,7 @@ class Head:
         self, model: PolicyModel, row: LocalRow, hidden: Tensor, *, temperature: float, non_loss_data: bool = True
     ) -> Tensor:
         """Log-probs [T_local] of the row's targets."""
-        logprobs, _ = self._logprobs(
-            hidden.squeeze(1), model.head_weight, row.per_token["targets"], temperature=temperature, **self._layout
-        )
-        return logprobs
+        inputs = hidden.squeeze(1), model.head_weight, row.per_token["targets"]
+        if self._fused:
+            return kernels.fused_logprobs(*inputs, temperature=temperature, **self._layout).logprobs
+        return kernels.vocab_parallel_logprobs_ref(*inputs, temperature=temperature, **self._layout)[0]

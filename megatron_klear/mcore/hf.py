@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_klear.architecture import Architecture
+from megatron_klear.errors import UserError
 from megatron_klear.mcore.hf_names import EMBEDDING, HEAD, Entry, Placed, expected_tensors, name_table, placed_entries
 from megatron_klear.mcore.safetensors_io import SafetensorsFolder
 
@@ -25,7 +26,7 @@ _BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _COMPARED_ROWS = 4096
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError, ValueError):
     """Weights that do not fit the config.json beside them, or the layout asked for."""
 
 

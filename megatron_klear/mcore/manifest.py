@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_klear.errors import UserError
+
 MANIFEST = "manifest.json"
 TRAINING = "training.json"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -30,7 +32,7 @@ _MODEL_FILES = (
 )
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written, found or read; the message names the folder and the remedy."""
 
 

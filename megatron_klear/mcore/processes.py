@@ -22,10 +22,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from megatron_klear.errors import UserError
+
 T = TypeVar("T")
 
 
-class ProcessFailure(RuntimeError):
+class ProcessFailure(UserError, RuntimeError):
     """A process ended without a result; the message is its error's, the cause's traceback is on stderr."""
 
 

@@ -23,6 +23,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_klear.errors import UserError
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -47,7 +49,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".pt", ".gguf")
 
 
-class SafetensorsError(ValueError):
+class SafetensorsError(UserError, ValueError):
     """A weight folder or file that is missing, damaged or incomplete, or an output that may not be written."""
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_klear.config import ParallelConfig
+from megatron_klear.errors import UserError
 from megatron_klear.mcore import device as device_shim
 
 device_shim.install()
@@ -25,7 +26,7 @@ device_shim.install()
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (the shim must come first)
 
 
-class TopologyError(ValueError):
+class TopologyError(UserError, ValueError):
     """The processes that were started cannot hold the layout that was asked for."""
 
 

@@ -17,6 +17,7 @@ from megatron_klear.config import DataConfig, SFTConfig
 from megatron_klear.data.packing import RowSettings, sequence_work
 from megatron_klear.data.sft import SampleStream, held_out_steps
 from megatron_klear.data.store import TokenStore, open_store
+from megatron_klear.errors import UserError
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.checkpoint import latest_valid
 from megatron_klear.mcore.engine import Engine
@@ -28,7 +29,7 @@ from megatron_klear.train.log import RunLog, Throughput, open_log
 from megatron_klear.types import PackedBatch, StepStats
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(UserError, RuntimeError):
     """The run gave up: too many steps in a row whose loss or gradient was not finite."""
 
 

@@ -6,13 +6,14 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_klear.errors import UserError
 from megatron_klear.toml_writer import write_text_atomically
 
 if TYPE_CHECKING:
     from megatron_klear.train.metrics_file import Values
 
 
-class TrackerError(RuntimeError):
+class TrackerError(UserError, RuntimeError):
     """A tracker that the settings ask for and that cannot be used."""
 
 

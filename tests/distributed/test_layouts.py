@@ -1,7 +1,5 @@
 """Same numbers in every layout: loss, gradient norm and log-probs against one process, over five optimizer steps."""
 
-from pathlib import Path
-
 import pytest
 
 from megatron_klear.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, SFTConfig
