@@ -9,7 +9,7 @@ constexpr int kThreads = 384;  // with three blocks a multiprocessor, 56 registe
 constexpr int kWarps = kThreads / 32;
 constexpr int kPieces = 4;                  // bulk copies a block, so that the maximum starts on the first
 constexpr int kBlocksPerSm = 3;             // what hides one row's reductions behind another's copies
-constexpr int64_t kComfortable = 76 << 10;  // bytes of a row a block, three of which fit in a multiprocessor
+constexpr int64_t kComfortable = 76288;     // bytes of a row a block, so that three fit in 228 KiB
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define KLEAR_HAS_CLUSTERS 1
@@ -153,6 +153,7 @@ __device__ __forceinline__ RowStats cluster_stats(const RowStats& own, uint32_t 
 #pragma unroll
             for (int i = 0; i < 4; ++i) store_to_peer(&parts[rank * 4 + i], threadIdx.x, values[i]);
         }
+        __syncwarp();
         cluster_arrive();
         cluster_wait();
         return threadIdx.x == 0 ? merge_row(parts, kCluster, 1, 0) : own;

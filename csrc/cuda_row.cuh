@@ -115,6 +115,14 @@ __device__ __forceinline__ void store_unit(void* row, int unit, const float (&y)
     }
 }
 
+template <class G>
+__device__ __forceinline__ void store_column(void* row, int column, float value) {
+    if constexpr (sizeof(G) == 4)
+        static_cast<float*>(row)[column] = value;
+    else
+        static_cast<uint16_t*>(row)[column] = static_cast<uint16_t>(pack_bf16(value, 0.0f));
+}
+
 template <class T>
 __device__ __forceinline__ float unit_max(const uint4& raw) {
     float x[Unit<T>::kSize];
@@ -163,6 +171,7 @@ struct RowPlace {
     int units;   // of 16 bytes, up to the next multiple of 8 columns
     int valid;   // columns
     int target;  // column, -1 where it is not in this shard
+    int target_unit;
     float scale;
 };
 
@@ -175,6 +184,7 @@ __device__ __forceinline__ RowPlace<T> place_row(const RowArguments& a, int64_t 
     place.valid = static_cast<int>(a.logits.valid_columns);
     const int64_t target = a.tokens.targets[row] - a.logits.vocab_start;
     place.target = target >= 0 && target < place.valid ? static_cast<int>(target) : -1;
+    place.target_unit = place.target < 0 ? -1 : place.target / Unit<T>::kSize;
     place.scale = kLog2e / row_temperature(a.tokens, row);
     return place;
 }
@@ -197,14 +207,8 @@ __device__ __forceinline__ void gradient_unit(const uint4& raw, int unit, const 
         const float exponent = max_nan(fmaf(x[i], place.scale, -g.max), kMinExponent);
         x[i] = exp2_approx(exponent) * fmaf(g.slope, exponent, g.offset);
     }
-    // true for one unit of the row, and for none where target is -1
-    if (place.target >= 0 && unit == place.target / kSize) {
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-            if (i == place.target % kSize) x[i] = g.at_target;
-        }
-    }
     store_unit<T, G>(place.gradient, unit, x);
+    if (unit == place.target_unit) store_column<G>(place.gradient, place.target, g.at_target);
 }
 
 cudaError_t launch_two_read(const RowArguments& arguments, int phase, cudaStream_t stream);
