@@ -45,8 +45,8 @@ def math_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a MATH-like JSON list: `problem` and `answer`, and where there is one a `solution`.
 
     A model's own `message_thinking` and `message_content` are kept as they are (`gtruth_answer` is then the answer). A
-    problem without any of them gives a row without `response`, which only reinforcement learning can use. An entry whose
-    answer is null is left out with a warning.
+    problem without any of them gives a row without `response`, which only reinforcement learning can use. An entry
+    with no answer is left out with a warning.
     Raises DataError with file and entry for anything else.
     """
     try:

@@ -71,7 +71,7 @@ def test_all_of_gsm8k(shared_data: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "count", "with_response"),
     [
-        ("math/math_train_7474.json", 7472, False),
+        ("math/math_train_7474.json", 7470, False),
         ("math/math500_test.json", 500, True),
         ("math/amc.json", 83, False),
         ("long_cot/sample_openrouter_outputs.json", 5, True),
