@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_klear.errors import UserError
+
 Family = Literal["qwen3", "qwen2", "llama"]
 
 _FAMILIES: dict[str, Family] = {"qwen3": "qwen3", "qwen2": "qwen2", "llama": "llama"}
 _ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
-class ArchitectureError(ValueError):
+class ArchitectureError(UserError, ValueError):
     """A config.json that is missing, malformed, or asks for something this project does not compute."""
 
 

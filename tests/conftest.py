@@ -1,9 +1,11 @@
 """Fixtures shared by all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pool import Pool
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,3 +17,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"shared data is absent: no {folder} (set KLEAR_SHARED to the folder that holds data/)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Pool]:
+    """Run `function(*args)` on several gloo ranks: `ranks(world_size, function, *args)` -> results by rank."""
+    pool = Pool()
+    yield pool
+    pool.close()

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_klear.errors import UserError
+
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -20,7 +22,7 @@ RESERVED = ("\ufdd0", "\ufdd1", "\ufdd2")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data, a tokenizer or a chat template that cannot be used; the message names the file and the remedy."""
 
 

@@ -1,0 +1,19 @@
+// Stands in for the CUDA core in builds without nvcc.
+#include "policy_loss.h"
+
+int klear_cuda_rows(const klear_logits*, const klear_tokens*, const klear_coefficients*, const klear_outputs*, int,
+                    void*) {
+    return KLEAR_NO_CUDA;
+}
+int klear_cuda_stats(const klear_logits*, const klear_tokens*, float*, void*) { return KLEAR_NO_CUDA; }
+int klear_cuda_combine(const float*, int64_t, int64_t, float*, void*) { return KLEAR_NO_CUDA; }
+int klear_cuda_finish(const klear_logits*, const klear_tokens*, const klear_coefficients*, const float*,
+                      const klear_outputs*, void*) {
+    return KLEAR_NO_CUDA;
+}
+int klear_cuda_device_count(int* count) {
+    *count = 0;
+    return KLEAR_NO_CUDA;
+}
+const char* klear_cuda_archs(void) { return ""; }
+const char* klear_cuda_error_string(int) { return "unknown error"; }

@@ -1,0 +1,87 @@
+"""Samples laid end to end in a row: the one place where targets are shifted by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_klear.types import PackedBatch, Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Aggregation = Literal["token_mean", "sequence_mean"]
+
+
+def loss_weights(trained_counts: npt.NDArray[np.integer], aggregation: Aggregation) -> npt.NDArray[np.float64]:
+    """Weight of every trained token of each sample [n], given the samples that are averaged over: a whole step's.
+
+    `trained_counts` [n] are the tokens of each sample that are trained and can be predicted, its first token cannot.
+    token_mean: 1 / all of them. sequence_mean: 1 / (sequences that have one * its count). Weights times counts sum to
+    one, or to zero where no sample has any.
+    """
+    counts = trained_counts.astype(np.float64)
+    if aggregation == "token_mean":
+        return np.full(len(counts), 1.0 / max(counts.sum(), 1.0))
+    weights: npt.NDArray[np.float64] = (counts > 0) / (np.maximum(counts, 1.0) * max(np.count_nonzero(counts), 1))
+    return weights
+
+
+def num_predicted(sample: Sample) -> int:
+    """Trained tokens of a sample that can be predicted: all but its first one."""
+    return int(np.count_nonzero(sample.trained[1:]))
+
+
+def pack(
+    samples: Sequence[Sample],
+    weights: Sequence[float],
+    *,
+    advantages: Sequence[float] | None = None,
+    nll_weights: Sequence[float] | None = None,
+) -> PackedBatch:
+    """Lay samples end to end in one row; each number given per sample applies to every trained token of it.
+
+    Entry t speaks of predicting token t + 1 of its sequence, and is 0 where that one is not trained or not there.
+    `sampler_logprobs` are filled where the samples carry log-probs. Without samples the row is one token of weight 0:
+    what a rank runs when a step has fewer rows than micro-batches.
+    """
+    import torch
+
+    if not samples:
+        samples = [Sample(tokens=np.zeros(1, dtype=np.int32), trained=np.zeros(1, dtype=np.bool_))]
+        weights, advantages, nll_weights = [0.0], advantages and [0.0], nll_weights and [0.0]
+    for index, sample in enumerate(samples):
+        if not len(sample.tokens) == len(sample.trained) > 0:
+            raise ValueError(
+                f"sample {index} of a row has {len(sample.tokens)} tokens and {len(sample.trained)} marks of training"
+            )
+    bounds = np.concatenate([[0], np.cumsum([len(sample.tokens) for sample in samples])])
+    predicted = _shifted([sample.trained for sample in samples]).astype(np.bool_)
+
+    def spread(numbers: Sequence[float]) -> Tensor:
+        of_tokens = np.repeat(np.asarray(numbers, dtype=np.float32), np.diff(bounds))
+        return torch.from_numpy(np.where(predicted, of_tokens, np.float32(0)))
+
+    logprobs = [sample.logprobs for sample in samples if sample.logprobs is not None]
+    if logprobs and len(logprobs) != len(samples):
+        raise ValueError("some samples of a row carry log-probs and some do not")
+    return PackedBatch(
+        tokens=torch.from_numpy(np.concatenate([sample.tokens for sample in samples]).astype(np.int64)),
+        targets=torch.from_numpy(_shifted([sample.tokens for sample in samples]).astype(np.int64)),
+        weights=spread(weights),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        advantages=None if advantages is None else spread(advantages),
+        sampler_logprobs=torch.from_numpy(np.where(predicted, _shifted(logprobs), 0).astype(np.float32))
+        if logprobs
+        else None,
+        nll_weights=None if nll_weights is None else spread(nll_weights),
+    )
+
+
+def _shifted(arrays: Sequence[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
+    """Each array one place to the left with a zero at its end, all laid end to end."""
+    pieces = [piece for array in arrays for piece in (array[1:], np.zeros(1, dtype=array.dtype))]
+    return np.concatenate(pieces)

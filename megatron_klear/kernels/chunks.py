@@ -1,0 +1,201 @@
+"""The fused policy loss without autograd: a loop over chunks of tokens, three matrix products a chunk.
+
+A chunk's logits are computed into one buffer, the row kernel writes their gradient over them, and two products turn
+that into the gradients of hidden states and head; nothing else of size T x V ever exists. Tokens without weight are in
+no chunk. Tokens whose gradient is zero (advantage 0 and no other term) only go through the first product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_klear.kernels import gemm, rows
+from megatron_klear.kernels.reference import weighted_rows
+from megatron_klear.kernels.rows import RowOutputs
+from megatron_klear.kernels.vocab_parallel import VocabShard, gather_sequence, gather_shards, reduce_hidden_gradient
+from megatron_klear.types import LossCoefficients, LossKind
+
+Selection = slice | Tensor
+SILENT = 1  # the group of tokens that have a weight but no gradient
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """Per-token inputs, each [T]."""
+
+    targets: Tensor
+    policy_weights: Tensor
+    nll_weights: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    advantages: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    temperature: float | Tensor = 1.0
+
+    def take(self, selection: Selection) -> dict[str, Any]:
+        """The inputs of some tokens, as the row kernels' arguments."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value[selection].contiguous() if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """What is added up for a token."""
+
+    coefficients: LossCoefficients
+    entropy_coefficient: float = 0.0
+    kl_coefficient: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """The output layer of this rank, and how its logits are made."""
+
+    weight: Tensor  # [V_local, H]
+    shard: VocabShard
+    vocab_size: int  # global, unpadded
+    logits_dtype: torch.dtype
+    chunk_tokens: int | None = None
+
+    def chunks(self, *groups: Tensor) -> Iterator[tuple[int, Selection, Tensor]]:
+        """Chunk by chunk the tokens of each group of indices: the group, the tokens, and room for their logits.
+
+        One buffer serves all chunks.
+        """
+        columns, device = self.weight.shape[0], self.weight.device
+        longest = max(1, *map(len, groups))
+        size = self.chunk_tokens or gemm.chunk_size(longest, columns, self.logits_dtype, device)
+        buffer = gemm.logits_buffer(min(size, longest), columns, self.logits_dtype, device)
+        for group, index in enumerate(groups):
+            count = len(index)
+            first, last = index[[0, -1]].tolist() if count else (0, -1)
+            adjacent = last - first + 1 == count
+            for start in range(0, count, size):
+                stop = min(start + size, count)
+                selection = slice(first + start, first + stop) if adjacent else index[start:stop]
+                yield group, selection, buffer[: stop - start]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gradients:
+    """Outputs [T] and, where wanted, the gradient of the hidden states."""
+
+    outputs: RowOutputs
+    hidden: Tensor | None
+
+
+def _split(tokens: Tokens, terms: Terms, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Indices of the tokens with a gradient, and of those that have a weight but no gradient."""
+    weighted = tokens.policy_weights != 0
+    active = weighted
+    if terms.coefficients.kind != LossKind.NLL and not terms.entropy_coefficient and not terms.kl_coefficient:
+        assert tokens.advantages is not None
+        active = weighted & (tokens.advantages != 0)
+    if tokens.nll_weights is not None:
+        weighted = weighted | (tokens.nll_weights != 0)
+        active = active | (tokens.nll_weights != 0)
+    return weighted_rows(active, tokens.targets, vocab_size), weighted_rows(
+        weighted & ~active, tokens.targets, vocab_size
+    )
+
+
+def _zeros(num_tokens: int, device: torch.device) -> RowOutputs:
+    outputs = RowOutputs.empty(num_tokens, device)
+    for field in fields(outputs):
+        getattr(outputs, field.name).zero_()
+    return outputs
+
+
+def _store(outputs: RowOutputs, selection: Selection, chunk: RowOutputs) -> None:
+    for field in fields(outputs):
+        getattr(outputs, field.name)[selection] = getattr(chunk, field.name)
+
+
+def _row_losses(head: Head, logits: Tensor, tokens: dict[str, Any], terms: Terms, gradient: Tensor) -> RowOutputs:
+    """Losses of a chunk, and the gradient of its logits over the logits."""
+    loss = {field.name: getattr(terms, field.name) for field in fields(terms)}
+    if head.shard.group is None:
+        return rows.policy_loss_rows(logits, **tokens, **loss, vocab_size=head.vocab_size, gradient=gradient)
+    place: dict[str, Any] = {"vocab_start": head.shard.start, "vocab_size": head.vocab_size}
+    read = {name: tokens[name] for name in ("targets", "temperature", "policy_weights", "nll_weights")}
+    stats = rows.combine_stats(gather_shards(rows.stats_rows(logits, **read, **place), head.shard))
+    return rows.finish_rows(logits, stats=stats, **tokens, **loss, **place, gradient=gradient)
+
+
+def policy_loss_chunks(
+    hidden: Tensor,
+    head: Head,
+    tokens: Tokens,
+    terms: Terms,
+    *,
+    sequence_parallel: bool,
+    hidden_gradient: bool,
+    weight_gradient: Tensor | None,
+) -> Gradients:
+    """Per-token outputs and the gradient of their summed loss; that of the head is added to `weight_gradient`.
+
+    `hidden` is [T, H], or this rank's [T / ranks, H] under sequence parallelism; its gradient is alike, summed over
+    the vocabulary shards.
+    """
+    shard = head.shard
+    if sequence_parallel:
+        hidden = gather_sequence(hidden, shard)
+    active, silent = _split(tokens, terms, head.vocab_size)
+    if not hidden_gradient and weight_gradient is None:
+        active, silent = active[:0], torch.cat((active, silent)).sort().values
+    outputs = _zeros(len(tokens.targets), hidden.device)
+    total = torch.zeros_like(hidden) if hidden_gradient else None
+    for group, selection, logits in head.chunks(active, silent):
+        chunk = hidden[selection]
+        gemm.logits_into(logits, chunk, head.weight)
+        gradient = gemm.gradient_memory(logits, head.weight)
+        _store(outputs, selection, _row_losses(head, logits, tokens.take(selection), terms, gradient))
+        if group == SILENT:
+            continue
+        if total is not None and isinstance(selection, slice):
+            torch.mm(gradient, head.weight, out=total[selection])
+        elif total is not None:
+            total[selection] = gradient @ head.weight
+        if weight_gradient is not None:
+            gemm.add_weight_gradient(weight_gradient, gradient, chunk)
+    if total is not None:
+        total = reduce_hidden_gradient(total, shard, sequence_parallel)
+    return Gradients(outputs=outputs, hidden=total)
+
+
+def logprob_chunks(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    wanted: Tensor | None,
+    temperature: float | Tensor,
+    *,
+    sequence_parallel: bool,
+) -> RowOutputs:
+    """Log-prob, entropy and log-sum-exp of the `wanted` [T] tokens, 0 for the others: one product a chunk."""
+    shard = head.shard
+    if sequence_parallel:
+        hidden = gather_sequence(hidden, shard)
+    mask = torch.ones_like(targets, dtype=torch.bool) if wanted is None else wanted
+    index = weighted_rows(mask, targets, head.vocab_size)
+    outputs = _zeros(len(targets), hidden.device)
+    for _, selection, logits in head.chunks(index):
+        gemm.logits_into(logits, hidden[selection], head.weight)
+        target = targets[selection].contiguous()
+        scale = temperature[selection].contiguous() if isinstance(temperature, Tensor) else temperature
+        if shard.group is None:
+            chunk = rows.logprob_rows(logits, target, temperature=scale, vocab_size=head.vocab_size)
+        else:
+            stats = rows.stats_rows(
+                logits, target, vocab_start=shard.start, vocab_size=head.vocab_size, temperature=scale
+            )
+            chunk = rows.logprobs_from_stats(rows.combine_stats(gather_shards(stats, shard)))
+        _store(outputs, selection, chunk)
+    return outputs

@@ -1,0 +1,256 @@
+"""The fused policy loss in plain torch: logits are computed, kept and differentiated.
+
+What the fused op is compared with, and what runs in its place to debug (`model.fused_loss = false`) and where the
+extension is not built. Differentiable through autograd alone; under vocabulary shards the few sums over ranks are made
+in rank order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_klear.kernels.vocab_parallel import VocabShard, enter_shards, gather_shards, sum_shards
+from megatron_klear.types import LossCoefficients, TokenLoss
+
+WeightGrad = Literal["autograd", "main_grad", "main_grad_tied"]
+MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyLossOutput:
+    """The loss of a row of T tokens, and per token what it was made of.
+
+    Per-token tensors are [T], without gradient, the same on every vocabulary shard, and 0 where a token has neither
+    policy nor NLL weight.
+    """
+
+    loss: Tensor  # scalar: sum of weighted token losses, differentiable in hidden states and head
+    logprobs: Tensor  # float32, of the target at the given temperature
+    entropy: Tensor  # float32, nats, of the whole distribution at that temperature
+    lse: Tensor  # float32, log-sum-exp of logits / temperature
+    ratio: Tensor  # float32, exp(clamp(logp - old_logp)); 1 where there are no old log-probs
+    region: Tensor  # uint8, 0 inside the clip; 1 A<0 low, 2 A>=0 high, 3 A>=0 low, 4 A<0 high, 5 past the dual clip
+
+
+class _HeadWeight(torch.autograd.Function):
+    """The head in the precision of the logits, its gradient going where `weight_grad` says."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, main_grad: Tensor | None, mode: WeightGrad, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.main_grad, ctx.mode = main_grad, mode
+        return weight.view_as(weight) if weight.dtype == dtype else weight.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (weight,) = ctx.saved_tensors
+        if ctx.mode == "autograd":
+            return grad_outputs[0].to(weight.dtype), None, None, None
+        ctx.main_grad.add_(grad_outputs[0])
+        mark_head(weight, ctx.mode)
+        return head_gradient_stub(weight, ctx.mode), None, None, None
+
+
+def head_gradient_stub(weight: Tensor, mode: WeightGrad) -> Tensor | None:
+    """What backward returns for a head whose gradient is in main_grad already, by Megatron's convention.
+
+    Untied: a tensor of no meaning, which makes the parameter's hooks run; they see the flag of `mark_head` and leave
+    it. Tied to the embedding in the same stage: nothing, since the embedding's own gradient will make them run.
+    """
+    if mode == "main_grad_tied":
+        return None
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+def mark_head(weight: Tensor, mode: WeightGrad) -> None:
+    """Set Megatron's flag on a head whose gradient goes to main_grad without autograd."""
+    if mode == "main_grad":
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+
+
+def check_weight_grad(weight: Tensor, main_grad: Tensor | None, mode: WeightGrad) -> None:
+    """Raise ValueError unless `main_grad` suits `mode` and the head."""
+    if mode not in ("autograd", "main_grad", "main_grad_tied"):
+        raise ValueError(f"weight_grad {mode!r} must be 'autograd', 'main_grad' or 'main_grad_tied'")
+    if (main_grad is None) != (mode == "autograd"):
+        raise ValueError(
+            f"weight_grad {mode!r} and main_grad do not go together: give main_grad for all but 'autograd'"
+        )
+    if main_grad is not None and (main_grad.shape != weight.shape or not main_grad.is_contiguous()):
+        raise ValueError(
+            f"main_grad {tuple(main_grad.shape)} must be contiguous and like the head, {tuple(weight.shape)}"
+        )
+
+
+def _scaled_logits(
+    hidden: Tensor, weight: Tensor, temperature: float | Tensor, shard: VocabShard, dtype: torch.dtype
+) -> Tensor:
+    """Logits / temperature [T, V_local] in at least float32, rounded to `dtype` on the way; padded columns -inf."""
+    logits = hidden.to(dtype) @ weight.t()
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    logits = logits / (temperature.to(logits.dtype).unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+    if shard.valid < logits.shape[1]:
+        columns = torch.arange(logits.shape[1], device=logits.device)
+        logits = logits.masked_fill(columns >= shard.valid, -torch.inf)
+    return logits
+
+
+def _row_terms(logits: Tensor, targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob of the target, entropy and log-sum-exp of each row, [T], over all shards."""
+    top = gather_shards(logits.detach().amax(dim=-1), shard).amax(dim=0)
+    shifted = logits - top.unsqueeze(-1)
+    exponentials = shifted.exp()
+    total = sum_shards(exponentials.sum(dim=-1), shard)
+    local = targets - shard.start
+    here = (local >= 0) & (local < shard.valid)
+    picked = shifted.gather(-1, local.clamp(0, logits.shape[1] - 1).unsqueeze(-1)).squeeze(-1)
+    target = sum_shards(torch.where(here, picked, torch.zeros_like(picked)), shard)
+    log_total = total.log()
+    finite = shifted.masked_fill(shifted.isneginf(), 0)  # 0 * -inf is NaN, in the entropy and in its gradient
+    entropy = log_total - sum_shards((exponentials * finite).sum(dim=-1), shard) / total
+    return target - log_total, entropy, top + log_total.detach()
+
+
+def ratio_and_region(
+    coefficients: LossCoefficients | None, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The importance ratio and the clip region (see `PolicyLossOutput`) of each token, [T]."""
+    region = torch.zeros_like(logprobs, dtype=torch.uint8)
+    if old_logprobs is None:
+        return torch.ones_like(logprobs), region
+    ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    if coefficients is None or advantages is None:
+        return ratio, region
+    low, high, negative = ratio < coefficients.ratio_low, ratio > coefficients.ratio_high, advantages < 0
+    region = region.masked_fill(low, 3).masked_fill(low & negative, 1)
+    region = region.masked_fill(high, 2).masked_fill(high & negative, 4)
+    return ratio, region.masked_fill(negative & (ratio > coefficients.dual_clip), 5)
+
+
+class _K3(torch.autograd.Function):
+    """The k3 estimate of the KL divergence to a reference, exp(d) - d - 1 with d = ref - logp clamped to +-20."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+        difference = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        ctx.save_for_backward(difference)
+        return difference.expm1() - difference
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return -grad_outputs[0] * difference.expm1(), None
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The k3 estimate of the KL divergence to a reference (Schulman, 2020), [T], differentiable in `logprobs`."""
+    return cast(Tensor, _K3.apply(logprobs, ref_logprobs))  # type: ignore[no-untyped-call]
+
+
+def weighted_rows(weighted: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Indices where `weighted` [T] is true; ValueError where one of them has a target outside the vocabulary."""
+    index = weighted.nonzero().squeeze(-1)
+    chosen = targets[index]
+    outside = (chosen < 0) | (chosen >= vocab_size)
+    if bool(outside.any()):
+        bad = int(index[outside][0])
+        raise ValueError(
+            f"target {int(targets[bad])} of token {bad} lies outside the vocabulary of {vocab_size}: "
+            "give untrained tokens weight 0, and check that tokenizer and model belong together"
+        )
+    return index
+
+
+def _rows_of(value: Any, rows: Tensor) -> Any:
+    return value[rows] if isinstance(value, Tensor) and value.dim() else value
+
+
+def _scatter(values: Tensor, rows: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(num_tokens, dtype=dtype, device=values.device).index_copy_(0, rows, values.detach().to(dtype))
+
+
+def fused_policy_loss_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    loss: TokenLoss,
+    policy_weights: Tensor,
+    old_logprobs: Tensor | None = None,
+    advantages: Tensor | None = None,
+    nll_weights: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy_coefficient: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    sequence_parallel: bool = False,
+    main_grad: Tensor | None = None,
+    weight_grad: WeightGrad = "autograd",
+    loss_scale: float = 1.0,
+    logits_dtype: torch.dtype = torch.float32,
+    chunk_tokens: int | None = None,
+) -> PolicyLossOutput:
+    """`fused_policy_loss` in plain torch: same arguments, same result.
+
+    `chunk_tokens` and `loss_scale` change nothing here. `loss` sees the tokens that carry a weight, in their order.
+    """
+    check_weight_grad(weight, main_grad, weight_grad)
+    shard = VocabShard.of(weight, group, vocab_size)
+    hidden = enter_shards(hidden, shard, sequence_parallel)
+    total_vocab = weight.shape[0] * shard.size if vocab_size is None else vocab_size
+    weighted = policy_weights != 0 if nll_weights is None else (policy_weights != 0) | (nll_weights != 0)
+    rows = weighted_rows(weighted, targets, total_vocab)
+    head = cast(Tensor, _HeadWeight.apply(weight, main_grad, weight_grad, logits_dtype))  # type: ignore[no-untyped-call]
+    logits = _scaled_logits(hidden[rows], head, _rows_of(temperature, rows), shard, logits_dtype)
+    logprobs, entropy, lse = _row_terms(logits, targets[rows], shard)
+    old, advantage, ref = (_rows_of(value, rows) for value in (old_logprobs, advantages, ref_logprobs))
+    per_token = loss(logprobs, old, advantage)
+    if entropy_coefficient:
+        per_token = per_token - entropy_coefficient * entropy
+    if kl_coefficient:
+        if ref is None:
+            raise ValueError(f"kl_coefficient {kl_coefficient} needs ref_logprobs, and there are none")
+        per_token = per_token + kl_coefficient * k3(logprobs, ref)
+    total = policy_weights[rows] * per_token
+    if nll_weights is not None:
+        total = total - nll_weights[rows] * logprobs
+    ratio, region = ratio_and_region(loss.coefficients(), logprobs.detach(), old, advantage)
+    values = (logprobs, entropy, lse, ratio)
+    outputs = (_scatter(value, rows, len(targets), torch.promote_types(value.dtype, torch.float32)) for value in values)
+    return PolicyLossOutput(
+        loss=total.sum(),
+        **dict(zip(("logprobs", "entropy", "lse", "ratio"), outputs, strict=True)),
+        region=_scatter(region, rows, len(targets), torch.uint8),
+    )
+
+
+def vocab_parallel_logprobs_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    sequence_parallel: bool = False,
+    logits_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob of each target, entropy and log-sum-exp of each row, [T] float32, in plain torch.
+
+    The first two are differentiable.
+
+    Targets outside the vocabulary are read as 0: mask what comes of them.
+    """
+    shard = VocabShard.of(weight, group, vocab_size)
+    hidden = enter_shards(hidden, shard, sequence_parallel)
+    total_vocab = weight.shape[0] * shard.size if vocab_size is None else vocab_size
+    known = torch.where((targets >= 0) & (targets < total_vocab), targets, torch.zeros_like(targets))
+    logits = _scaled_logits(hidden, weight.to(logits_dtype), temperature, shard, logits_dtype)
+    return _row_terms(logits, known, shard)

@@ -1,0 +1,266 @@
+"""A Megatron model and its optimizer behind a few verbs. No caller sees a process group or a model chunk.
+
+Every method is collective: all ranks call it in the same order. `batches` are the rows of this data-parallel rank, the
+same on all ranks of one model replica. The weights of all rows of a step, over all ranks, sum to one; the engine only
+sums (a step's loss is the sum of weight * token loss, its gradient the plain sum over ranks), so that layouts, packing
+and micro-batching change speed and never the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_klear.architecture import Architecture, read_architecture
+from megatron_klear.config import RunConfig
+from megatron_klear.mcore import checkpoint, hf
+from megatron_klear.mcore import device as device_shim
+from megatron_klear.mcore.head import Head
+from megatron_klear.mcore.model import PolicyModel, build_chunks, inverse_frequencies
+from megatron_klear.mcore.optimizer import build_optimizer, guarded_step, learning_rate, set_rates
+from megatron_klear.mcore.rows import LocalRow, empty_batch, local_row
+from megatron_klear.mcore.topology import Topology
+from megatron_klear.types import PackedBatch, StepStats, TokenLoss
+
+device_shim.install()
+
+from megatron.core.distributed import (  # noqa: E402  (the shim must come first)
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+
+
+class Engine:
+    """The policy in training: forward, backward, optimizer, checkpoints and Hugging Face weights.
+
+    `step` counts optimizer steps taken or skipped. `total_steps` is where the learning-rate decay ends.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        topology: Topology,
+        *,
+        total_steps: int | None = None,
+        architecture: Architecture | None = None,
+    ) -> None:
+        self.run = run
+        self.topology = topology
+        self.total_steps = total_steps
+        self.architecture = architecture if architecture is not None else read_architecture(run.model.path)
+        self.step = 0
+        self.models = build_chunks(self.architecture, run, topology)
+        self._load_initial_weights()
+        self.overlap = run.optimizer.overlap and topology.data_context.size > 1
+        self.chunks = _wrap(self.models, run, self.overlap)
+        self.optimizer = build_optimizer(run, self.chunks, self.overlap)
+        self.head = Head(run.model, self.architecture, topology)
+        self.inverse_frequencies = inverse_frequencies(self.architecture)[0].to(topology.device)
+        self._saver = checkpoint.Saver(asynchronous=run.checkpoint.asynchronous)
+        config = self.models[0].config
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = _sum_gradients
+        if self.overlap:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def train_step(self, batches: Sequence[PackedBatch], loss: TokenLoss, *, temperature: float = 1.0) -> StepStats:
+        """Take one optimizer step over this data rank's micro-batches.
+
+        `loss` maps log-probs to per-token losses; it sees only its own tokens. A step whose loss or gradient norm is
+        not finite leaves weights and optimizer alone and says so in `skipped`.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        rows = self._rows(batches)
+        sums = self._reduce(self._run(rows, partial(self.head.loss, loss=loss, temperature=temperature)))
+        total = sums.pop("loss")
+        rate = learning_rate(self.run.optimizer, self.step, self.total_steps)
+        set_rates(self.optimizer, rate, self.run.optimizer.weight_decay)
+        stepped, norm = guarded_step(self.optimizer, total, self.run.optimizer.clip_grad)
+        self.step += 1
+        real = [batch for batch in batches if batch.num_trained]  # a row without weights only keeps ranks in step
+        counts = self.topology.all_reduce(
+            [
+                sum(batch.num_tokens for batch in real),
+                sum(batch.num_trained for batch in real),
+                sum(len(batch.cu_seqlens) - 1 for batch in real),
+            ],
+            self.topology.data,
+        )
+        return StepStats(
+            step=self.step,
+            loss=total,
+            grad_norm=norm,
+            learning_rate=rate,
+            num_tokens=int(counts[0]),
+            num_trained_tokens=int(counts[1]),
+            num_sequences=int(counts[2]),
+            skipped=not stepped,
+            metrics=sums,
+        )
+
+    @torch.no_grad()
+    def logprobs(self, batches: Sequence[PackedBatch], *, temperature: float = 1.0) -> list[Tensor]:
+        """Log-probabilities [T] of each row's targets under the current weights, fp32 on the CPU, on every rank.
+
+        Entries without a target (the last token of a sequence) are those of target 0 and mean nothing.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        rows = self._rows(batches)
+        results = self._run(rows, partial(self.head.logprobs, temperature=temperature), forward_only=True)
+        whole = [self._whole(row, result) for row, result in zip(rows, results or [None] * len(rows), strict=True)]
+        return whole[: len(batches)]
+
+    def evaluate(self, batches: Sequence[PackedBatch], loss: TokenLoss) -> float:
+        """The weighted loss over the batches of all data ranks, without a gradient."""
+        total = 0.0
+        for batch, logprobs in zip(batches, self.logprobs(batches), strict=True):
+            per_token = loss(logprobs, batch.old_logprobs, batch.advantages)
+            weights = batch.weights.double()
+            total += float((weights * torch.where(weights != 0, per_token.double(), 0.0)).sum())
+        return self.topology.all_reduce([total], self.topology.data)[0]
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The model under its Hugging Face names, one whole tensor at a time, on every rank."""
+        self._gather_parameters()
+        yield from hf.iter_hf_weights(self.models, self.architecture, self.topology)
+
+    def save(self, path: Path, extra: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint at `path`; it appears whole or not at all.
+
+        `extra` is kept with it, as JSON. With `checkpoint.asynchronous` the writing goes on in the background;
+        `finish_save` waits for it.
+        """
+        self._gather_parameters()
+        self._saver.save(
+            path,
+            checkpoint.TrainingState(models=self.models, optimizer=self.optimizer, step=self.step, extra=extra or {}),
+            self.topology,
+            model_folder=self.run.model.path,
+        )
+
+    def finish_save(self, *, blocking: bool = True) -> None:
+        """Complete a background save that is done, or with `blocking` wait for it."""
+        self._saver.finish(blocking=blocking)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Continue from a checkpoint written in any layout; returns the `extra` it was saved with."""
+        state = checkpoint.TrainingState(models=self.models, optimizer=self.optimizer, step=0, extra={})
+        loaded = checkpoint.load(path, state, self.topology)
+        self.step = loaded.step
+        return loaded.extra
+
+    def close(self) -> None:
+        """Wait for background writing to end."""
+        self._saver.close()
+
+    def _load_initial_weights(self) -> None:
+        model = self.run.model
+        if model.checkpoint is not None:
+            checkpoint.load_weights(model.checkpoint, self.models, self.topology)
+        elif model.weights == "random":
+            hf.load_random_weights(self.models, self.architecture, self.run.seed, self.topology)
+        else:
+            hf.load_hf_weights(self.models, self.architecture, model.path, self.topology)
+
+    def _rows(self, batches: Sequence[PackedBatch]) -> list[LocalRow]:
+        """Rows in this rank's layout; with virtual stages a whole number of pipeline rounds of them."""
+        multiple = self.topology.pipeline.size if self.topology.parallel.virtual_pipeline > 1 else 1
+        padded = list(batches)
+        while not padded or len(padded) % multiple:
+            padded.append(empty_batch(batches[0] if batches else None))
+        return [local_row(batch, self.topology, self.inverse_frequencies) for batch in padded]
+
+    def _run(self, rows: list[LocalRow], compute: Any, *, forward_only: bool = False) -> list[Any]:
+        """Megatron's schedule over the rows; what `compute` returned for each, on the last stage only."""
+
+        def forward(iterator: Iterator[LocalRow], chunk: Any) -> tuple[Tensor, Any]:
+            row = next(iterator)
+            model: PolicyModel = chunk.module
+            return chunk(row.tokens, None, None, packed_seq_params=row.params), partial(compute, model, row)
+
+        iterators = [iter(rows) for _ in self.chunks]
+        single = len(self.chunks) == 1
+        results: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iterators[0] if single else iterators,
+            model=self.chunks[0] if single else self.chunks,
+            num_microbatches=len(rows),
+            seq_length=max(row.tokens.shape[1] for row in rows) * self.topology.context.size,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+        return results
+
+    def _reduce(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sums of the per-row sums over rows and ranks; the same on every rank."""
+        topology = self.topology
+        names: list[str] = sorted(results[0]) if results else []
+        sums = torch.zeros(1)
+        if results:
+            sums = torch.stack([torch.stack([r[name].double() for name in names]) for r in results]).sum(0)
+            if topology.data_context.size > 1:
+                dist.all_reduce(sums, group=topology.data_context.group)
+        if topology.pipeline.size > 1:
+            message = [(names, sums.tolist()) if results else None]
+            dist.broadcast_object_list(message, src=topology.last_stage_rank, group=topology.pipeline.group)
+            assert message[0] is not None
+            return dict(zip(message[0][0], message[0][1], strict=True))
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def _whole(self, row: LocalRow, local: Tensor | None) -> Tensor:
+        """The last stage's per-token values [T_local] of a row, in unpadded order [T], on every rank."""
+        topology = self.topology
+        values = torch.zeros(row.num_tokens, dtype=torch.float32, device=topology.device)
+        if local is not None:
+            kept = row.source >= 0
+            values[row.source[kept].to(topology.device)] = local.float()[kept.to(topology.device)]
+            if topology.context.size > 1:
+                dist.all_reduce(values, group=topology.context.group)
+        if topology.pipeline.size > 1:
+            dist.broadcast(values, src=topology.last_stage_rank, group=topology.pipeline.group)
+        return values.cpu()
+
+    def _gather_parameters(self) -> None:
+        """Bring weights up to date where their gathering is left to the next forward pass."""
+        if self.overlap and self.run.optimizer.distributed:
+            for chunk in self.chunks:
+                chunk.disable_forward_pre_hook(param_sync=True)
+                chunk.enable_forward_pre_hook()
+
+
+def _wrap(models: list[PolicyModel], run: RunConfig, overlap: bool) -> list[DistributedDataParallel]:
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        use_distributed_optimizer=run.optimizer.distributed,
+        overlap_param_gather=overlap and run.optimizer.distributed,
+        average_in_collective=False,
+        check_for_nan_in_grad=False,  # guarded_step judges the whole step, on every rank alike
+    )
+    config = models[0].config
+    chunks = [
+        DistributedDataParallel(config, settings, model, disable_bucketing=index > 0)
+        for index, model in enumerate(models)
+    ]
+    for chunk in chunks:
+        chunk.broadcast_params()
+    return chunks
+
+
+def _sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
+    """Megatron's gradient reductions without its division by a token count: the weights have normalised already."""
+    finalize_model_grads(model, None, **options)

@@ -1,0 +1,74 @@
+"""From the last stage's hidden states to the loss or the log-probs: the fused kernel, or its plain-torch reference.
+
+The methods are what Megatron's schedule calls with the output of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_klear import kernels
+from megatron_klear.architecture import Architecture
+from megatron_klear.config import ModelConfig
+from megatron_klear.mcore.model import DTYPES, PolicyModel
+from megatron_klear.mcore.rows import LocalRow
+from megatron_klear.mcore.topology import Topology
+from megatron_klear.types import TokenLoss
+
+NUM_REGIONS = 5
+
+
+class Head:
+    """The vocabulary-parallel head and the loss behind it."""
+
+    def __init__(self, model: ModelConfig, architecture: Architecture, topology: Topology) -> None:
+        self._fused = model.fused_loss
+        self._policy_loss = kernels.fused_policy_loss if model.fused_loss else kernels.fused_policy_loss_ref
+        self._layout: dict[str, Any] = {
+            "group": topology.tensor.group if topology.tensor.size > 1 else None,
+            "vocab_size": architecture.vocab_size,
+            "sequence_parallel": topology.sequence_parallel,
+            "logits_dtype": torch.float32 if model.logits_dtype == "fp32" else DTYPES[model.dtype],
+        }
+
+    def loss(
+        self, model: PolicyModel, row: LocalRow, hidden: Tensor, *, loss: TokenLoss, temperature: float
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The row's summed loss, in Megatron's form: (loss, unused token count, sums to log)."""
+        weight, values = model.head_weight, row.per_token
+        result = self._policy_loss(
+            hidden.squeeze(1),
+            weight,
+            values["targets"],
+            loss=loss,
+            policy_weights=values["weights"],
+            old_logprobs=values.get("old_logprobs"),
+            advantages=values.get("advantages"),
+            nll_weights=values.get("nll_weights"),
+            temperature=temperature,
+            main_grad=weight.main_grad,  # type: ignore[attr-defined]  # Megatron's DDP puts it there
+            # A head that is also this chunk's embedding gets a second gradient through autograd.
+            weight_grad="main_grad_tied" if model.head_is_embedding else "main_grad",
+            **self._layout,
+        )
+        sums = {
+            "loss": result.loss.detach().float(),
+            "entropy": (values["weights"] * result.entropy).sum(),
+        }
+        if "advantages" in values:
+            trained = values["weights"] != 0
+            for region in range(1, NUM_REGIONS + 1):
+                sums[f"clip_region_{region}_tokens"] = ((result.region == region) & trained).sum().float()
+        return result.loss, torch.zeros((), dtype=torch.int, device=hidden.device), sums
+
+    def logprobs(
+        self, model: PolicyModel, row: LocalRow, hidden: Tensor, *, temperature: float, non_loss_data: bool = True
+    ) -> Tensor:
+        """Log-probs [T_local] of the row's targets."""
+        inputs = hidden.squeeze(1), model.head_weight, row.per_token["targets"]
+        if self._fused:
+            return kernels.fused_logprobs(*inputs, temperature=temperature, **self._layout).logprobs
+        return kernels.vocab_parallel_logprobs_ref(*inputs, temperature=temperature, **self._layout)[0]

@@ -1,0 +1,153 @@
+"""What a checkpoint folder says of itself: its manifest, whether it is whole, which one is newest, what may go."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_klear.errors import UserError
+
+MANIFEST = "manifest.json"
+TRAINING = "training.json"
+_STEP = re.compile(r"step-(\d{8,})")
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint that cannot be written, found or read; the message names the folder and the remedy."""
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of an optimizer step lies."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def steps(checkpoints: Path) -> list[int]:
+    """Steps that have a published checkpoint, ascending. Nothing is said of their contents."""
+    if not checkpoints.is_dir():
+        return []
+    matches = (_STEP.fullmatch(entry.name) for entry in checkpoints.iterdir() if entry.is_dir())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def read_training(path: Path) -> dict[str, Any]:
+    """The checkpoint's `training.json`. Raises CheckpointError when `path` is no checkpoint."""
+    try:
+        training: dict[str, Any] = json.loads((path / TRAINING).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this project: {TRAINING} cannot be read ({error}); expected a folder such "
+            "as output/checkpoints/step-00000100, or convert a Hugging Face folder with tools/convert_hf_to_mcore.py"
+        ) from error
+    return training
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Copy config.json and the tokenizer's files, so that a checkpoint can be converted by itself."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in _MODEL_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def hash_files(folder: Path, share: int = 0, shares: int = 1) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every `shares`-th file under `folder`, by relative name; the manifest itself left out."""
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    entries = {}
+    for name in names[share::shares]:
+        with open(folder / name, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        entries[name] = {"size": (folder / name).stat().st_size, "sha256": digest}
+    return entries
+
+
+def publish(hidden: Path, path: Path, entries: dict[str, dict[str, Any]]) -> None:
+    """Write the manifest, flush everything to disk and rename the folder into place.
+
+    A folder that is in the way (a damaged checkpoint of the same step) is moved aside, never deleted.
+    """
+    (hidden / MANIFEST).write_text(json.dumps({"files": dict(sorted(entries.items()))}, indent=1))
+    for file in hidden.rglob("*"):
+        _flush(file)
+    _flush(hidden)
+    if path.exists():
+        aside = next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}.replaced-{n}")).exists())
+        path.rename(aside)
+    hidden.rename(path)
+    _flush(path.parent)
+
+
+def damage(path: Path, share: int = 0, shares: int = 1, *, hashes: bool = True) -> list[str]:
+    """What is wrong with a checkpoint, as sentences; empty when it is whole.
+
+    Checks every `shares`-th file, so that ranks can divide the work; `hashes` false compares sizes alone.
+    """
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{path / MANIFEST} cannot be read: {error}"]
+    problems = []
+    for name in sorted(files)[share::shares]:
+        file, entry = path / name, files[name]
+        if not file.is_file():
+            problems.append(f"{file} is missing")
+        elif file.stat().st_size != entry["size"]:
+            problems.append(f"{file} has {file.stat().st_size} bytes, the manifest says {entry['size']}")
+        elif hashes:
+            with open(file, "rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() != entry["sha256"]:
+                    problems.append(f"{file} does not have the hash of the manifest")
+    return problems
+
+
+def retire(checkpoints: Path, keep: int, keep_every: int) -> list[int]:
+    """Remove published checkpoints older than the `keep` newest, but for multiples of `keep_every`; returns them."""
+    removed = []
+    for step in steps(checkpoints)[:-keep]:
+        if keep_every and step % keep_every == 0:
+            continue
+        # Renamed first, so that a kill half way leaves nothing that looks like a checkpoint.
+        doomed = checkpoints / f".removing-{step}"
+        step_folder(checkpoints, step).rename(doomed)
+        shutil.rmtree(doomed)
+        removed.append(step)
+    return removed
+
+
+def sweep(checkpoints: Path) -> None:
+    """Remove what a killed run left unfinished: folders still being saved or being removed."""
+    if not checkpoints.is_dir():
+        return
+    for entry in checkpoints.iterdir():
+        if entry.name.startswith((".saving-", ".removing-")):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def warn(message: str) -> None:
+    """Say it where nobody overlooks it."""
+    print(f"WARNING: {message}", file=sys.stderr, flush=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,183 @@
+"""A packed row in this rank's layout: padded, sliced for context parallelism, with what attention must know of it.
+
+`PackedBatch` is layout-free. Here every segment is padded to two zig-zag chunks per context rank and the row to whole
+sequence-parallel shards (by a last segment of padding); padding has weight 0 and attends only to itself. Segment bounds
+travel with the row, so every pipeline stage has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_klear.mcore import device as device_shim
+from megatron_klear.types import PackedBatch
+from megatron_klear.zigzag import zigzag_indices, zigzag_order
+
+device_shim.install()
+
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402  (the shim must come first)
+
+if TYPE_CHECKING:
+    from megatron_klear.mcore.topology import Topology
+
+PER_TOKEN = (
+    "targets",
+    "weights",
+    "advantages",
+    "old_logprobs",
+    "sampler_logprobs",
+    "ref_logprobs",
+    "nll_weights",
+)
+
+
+@dataclass
+class RowParams(PackedSeqParams):
+    """What Megatron hands to every attention layer of a row, with what ours needs besides.
+
+    `pieces` are the runs of this rank's queries, each with the keys it reads: queries [q_start, q_end) of the local row
+    are the last ones of keys [k_start, k_end) of the whole row in document order, and see those before them. The other
+    run fields say the same in the form of the variable-length kernels.
+    """
+
+    cosine: Tensor | None = None  # [T_local, head_dim] float32
+    sine: Tensor | None = None
+    pieces: tuple[tuple[int, int, int, int], ...] = ()
+    key_order: Tensor | None = None  # [T] place of each document position in the rank-major gather; None for cp 1
+    key_runs: Tensor | None = None  # keys of all pieces laid end to end, as positions of the row; None for cp 1
+    cu_query_runs: Tensor | None = None  # [pieces + 1] int32
+    cu_key_runs: Tensor | None = None  # [pieces + 1] int32
+    max_query_run: int = 0
+    max_key_run: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalRow:
+    """One micro-batch as this rank's stage sees it: T_local = padded T / context size tokens."""
+
+    tokens: Tensor  # [1, T_local]
+    params: RowParams
+    per_token: dict[str, Tensor]  # each [T_local]
+    source: Tensor  # [T_local] position in the unpadded row, -1 on padding; on the CPU
+    num_tokens: int  # T, unpadded
+
+
+def local_row(batch: PackedBatch, topology: Topology, inverse_frequencies: Tensor) -> LocalRow:
+    """Pad a row, take this context rank's slice and move it to the device.
+
+    `inverse_frequencies` [head_dim / 2] are those of the rotary embedding, scaling included.
+    """
+    cp, rank = topology.context.size, topology.context.rank
+    source, bounds = _pad(batch.cu_seqlens.tolist(), topology.parallel.segment_multiple, topology.parallel.row_multiple)
+    mine = torch.from_numpy(zigzag_indices(bounds, cp, rank)) if cp > 1 else torch.arange(bounds[-1])
+    positions = _positions(bounds)[mine]
+    local_source = source[mine]
+    device = topology.device
+    angles = positions.to(device, torch.float32)[:, None] * inverse_frequencies[None]
+    angles = torch.cat([angles, angles], dim=-1)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+    longest = max(b - a for a, b in pairwise(bounds))
+    params = RowParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        cosine=angles.cos(),
+        sine=angles.sin(),
+        key_order=torch.from_numpy(zigzag_order(bounds, cp)).to(device) if cp > 1 else None,
+        **_runs(_pieces(bounds, cp, rank), device, gathered=cp > 1),
+    )
+    per_token = {
+        name: _take(getattr(batch, name), local_source).to(device)
+        for name in PER_TOKEN
+        if getattr(batch, name) is not None
+    }
+    return LocalRow(
+        tokens=_take(batch.tokens, local_source).to(device)[None],
+        params=params,
+        per_token=per_token,
+        source=local_source,
+        num_tokens=batch.num_tokens,
+    )
+
+
+def empty_batch(like: PackedBatch | None) -> PackedBatch:
+    """A row of one token and no weight: what a rank runs to keep step with others that still have rows."""
+    optional = {
+        name: torch.zeros(1)
+        for name in PER_TOKEN
+        if name not in ("targets", "weights") and like is not None and getattr(like, name) is not None
+    }
+    return PackedBatch(
+        tokens=torch.zeros(1, dtype=torch.int64),
+        targets=torch.zeros(1, dtype=torch.int64),
+        weights=torch.zeros(1),
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        **optional,
+    )
+
+
+def _pad(bounds: list[int], segment_multiple: int, row_multiple: int) -> tuple[Tensor, list[int]]:
+    """Unpadded position of every entry of the padded row (-1 on padding), and the padded bounds."""
+    source: list[Tensor] = []
+    padded = [0]
+    for start, end in pairwise(bounds):
+        if end <= start:
+            raise ValueError(f"cu_seqlens must rise: a segment runs from {start} to {end}")
+        extra = -(end - start) % segment_multiple
+        source += [torch.arange(start, end), torch.full((extra,), -1)]
+        padded.append(padded[-1] + end - start + extra)
+    extra = -padded[-1] % row_multiple
+    if extra:
+        source.append(torch.full((extra,), -1))
+        padded.append(padded[-1] + extra)
+    return torch.cat(source), padded
+
+
+def _positions(bounds: list[int]) -> Tensor:
+    return torch.cat([torch.arange(b - a) for a, b in pairwise(bounds)])
+
+
+def _take(values: Tensor, source: Tensor) -> Tensor:
+    """Entries of an unpadded per-token tensor in padded order, zero on padding."""
+    values = values.cpu()
+    taken = values[source.clamp(min=0)]
+    return torch.where(source >= 0, taken, torch.zeros((), dtype=values.dtype))
+
+
+def _pieces(bounds: list[int], cp: int, rank: int) -> tuple[tuple[int, int, int, int], ...]:
+    pieces, offset = [], 0
+    for start, end in pairwise(bounds):
+        if cp == 1:
+            pieces.append((start, end, start, end))
+            continue
+        chunk = (end - start) // (2 * cp)
+        for index in (rank, 2 * cp - 1 - rank):
+            pieces.append((offset, offset + chunk, start, start + (index + 1) * chunk))
+            offset += chunk
+    return tuple(pieces)
+
+
+def _runs(pieces: tuple[tuple[int, int, int, int], ...], device: torch.device, gathered: bool) -> dict[str, Any]:
+    """The run fields of RowParams."""
+    query_lengths = torch.tensor([piece[1] - piece[0] for piece in pieces], dtype=torch.int32)
+    key_lengths = torch.tensor([piece[3] - piece[2] for piece in pieces], dtype=torch.int32)
+    key_runs = torch.cat([torch.arange(piece[2], piece[3]) for piece in pieces]).to(device) if gathered else None
+    return {
+        "pieces": pieces,
+        "key_runs": key_runs,
+        "cu_query_runs": _cumulative(query_lengths).to(device),
+        "cu_key_runs": _cumulative(key_lengths).to(device),
+        "max_query_run": int(query_lengths.max()),
+        "max_key_run": int(key_lengths.max()),
+    }
+
+
+def _cumulative(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))

@@ -1,0 +1,194 @@
+"""Where this process stands: torchrun's environment turned into Megatron's groups, read once into a frozen object.
+
+`world(parallel)` starts torch.distributed (a single process without torchrun is a world of one), lays tensor, context,
+data and pipeline axes over the ranks in Megatron's order, and takes everything down again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_klear.config import ParallelConfig
+from megatron_klear.errors import UserError
+from megatron_klear.mcore import device as device_shim
+
+device_shim.install()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (the shim must come first)
+
+
+class TopologyError(UserError, ValueError):
+    """The processes that were started cannot hold the layout that was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """One direction of the grid of processes: this rank's place in it and the group to talk to."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+    @property
+    def first(self) -> bool:
+        """True on the first rank of the axis."""
+        return self.rank == 0
+
+    @property
+    def last(self) -> bool:
+        """True on the last rank of the axis."""
+        return self.rank == self.size - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Topology:
+    """This process's place along every axis. `data_context` is where gradients are summed."""
+
+    rank: int
+    size: int
+    device: torch.device
+    parallel: ParallelConfig
+    tensor: Axis
+    pipeline: Axis
+    context: Axis
+    data: Axis
+    data_context: Axis
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """True where norms and residuals are cut along the sequence over the tensor axis."""
+        return self.parallel.sequence and self.tensor.size > 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank, in this rank's pipeline, of the stage that holds the head."""
+        return int(dist.get_process_group_ranks(self.pipeline.group)[-1])
+
+    def all_reduce(
+        self, values: list[float], axis: Axis | None = None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    ) -> list[float]:
+        """Reduce a few Python numbers in float64 over an axis, or over the world."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if (axis.size if axis else self.size) > 1:
+            dist.all_reduce(tensor, op=op, group=axis.group if axis else None)
+        return [float(value) for value in tensor.tolist()]
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def world(parallel: ParallelConfig, seed: int = 1234) -> Iterator[Topology]:
+    """Start the process groups of a layout and yield this process's place in it.
+
+    Uses the process group that exists, if one does, and then leaves it standing.
+    Raises TopologyError when the number of processes does not fit, naming the numbers.
+    """
+    target = _device(parallel)
+    started = not dist.is_initialized()
+    if started:
+        _start(target, parallel)
+    try:
+        _check_size(parallel, dist.get_world_size())
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
+            distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
+            create_gloo_process_groups=False,
+        )
+        seed_everything(seed)
+        yield _read(parallel, target)
+    finally:
+        parallel_state.destroy_model_parallel()
+        if started:
+            dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator of the process, Megatron's per-rank ones among them."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def world_size() -> int:
+    """Processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """True on the process that speaks for the run."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _device(parallel: ParallelConfig) -> torch.device:
+    kind = parallel.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        if torch.cuda.is_available():
+            raise TopologyError(
+                'parallel.device = "cpu" on a machine with a GPU: start it with CUDA_VISIBLE_DEVICES="" so that '
+                "Megatron-Core sees no GPU either"
+            )
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise TopologyError('parallel.device = "cuda" but torch sees no CUDA device; set it to "auto" or "cpu"')
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise TopologyError(
+            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; start as many processes "
+            "on each node as it has GPUs (torchrun --nproc-per-node)"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _start(target: torch.device, parallel: ParallelConfig) -> None:
+    backend = "gloo" if target.type == "cpu" else "cpu:gloo,cuda:nccl"
+    timeout = timedelta(minutes=parallel.timeout_minutes)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def _check_size(parallel: ParallelConfig, size: int) -> None:
+    if size % parallel.model_size:
+        raise TopologyError(
+            f"{size} processes cannot hold tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
+            f"{parallel.context} = {parallel.model_size} per replica; start a multiple of {parallel.model_size} "
+            "(torchrun --nproc-per-node), or change [parallel]"
+        )
+
+
+def _read(parallel: ParallelConfig, target: torch.device) -> Topology:
+    def axis(group: dist.ProcessGroup) -> Axis:
+        return Axis(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)
+
+    return Topology(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=target,
+        parallel=parallel,
+        tensor=axis(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=axis(parallel_state.get_pipeline_model_parallel_group()),
+        context=axis(parallel_state.get_context_parallel_group()),
+        data=axis(parallel_state.get_data_parallel_group()),
+        data_context=axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+    )

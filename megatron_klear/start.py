@@ -1,0 +1,66 @@
+"""The first minute of an entry script: read settings, look at the model's shape, refuse what cannot work, or plan.
+
+Nothing heavy is imported and nothing is written, so that a mistake shows at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_klear.architecture import Architecture, read_architecture
+from megatron_klear.checks import check_files, check_packages, check_plan, warn_run
+from megatron_klear.config import SFTConfig
+from megatron_klear.estimate import describe_plan
+from megatron_klear.settings import exit_on_bad_input, exit_with, parse_command_line
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """A run that nothing speaks against."""
+
+    config: SFTConfig
+    architecture: Architecture
+    world_size: int
+    warnings: tuple[str, ...]
+
+
+def start_sft(argv: Sequence[str] | None = None, *, description: str = "") -> Start:
+    """What `pretrain_sft.py` begins with; the number of processes is torchrun's WORLD_SIZE, 1 without it.
+
+    Exits with code 2 and every problem found, or with 0 after the plan of a `--dry-run` that has none. A dry run
+    prints its plan also where only this machine's files or packages are missing.
+    """
+    command = parse_command_line(SFTConfig, argv, description=description)
+    config = command.config
+    world_size = command.planned_processes or int(os.environ.get("WORLD_SIZE", "1"))
+    with exit_on_bad_input():
+        architecture = read_architecture(config.model.path)
+    planning = check_plan(config, architecture, world_size)
+    problems = [*planning, *check_packages(config), *check_files(config)]
+    warnings = warn_run(config, architecture)
+    if command.dry_run and not planning and os.environ.get("RANK", "0") == "0":
+        print(describe_plan(config, architecture, world_size, device_memory_bytes=smallest_gpu_bytes()))
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    if problems:
+        exit_with(problems)
+    if command.dry_run:
+        raise SystemExit(0)
+    return Start(config=config, architecture=architecture, world_size=world_size, warnings=tuple(warnings))
+
+
+def smallest_gpu_bytes() -> int | None:
+    """Memory of this machine's smallest NVIDIA GPU as its driver tells, None where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        shown = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        return min(int(line) for line in shown.split()) * 2**20
+    except (subprocess.SubprocessError, OSError, ValueError):
+        return None

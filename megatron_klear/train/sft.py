@@ -1,0 +1,199 @@
+"""Supervised fine-tuning: read a step, train, now and then validate and save.
+
+`run` wires the rooms together; `fit` is the loop. All ranks execute both in step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_klear.checks import check_resume
+from megatron_klear.config import DataConfig, SFTConfig
+from megatron_klear.data.packing import RowSettings, sequence_work
+from megatron_klear.data.sft import SampleStream, held_out_steps
+from megatron_klear.data.store import TokenStore, open_store
+from megatron_klear.errors import UserError
+from megatron_klear.mcore import manifest
+from megatron_klear.mcore.checkpoint import latest_valid
+from megatron_klear.mcore.engine import Engine
+from megatron_klear.mcore.topology import Topology, world
+from megatron_klear.rl.losses import NLL
+from megatron_klear.settings import SettingsError, write_resolved
+from megatron_klear.start import Start
+from megatron_klear.train.log import RunLog, Throughput, open_log
+from megatron_klear.types import PackedBatch, StepStats
+
+
+class TrainingStopped(UserError, RuntimeError):
+    """The run gave up: too many steps in a row whose loss or gradient was not finite."""
+
+
+def run(start: Start) -> None:
+    """Train from the beginning or from the newest whole checkpoint of the run's folder, to the last step."""
+    config, architecture = start.config, start.architecture
+    with world(config.parallel, config.seed) as topology:
+        _prepare_folder(config, topology)
+        store = open_store(config.data, config.model.path, "train")
+        stream = SampleStream(
+            store,
+            _row_settings(config),
+            work=sequence_work(architecture),
+            aggregation=config.train.aggregation,
+            seed=config.seed,
+            data_rank=topology.data.rank,
+            data_size=topology.data.size,
+        )
+        total_steps = stream.total_steps(config.train.epochs, config.train.steps)
+        engine = Engine(config, topology, total_steps=total_steps, architecture=architecture)
+        checkpoint = latest_valid(checkpoints_of(config), topology)
+        if checkpoint is not None:
+            stream.load_state_dict(engine.load(checkpoint)["data"])
+        device = torch.cuda.get_device_name() if topology.device.type == "cuda" else None
+        throughput = Throughput.of(config, architecture, topology.size, device)
+        with open_log(
+            config, rank=topology.rank, resume_step=engine.step, total_steps=total_steps, throughput=throughput
+        ) as log:
+            for warning in start.warnings:
+                log.say(f"warning: {warning}")
+            if checkpoint is not None:
+                log.say(f"resuming from {checkpoint}, step {engine.step} of {total_steps}")
+            fit(config, engine, stream, Validation.of(config, topology, engine), log, total_steps)
+        engine.close()
+
+
+def fit(
+    config: SFTConfig, engine: Engine, stream: SampleStream, validation: Validation, log: RunLog, total_steps: int
+) -> None:
+    """Train until `total_steps` optimizer steps have been taken."""
+    loss, guard = NLL(), SkipGuard(config.output / "skipped", config.train.max_skipped_steps, engine.topology.rank)
+    capacity = config.train.rows_per_step * config.data.tokens_per_microbatch
+    if engine.step == 0 and config.train.validate_every:
+        validation.report(log)
+    log.start()
+    while engine.step < total_steps:
+        with log.time("data"):
+            batches = stream.next_step()
+        with log.time("train"):
+            stats = engine.train_step(batches, loss)
+        log.step(stats, capacity_tokens=capacity, mean_context=mean_context(batches))
+        guard.observe(stats, batches, log)
+        last = engine.step == total_steps
+        if config.train.validate_every and (last or engine.step % config.train.validate_every == 0):
+            with log.time("validation", outside_step=True):
+                validation.report(log)
+        with log.time("save", outside_step=True):
+            engine.finish_save(blocking=False)
+            if last or (config.checkpoint.save_every and engine.step % config.checkpoint.save_every == 0):
+                save(config, engine, stream, blocking=last)
+
+
+def save(config: SFTConfig, engine: Engine, stream: SampleStream, *, blocking: bool) -> None:
+    """Write a checkpoint of this step and let the oldest go; nothing is removed before a newer one is whole."""
+    engine.save(manifest.step_folder(checkpoints_of(config), engine.step), {"data": stream.state_dict()})
+    if blocking:
+        engine.finish_save()
+    if engine.topology.rank == 0:
+        manifest.retire(checkpoints_of(config), config.checkpoint.keep, config.checkpoint.keep_every)
+
+
+def checkpoints_of(config: SFTConfig) -> Path:
+    """The folder of the run's checkpoints."""
+    return config.output / "checkpoints"
+
+
+def mean_context(batches: Sequence[PackedBatch]) -> float:
+    """Tokens that a token of these rows attends to on average."""
+    lengths = np.concatenate([np.diff(batch.cu_seqlens.numpy()) for batch in batches]).astype(np.float64)
+    return float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Validation:
+    """The loss over the held-out samples; without any, reports nothing."""
+
+    config: SFTConfig
+    store: TokenStore | None
+    engine: Engine
+
+    @classmethod
+    def of(cls, config: SFTConfig, topology: Topology, engine: Engine) -> Validation:
+        """Open the held-out samples, where the settings name any."""
+        data: DataConfig = config.data
+        held_out = bool(data.validation or data.validation_share)
+        return cls(
+            config=config,
+            store=open_store(data, config.model.path, "validation") if held_out else None,
+            engine=engine,
+        )
+
+    def report(self, log: RunLog) -> None:
+        """Compute the loss over all held-out samples under the current weights and log it."""
+        if self.store is None:
+            return
+        topology = self.engine.topology
+        steps = held_out_steps(
+            self.store,
+            _row_settings(self.config),
+            work=sequence_work(self.engine.architecture),
+            aggregation=self.config.train.aggregation,
+            data_rank=topology.data.rank,
+            data_size=topology.data.size,
+        )
+        loss = sum(self.engine.evaluate(batches, NLL()) for batches in steps)
+        log.validation(self.engine.step, {"loss": loss})
+
+
+class SkipGuard:
+    """Watches for steps that were skipped: keeps what led to them, and gives up after `limit` in a row."""
+
+    def __init__(self, folder: Path, limit: int, rank: int) -> None:
+        self.folder, self.limit, self.rank, self.in_a_row = folder, limit, rank, 0
+
+    def observe(self, stats: StepStats, batches: Sequence[PackedBatch], log: RunLog) -> None:
+        """Count a step. Raises TrainingStopped at the limit; a skipped step's rows are dumped first."""
+        if not stats.skipped:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        self.folder.mkdir(parents=True, exist_ok=True)
+        dump = self.folder / f"step-{stats.step:08d}-rank-{self.rank}.pt"
+        torch.save({"stats": stats, "batches": list(batches)}, dump)
+        log.say(
+            f"step {stats.step} was skipped: loss {stats.loss}, gradient norm {stats.grad_norm}; weights are as "
+            f"before, its rows are in {dump}"
+        )
+        if self.in_a_row >= self.limit:
+            raise TrainingStopped(
+                f"{self.in_a_row} steps in a row had a loss or gradient that is not finite (the last one: step "
+                f"{stats.step}, loss {stats.loss}, gradient norm {stats.grad_norm}). Its rows are in {self.folder}; "
+                "lower optimizer.learning_rate, or raise train.max_skipped_steps to let the run go on"
+            )
+
+
+def _row_settings(config: SFTConfig) -> RowSettings:
+    return RowSettings(
+        tokens_per_row=config.data.tokens_per_microbatch,
+        segment_multiple=config.data.segment_multiple,
+        rows_per_step=config.train.rows_per_step,
+        packing=config.data.packing,
+    )
+
+
+def _prepare_folder(config: SFTConfig, topology: Topology) -> None:
+    """Check a run that is there already, clear what a kill left half done, write the resolved settings."""
+    resolved = config.output / "config.toml"
+    if resolved.exists() and manifest.steps(checkpoints_of(config)):
+        errors, _ = check_resume(resolved, config)
+        if errors:
+            raise SettingsError(errors)
+    topology.barrier()
+    if topology.rank == 0:
+        config.output.mkdir(parents=True, exist_ok=True)
+        manifest.sweep(checkpoints_of(config))
+        write_resolved(config, resolved)
+    topology.barrier()

@@ -1,0 +1,53 @@
+"""Same numbers in every layout: loss, gradient norm and log-probs against one process, over five optimizer steps."""
+
+import pytest
+
+from megatron_klear.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, SFTConfig
+from megatron_klear.data.tiny import TinyShape, write_tiny_model
+from megatron_klear.train.verify_layouts import LAYOUTS, ONE_PROCESS, Layout, compare, measure, ragged_samples
+
+TOLERANCE = 1e-5
+STEPS = 5
+MODELS = {
+    "qwen3": ("qwen3", TinyShape(tied_embeddings=True)),
+    "qwen2": ("qwen2", TinyShape(vocab_size=515)),
+    "llama": ("llama", TinyShape()),
+}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def case(request, tmp_path_factory, ranks):
+    """Settings of a tiny model, its samples, and what one process computes for each loss."""
+    family, shape = MODELS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    write_tiny_model(folder / "model", family, shape, weights=False)
+    config = SFTConfig(
+        output=folder / "run",
+        model=ModelConfig(path=folder / "model", weights="random", dtype="fp32"),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        data=DataConfig(train=("unused",), max_length=64, tokens_per_microbatch=64),
+        checkpoint=CheckpointConfig(asynchronous=False),
+    )
+    samples = ragged_samples(shape.vocab_size, longest=64)
+    references = {loss: ranks(1, measure, config, ONE_PROCESS, samples, STEPS, loss)[0] for loss in ("nll", "gppo")}
+    return config, samples, references
+
+
+@pytest.mark.parametrize("loss", ["nll", "gppo"])
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda layout: layout.name)
+def test_layout_gives_the_numbers_of_one_process(case, ranks, layout: Layout, loss: str):
+    config, samples, references = case
+    results = ranks(layout.processes, measure, config, layout, samples, STEPS, loss)
+    for result in results:
+        assert result.losses == results[0].losses
+        assert result.grad_norms == results[0].grad_norms
+    found = compare(results[0], references[loss], samples)
+    assert found.within(TOLERANCE), found
+
+
+def test_the_gate_sees_a_wrong_gradient(case, ranks):
+    """The gate must fail where the steps differ: here by the learning rate."""
+    config, samples, references = case
+    other = config.model_copy(update={"optimizer": OptimizerConfig(learning_rate=1.1e-3)})
+    result = ranks(1, measure, other, ONE_PROCESS, samples, STEPS, "nll")[0]
+    assert not compare(result, references["nll"], samples).within(TOLERANCE)
