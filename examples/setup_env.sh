@@ -8,7 +8,7 @@
 #
 #     KLEAR_VENV=folder     where the environment lies (.venv beside this repository's README)
 #     KLEAR_PYTHON=python   the interpreter to make it with, 3.11 or 3.12 (python3.11, else python3.12)
-#     KLEAR_CUDA=0|1        compile the kernels without or with their CUDA part (with it where there is a GPU)
+#     KLEAR_CUDA=0|1        compile the kernels without or with their CUDA part (with it where there are a GPU and nvcc)
 
 KLEAR_SETUP="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/setup_env.sh"
 if [ "${BASH_SOURCE[0]}" != "$0" ]; then
@@ -110,17 +110,16 @@ install_package() {
     local constraints="$VENV/klear-constraints.txt"
     # A torch that was there before is not held to the pinned version.
     grep -v '^torch==' "$ROOT/constraints.txt" >"$constraints"
-    say "installing the pinned packages and compiling the kernels (KLEAR_CUDA=$KLEAR_CUDA)"
+    say "installing the pinned packages and compiling the kernels"
     pip_install -c "$constraints" 'setuptools>=77' wheel 'pybind11>=3.0' ||
         fail "cannot install setuptools, wheel and pybind11 (pip's words above)"
     pip_install -c "$constraints" --no-build-isolation -e "$ROOT[dev,gguf]" ||
         fail "cannot install this package (pip's words above)"
 }
 
-if [ -z "${KLEAR_CUDA:-}" ]; then
-    if gpu_present; then KLEAR_CUDA=1; else KLEAR_CUDA=0; fi
-fi
-export KLEAR_CUDA
+# Left empty with a GPU: setup.py then compiles the CUDA part where it finds nvcc.
+if [ -z "${KLEAR_CUDA:-}" ] && ! gpu_present; then KLEAR_CUDA=0; fi
+export KLEAR_CUDA="${KLEAR_CUDA:-}"
 if up_to_date; then exit 0; fi
 SECONDS=0
 mkdir -p "$(dirname "$VENV")"
