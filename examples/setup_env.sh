@@ -90,7 +90,7 @@ check_compiler() {
     [ -f "$header" ] || fail "the kernels need $header; on Debian and Ubuntu: apt-get install python3-dev"
 }
 
-pip_install() { "$VENV_PYTHON" -m pip install --quiet "$@" >&2; }
+pip_install() { "$VENV_PYTHON" -m pip install -qq "$@" >&2; }
 
 # First and alone: as another package's dependency it would bring the CUDA libraries to machines without a GPU.
 install_torch() {
