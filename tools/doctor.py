@@ -146,7 +146,7 @@ def probe_kernels() -> Finding:
     from megatron_klear.kernels import available
 
     here = available()
-    instead = "the fused loss runs as chunked torch operations: same numbers, slower"
+    instead = "the fused loss runs as plain torch: slower, and with all logits in memory"
     if not here.built or here.cpu_isa is None:
         return Finding(status="absent", found=here.reason, instead=instead)
     cuda = f"CUDA for {', '.join(here.cuda_archs)}" if here.cuda_archs else "no CUDA part"
@@ -179,9 +179,7 @@ def probe_apex() -> Finding:
         return Finding(found=f"{version_of('apex')}, with amp_C and FusedAdam")
     if import_error("import apex.optimizers"):
         found = f"the installed package called apex is not NVIDIA Apex (PyPI's apex is another project): {error}"
-        return Finding(
-            status="broken", found=found, instead="pip uninstall apex; NVIDIA Apex is built from its sources"
-        )
+        return Finding(status="broken", found=found, instead="pip uninstall apex, and build NVIDIA Apex")
     remedy = f"build NVIDIA Apex with its C++ and CUDA extensions; without: {instead}"
     return Finding(status="broken", found=f"NVIDIA Apex without its extensions: {error}", instead=remedy)
 
@@ -201,9 +199,7 @@ def probe_varlen_attention() -> Finding:
 def probe_vllm() -> Finding:
     # Its import takes long and may start processes; the trainer never does it.
     if importlib.util.find_spec("vllm") is None:
-        return Finding(
-            status="absent", found="not in this environment", instead="local rollout, or vLLM servers elsewhere"
-        )
+        return Finding(status="absent", found="not in this environment", instead="local rollout, or servers elsewhere")
     return Finding(found=version_of("vllm"))
 
 
@@ -275,15 +271,13 @@ def config_problems(path: Path, findings: dict[str, Finding], processes: int | N
             on_cpu = config.parallel.model_copy(update={"device": "cpu"})
             config = config.model_copy(update={"parallel": on_cpu})
         problems += checks.check_packages(config, lambda module: works(module, findings))
-        if isinstance(config, SFTConfig):
-            problems += checks.check_files(config)
-        else:
-            problems += checks.check_output(config.output)
-        if (config.model.path / "config.json").is_file():
-            world_size = processes or int(os.environ.get("WORLD_SIZE", config.parallel.model_size))
-            architecture = read_architecture(config.model.path)
-            plan = checks.check_plan if isinstance(config, SFTConfig) else checks.check_layout
-            problems += plan(config, architecture, world_size)
+        sft = config if isinstance(config, SFTConfig) else None
+        problems += checks.check_files(sft) if sft else checks.check_output(config.output)
+        if config.model.path.is_dir():
+            world_size = processes or config.parallel.model_size
+            shape = read_architecture(config.model.path)
+            plan = checks.check_plan(sft, shape, world_size) if sft else checks.check_layout(config, shape, world_size)
+            problems += plan
         return problems
     except UserError as error:
         return getattr(error, "problems", [str(error)])
