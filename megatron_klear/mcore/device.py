@@ -129,8 +129,12 @@ def _use_cpu_generator() -> None:
 
 
 def _quieten() -> None:
-    """Drop Megatron's import-time notes on packages that are absent or names that moved; the doctor tells of those."""
+    """Drop Megatron's notes on packages that are absent (the doctor tells of those) and on torch names that moved."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, message=r"The \.grad attribute of a Tensor that is not a leaf"
+    )
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
         lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
     )

@@ -89,11 +89,12 @@ class Engine:
         set_rates(self.optimizer, rate, self.run.optimizer.weight_decay)
         stepped, norm = guarded_step(self.optimizer, total, self.run.optimizer.clip_grad)
         self.step += 1
+        real = [batch for batch in batches if batch.num_trained]  # a row without weights only keeps ranks in step
         counts = self.topology.all_reduce(
             [
-                sum(batch.num_tokens for batch in batches),
-                sum(batch.num_trained for batch in batches),
-                sum(len(batch.cu_seqlens) - 1 for batch in batches),
+                sum(batch.num_tokens for batch in real),
+                sum(batch.num_trained for batch in real),
+                sum(len(batch.cu_seqlens) - 1 for batch in real),
             ],
             self.topology.data,
         )

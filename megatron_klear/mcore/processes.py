@@ -78,7 +78,7 @@ class Processes:
             if not ended:
                 return None
             for sentinel in ended:
-                process = running.pop(sentinel)  # type: ignore[call-overload]
+                process = running.pop(sentinel)  # type: ignore[arg-type]
                 process.join()
                 if process.exitcode:
                     raise _error(self._folder, process.exitcode)
