@@ -30,7 +30,8 @@ from megatron_klear.types import PackedBatch, StepStats, TokenLoss
 
 device_shim.install()
 
-from megatron.core.distributed import (  # noqa: E402  (the shim must come first)
+from megatron.core import parallel_state  # noqa: E402  (the shim must come first)
+from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
@@ -258,7 +259,15 @@ def _wrap(models: list[PolicyModel], run: RunConfig, overlap: bool) -> list[Dist
     ]
     for chunk in chunks:
         chunk.broadcast_params()
+        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1:
+            # Nobody to sum with or gather from; gloo would copy all gradients twice and all parameters once a step.
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group.start_grad_sync = group.start_param_sync = _nothing
     return chunks
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 def _sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
