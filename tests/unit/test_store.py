@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_spans_spell_the_mask(mask: list[bool]) -> None:
         assert start < end
         again[start:end] = True
     assert again.tolist() == mask
-    assert all(after[0] > before[1] for before, after in zip(spans, spans[1:], strict=False))
+    assert all(after[0] > before[1] for before, after in pairwise(spans))
 
 
 def test_processes_give_the_same_as_one(tmp_path: Path) -> None:
