@@ -30,7 +30,7 @@ klear_interpreter() {
 }
 
 klear_pip() {
-    python -m pip install --quiet --disable-pip-version-check --no-input "$@"
+    python -m pip install -qq --disable-pip-version-check --no-input "$@"
 }
 
 # The extension is compiled by `pip install -e .`; afterwards only again when its sources change.

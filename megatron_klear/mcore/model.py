@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_klear.architecture import Architecture
-from megatron_klear.config import ModelConfig, RunConfig
+from megatron_klear.config import ModelConfig, RecomputeConfig, RunConfig
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore.layers import PackedAttention, RMSNorm
 from megatron_klear.mcore.rows import LocalRow
@@ -82,15 +82,7 @@ def transformer_config(architecture: Architecture, run: RunConfig, topology: Top
     dtype, cuda = DTYPES[run.model.dtype], topology.device.type == "cuda"
     interleaved = topology.parallel.virtual_pipeline > 1
     _, attention_scaling = inverse_frequencies(architecture)
-    options: dict[str, Any] = {}
-    if run.recompute.granularity == "full":
-        options = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": run.recompute.layers,
-        }
-    elif run.recompute.granularity == "selective":
-        options = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+    options = _recompute_options(run.recompute)
     if run.model.fp8 != "off":
         options["fp8"] = run.model.fp8
     return TransformerConfig(
@@ -144,6 +136,18 @@ def transformer_config(architecture: Architecture, run: RunConfig, topology: Top
         transformer_impl="transformer_engine" if use_transformer_engine(run.model) else "local",
         **options,
     )
+
+
+def _recompute_options(recompute: RecomputeConfig) -> dict[str, Any]:
+    if recompute.granularity == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": recompute.layers,
+        }
+    if recompute.granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+    return {}
 
 
 def _leave(tensor: Tensor) -> Tensor:
