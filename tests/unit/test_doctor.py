@@ -123,7 +123,7 @@ def test_a_run_that_could_start(doctor, run_config, capsys):
     [
         (["--model.weights", "pretrained"], "safetensors"),
         (["--data.train", "nowhere.jsonl"], "data.train"),
-        (["--parallel.tensor", "7"], "parallel.tensor"),
+        (["--parallel.pipeline", "3"], "parallel.pipeline"),
         (["--optimizer.learning_rat", "1"], "optimizer.learning_rate"),
         (["--model.path", "nowhere"], "nowhere"),
         (["--model.attention", "flash", "--parallel.device", "cpu"], "model.attention"),
