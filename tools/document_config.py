@@ -12,8 +12,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pydantic import BaseModel
 
@@ -21,6 +20,7 @@ from megatron_klear.config import SFTConfig
 from megatron_klear.schema import Key, keys_of, tables_in
 from megatron_klear.toml_writer import write_text_atomically
 
+ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "settings.md"
 RUNS: dict[str, type[BaseModel]] = {"pretrain_sft.py": SFTConfig}
 HEADER = """\
