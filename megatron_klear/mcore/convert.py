@@ -9,9 +9,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,17 +128,46 @@ def megatron_to_hf(
     with safetensors_io.staged_folder(out, force) as staging, world(run.parallel) as topology:
         chunks = build_chunks(architecture, run, topology)
         checkpoint.load_weights(source, chunks, topology)
-        manifest.copy_model_files(source / "hf", staging)
-        safetensors_io.state_dtype(staging, DTYPES[name])
-        with SafetensorsWriter(staging, plan, max_shard_bytes) as writer:
-            for tensor_name, whole in hf.iter_hf_weights(chunks, architecture, topology):
-                writer.write(tensor_name, whole)
+        weights = hf.iter_hf_weights(chunks, architecture, topology)
+        _write_folder(staging, weights, plan, source / "hf", max_shard_bytes)
         written = hf.open_weights(architecture, staging)
         unequal = differing(hf.iter_hf_weights(chunks, architecture, topology), written.tensor)
         _refuse(unequal, f"the weights written for {out}")
         if forward_check:
             difference = _logit_difference(chunks, architecture, topology, staging)
     return Verdict(tensors=len(plan), parameters=architecture.num_parameters, dtype=name, logit_difference=difference)
+
+
+def export_hf(
+    weights: Iterator[tuple[str, Tensor]], architecture: Architecture, model_folder: Path, out: Path, *, writer: bool
+) -> None:
+    """Write a model's weights, drawn on every rank, as a Hugging Face folder at `out`, replacing what is there.
+
+    The rank that is the `writer` writes; config.json and tokenizer come from `model_folder`.
+    """
+    name, first = next(weights)
+    drawn = chain([(name, first)], weights)
+    if not writer:
+        for _ in drawn:
+            pass
+        return
+    with safetensors_io.staged_folder(out, force=True) as staging:
+        plan = expected_tensors(architecture, first.dtype)
+        _write_folder(staging, drawn, plan, model_folder, safetensors_io.DEFAULT_SHARD_BYTES)
+
+
+def _write_folder(
+    staging: Path,
+    weights: Iterator[tuple[str, Tensor]],
+    plan: list[TensorSpec],
+    model_folder: Path,
+    max_shard_bytes: int,
+) -> None:
+    manifest.copy_model_files(model_folder, staging)
+    safetensors_io.state_dtype(staging, plan[0].dtype)
+    with SafetensorsWriter(staging, plan, max_shard_bytes) as writer:
+        for name, whole in weights:
+            writer.write(name, whole)
 
 
 def write_checkpoint(run: RunConfig, path: Path, companions: Path) -> None:
