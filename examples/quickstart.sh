@@ -5,7 +5,7 @@
 #     bash examples/quickstart.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source tools/environment.sh
+. examples/setup_env.sh
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 bash examples/sft_tiny_cpu.sh

@@ -1,28 +1,25 @@
 #!/usr/bin/env bash
-# Make the environment, then lint, type-check and test everything; the last line is pytest's.
+# Every check: environment, ruff, mypy, pytest. Ends at the first that fails; pytest's summary is the last line.
 #
-#     bash tests/run.sh [PYTEST ARGUMENTS]
-set -uo pipefail
-cd "$(dirname "$0")/.."
-source tools/environment.sh
+#     bash tests/run.sh                       all tests, the slow ones last
+#     bash tests/run.sh -m 'not slow'         anything given goes to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. examples/setup_env.sh
 
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-failed=()
-
-check() {
-    local start=$SECONDS
-    if ! python -c "import $2" 2>/dev/null; then
-        echo "== $1: not run, this environment has no $2"
-    elif python -m "${@:2}"; then
-        echo "== $1: passed in $((SECONDS - start)) s"
-    else
-        failed+=("$1")
-        echo "== $1: FAILED"
+phase() {
+    local name="$1" start=$SECONDS
+    shift
+    if ! "$@"; then
+        echo "$name failed: $*" >&2
+        exit 1
     fi
+    echo "$name: $((SECONDS - start)) s"
 }
 
-check "lint" ruff check --quiet .
-check "format" ruff format --check --quiet .
-check "types" mypy
-python -m pytest "$@" || failed+=("tests")
-[ ${#failed[@]} -eq 0 ]
+# One thread a process: tests of several ranks fill the cores themselves.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+phase "ruff check" ruff check --quiet .
+phase "ruff format" ruff format --quiet --check .
+phase "mypy" mypy
+exec python -m pytest --durations 10 --durations-min 5 "$@"
