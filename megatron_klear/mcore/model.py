@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_klear.architecture import Architecture
-from megatron_klear.config import ModelConfig, RecomputeConfig, RunConfig
+from megatron_klear.config import ModelConfig, RunConfig
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore.layers import PackedAttention, RMSNorm
 from megatron_klear.mcore.rows import LocalRow
