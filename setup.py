@@ -7,6 +7,7 @@ The CPU part is always built, the CUDA part where nvcc is found. Environment:
 """
 
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +53,11 @@ def find_nvcc() -> str | None:
 def cuda_archs() -> list[str]:
     """The architectures to compile for, as nvcc spells them, with +PTX where asked."""
     listed = os.environ.get("KLEAR_CUDA_ARCHS") or DEFAULT_ARCHS
-    return [arch.strip().replace(".", "") for arch in listed.replace(",", ";").split(";") if arch.strip()]
+    archs = [arch.strip().replace(".", "") for arch in re.split("[;, ]", listed) if arch.strip()]
+    wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch)]
+    if wrong or not archs:
+        raise SystemExit(f"KLEAR_CUDA_ARCHS={listed!r} must read like {DEFAULT_ARCHS!r}")
+    return archs
 
 
 def gencode_flags(archs: list[str]) -> list[str]:

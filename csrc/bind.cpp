@@ -83,21 +83,21 @@ static void bind_cpu(py::module_& module) {
 
 static void bind_cuda(py::module_& module) {
     module.def("cuda_rows", [](const klear_logits& logits, const klear_tokens& tokens, const klear_coefficients& loss,
-                               const klear_outputs& out, int row_kernel, Address stream) {
-        launch([&] { return klear_cuda_rows(&logits, &tokens, &loss, &out, row_kernel, at<void>(stream)); });
+                               const klear_outputs& out, int row_kernel, int device, Address stream) {
+        launch([&] { return klear_cuda_rows(&logits, &tokens, &loss, &out, row_kernel, device, at<void>(stream)); });
     });
-    module.def("cuda_stats", [](const klear_logits& logits, const klear_tokens& tokens, Address stats, Address stream) {
-        launch([&] { return klear_cuda_stats(&logits, &tokens, at<float>(stats), at<void>(stream)); });
+    module.def("cuda_stats", [](const klear_logits& logits, const klear_tokens& tokens, Address stats, int device, Address stream) {
+        launch([&] { return klear_cuda_stats(&logits, &tokens, at<float>(stats), device, at<void>(stream)); });
     });
-    module.def("cuda_combine", [](Address stats, int64_t ranks, int64_t rows, Address combined, Address stream) {
+    module.def("cuda_combine", [](Address stats, int64_t ranks, int64_t rows, Address combined, int device, Address stream) {
         launch([&] {
-            return klear_cuda_combine(at<float>(stats), ranks, rows, at<float>(combined), at<void>(stream));
+            return klear_cuda_combine(at<float>(stats), ranks, rows, at<float>(combined), device, at<void>(stream));
         });
     });
     module.def("cuda_finish", [](const klear_logits& logits, const klear_tokens& tokens, const klear_coefficients& loss,
-                                 Address combined, const klear_outputs& out, Address stream) {
+                                 Address combined, const klear_outputs& out, int device, Address stream) {
         launch([&] {
-            return klear_cuda_finish(&logits, &tokens, &loss, at<float>(combined), &out, at<void>(stream));
+            return klear_cuda_finish(&logits, &tokens, &loss, at<float>(combined), &out, device, at<void>(stream));
         });
     });
     module.def("cuda_archs", &klear_cuda_archs);

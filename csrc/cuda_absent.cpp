@@ -2,13 +2,13 @@
 #include "policy_loss.h"
 
 int klear_cuda_rows(const klear_logits*, const klear_tokens*, const klear_coefficients*, const klear_outputs*, int,
-                    void*) {
+                    int, void*) {
     return KLEAR_NO_CUDA;
 }
-int klear_cuda_stats(const klear_logits*, const klear_tokens*, float*, void*) { return KLEAR_NO_CUDA; }
-int klear_cuda_combine(const float*, int64_t, int64_t, float*, void*) { return KLEAR_NO_CUDA; }
+int klear_cuda_stats(const klear_logits*, const klear_tokens*, float*, int, void*) { return KLEAR_NO_CUDA; }
+int klear_cuda_combine(const float*, int64_t, int64_t, float*, int, void*) { return KLEAR_NO_CUDA; }
 int klear_cuda_finish(const klear_logits*, const klear_tokens*, const klear_coefficients*, const float*,
-                      const klear_outputs*, void*) {
+                      const klear_outputs*, int, void*) {
     return KLEAR_NO_CUDA;
 }
 int klear_cuda_device_count(int* count) {

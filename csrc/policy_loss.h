@@ -126,21 +126,21 @@ int klear_cpu_rows(const klear_logits*, const klear_tokens*, const klear_coeffic
 int klear_cpu_stats(const klear_logits*, const klear_tokens*, float* stats, int threads);
 // Merge [ranks, 4, rows] into [4, rows], in the order of the ranks; bitwise the same on the CPU and on CUDA.
 int klear_cpu_combine(const float* stats, int64_t ranks, int64_t rows, float* combined);
-// Outputs and, where `gradient` is set, this shard's gradient, from the merged statistics. One pass is the same as
-// stats followed by finish, bit for bit on the CPU.
+// Outputs and, where `gradient` is set, this shard's gradient, from the merged statistics.
 int klear_cpu_finish(const klear_logits*, const klear_tokens*, const klear_coefficients*, const float* combined,
                      const klear_outputs*, int threads);
 // The instruction set the next call will use ("avx512", "avx2", "scalar"), null when KLEAR_CPU_ISA cannot be had.
 const char* klear_cpu_isa(void);
 
-// The same on the current CUDA device, ordered on `stream` (a cudaStream_t); nothing synchronises.
+// The same on a CUDA device, which is made current, ordered on `stream` (a cudaStream_t); nothing synchronises.
 enum klear_row_kernel { KLEAR_AUTO = 0, KLEAR_TWO_READ = 1, KLEAR_ONE_READ = 2 };
 int klear_cuda_rows(const klear_logits*, const klear_tokens*, const klear_coefficients*, const klear_outputs*,
-                    int row_kernel, void* stream);
-int klear_cuda_stats(const klear_logits*, const klear_tokens*, float* stats, void* stream);
-int klear_cuda_combine(const float* stats, int64_t ranks, int64_t rows, float* combined, void* stream);
+                    int row_kernel, int device, void* stream);
+int klear_cuda_stats(const klear_logits*, const klear_tokens*, float* stats, int device, void* stream);
+int klear_cuda_combine(const float* stats, int64_t ranks, int64_t rows, float* combined, int device,
+                       void* stream);
 int klear_cuda_finish(const klear_logits*, const klear_tokens*, const klear_coefficients*, const float* combined,
-                      const klear_outputs*, void* stream);
+                      const klear_outputs*, int device, void* stream);
 int klear_cuda_device_count(int* count);
 const char* klear_cuda_archs(void);  // what the CUDA part was compiled for, "" without one
 const char* klear_cuda_error_string(int error);

@@ -2,6 +2,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <vector>
+
 #include "cpu_isa.h"
 
 namespace klear {
@@ -70,24 +72,59 @@ float logit_at(const klear_logits& logits, const Row& row, int64_t column) {
     return from_bf16(half);
 }
 
-RowStats stats_of(const CpuIsa& isa, const klear_logits& logits, const Row& row) {
+// Room for a row's powers and its blocks' maxima, one a thread.
+struct Powers {
+    float* row;
+    float* maxima;
+};
+
+RowStats stats_of(const CpuIsa& isa, const klear_logits& logits, const Row& row, Powers powers) {
     RowStats stats;
+    // read first: the powers may overwrite it
+    const float target = row.target < 0 ? 0.0f : logit_at(logits, row, row.target);
     (logits.logits_type == KLEAR_F32 ? isa.stats_f32 : isa.stats_bf16)(row.logits, logits.valid_columns, row.scale,
-                                                                      &stats);
-    stats.target = row.target < 0 ? INFINITY : fmaf(logit_at(logits, row, row.target), row.scale, -stats.max);
+                                                                      &stats, powers.row, powers.maxima);
+    stats.target = row.target < 0 ? INFINITY : fmaf(target, row.scale, -stats.max);
     return stats;
 }
 
-void write_gradient(const CpuIsa& isa, const klear_logits& logits, const Row& row, const RowGradient& gradient) {
+// A second exponential for each column would cost more than writing and reading the first. The entropy term needs the
+// exponents too, and computes them again.
+Powers powers_for(const klear_logits& logits, const klear_coefficients& loss, const Row& row) {
+    thread_local std::vector<float> scratch;
+    if (!row.gradient || loss.entropy_coefficient != 0.0f) return {nullptr, nullptr};
+    const int64_t blocks = logits.valid_columns / kCpuBlock + 1;
+    const bool in_gradient = logits.gradient_type == KLEAR_F32;
+    const size_t needed = static_cast<size_t>(blocks + (in_gradient ? 0 : logits.valid_columns));
+    if (scratch.size() < needed) scratch.resize(needed);
+    return {in_gradient ? reinterpret_cast<float*>(row.gradient) : scratch.data() + blocks, scratch.data()};
+}
+
+void fill_nan(char* gradient, int64_t columns, int64_t size) {
+    const float nan = NAN;
+    const uint16_t half = to_bf16(nan);
+    const void* value = size == 4 ? static_cast<const void*>(&nan) : &half;
+    for (int64_t j = 0; j < columns; ++j) memcpy(gradient + j * size, value, static_cast<size_t>(size));
+}
+
+void write_gradient(const CpuIsa& isa, const klear_logits& logits, const Row& row, const RowGradient& gradient,
+                    Powers powers) {
     const int64_t size = size_of(logits.gradient_type);
     if (gradient.zero) {
         memset(row.gradient, 0, static_cast<size_t>(logits.columns * size));
         return;
     }
-    auto sweep = logits.logits_type == KLEAR_BF16     ? isa.gradient_bf16_bf16
-                 : logits.gradient_type == KLEAR_BF16 ? isa.gradient_f32_bf16
+    if (gradient.target != gradient.target) {
+        fill_nan(row.gradient, logits.valid_columns, size);  // the powers may have taken the place of the logits
+    } else if (powers.row) {
+        auto scale = size == 4 ? isa.scale_f32 : isa.scale_bf16;
+        scale(powers.row, powers.maxima, row.gradient, logits.valid_columns, gradient);
+    } else {
+        auto sweep = logits.logits_type == KLEAR_BF16 ? isa.gradient_bf16_bf16
+                     : size == 2                      ? isa.gradient_f32_bf16
                                                       : isa.gradient_f32_f32;
-    sweep(row.logits, row.gradient, logits.valid_columns, row.scale, gradient);
+        sweep(row.logits, row.gradient, logits.valid_columns, row.scale, gradient);
+    }
     memset(row.gradient + logits.valid_columns * size, 0,
            static_cast<size_t>((logits.columns - logits.valid_columns) * size));
     if (row.target < 0) return;
@@ -143,7 +180,7 @@ int klear_cpu_stats(const klear_logits* logits, const klear_tokens* tokens, floa
     for_each_row(*logits, threads, [&](int64_t i) {
         const bool skipped = row_skipped(*tokens, i);
         store_stats(stats, logits->rows, i,
-                    skipped ? RowStats{0.0f, 1.0f, 0.0f, 0.0f} : stats_of(*isa, *logits, row_at(*logits, *tokens, i)));
+                    skipped ? RowStats{0.0f, 1.0f, 0.0f, 0.0f} : stats_of(*isa, *logits, row_at(*logits, *tokens, i), {nullptr, nullptr}));
     });
     return 0;
 }
@@ -164,7 +201,7 @@ int klear_cpu_finish(const klear_logits* logits, const klear_tokens* tokens, con
         if (row_skipped(*tokens, i)) return write_skipped(*logits, row, *out, i);
         const RowStats stats = load_stats(combined, logits->rows, i);
         const RowGradient gradient = finish_row(stats, *tokens, *loss, *out, i, true);
-        if (row.gradient) write_gradient(*isa, *logits, row, gradient);
+        if (row.gradient) write_gradient(*isa, *logits, row, gradient, {nullptr, nullptr});
     });
     return 0;
 }
@@ -177,9 +214,10 @@ int klear_cpu_rows(const klear_logits* logits, const klear_tokens* tokens, const
     for_each_row(*logits, threads, [&](int64_t i) {
         const Row row = row_at(*logits, *tokens, i);
         if (row_skipped(*tokens, i)) return write_skipped(*logits, row, *out, i);
-        const RowStats stats = stats_of(*isa, *logits, row);
+        const Powers powers = powers_for(*logits, *loss, row);
+        const RowStats stats = stats_of(*isa, *logits, row, powers);
         const RowGradient gradient = finish_row(stats, *tokens, *loss, *out, i, true);
-        if (row.gradient) write_gradient(*isa, *logits, row, gradient);
+        if (row.gradient) write_gradient(*isa, *logits, row, gradient, powers);
     });
     return 0;
 }

@@ -164,7 +164,7 @@ KLEAR_HD RowGradient finish_row(const RowStats& stats, const klear_tokens& token
     int status = 0;
     if (!(stats.sum > 0.0f && stats.sum < INFINITY)) status |= KLEAR_NOT_FINITE;
     if (stats.target == INFINITY) status |= KLEAR_TARGET_ABSENT;
-    if (stats.target == -INFINITY) status |= KLEAR_TARGET_MASKED;
+    if (stats.target == -INFINITY && !status) status |= KLEAR_TARGET_MASKED;
     const bool broken = (status & (KLEAR_NOT_FINITE | KLEAR_TARGET_ABSENT)) != 0;
 
     const float log2_sum = log2f(stats.sum);

@@ -11,8 +11,8 @@ batch has the one length T. The letters used in this package:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import TYPE_CHECKING, Literal, Protocol
+from enum import IntEnum, StrEnum
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,58 @@ class Sample:
     logprobs: npt.NDArray[np.float32] | None = None  # [n]
     policy_version: int = 0
     finish: Literal["stop", "length", "none"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One problem to roll out. `ground_truth` is whatever the reward of its `data_source` needs."""
+
+    id: str
+    data_source: str
+    tokens: npt.NDArray[np.int32]  # [prompt], through the chat template, generation prompt included
+    text: str
+    ground_truth: Any
+
+
+class Verdict(StrEnum):
+    """How the grading of a response ended."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    MALFORMED = "malformed"
+    """No answer could be read, or the thinking format is broken."""
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """What a reward said of one response."""
+
+    reward: float
+    verdict: Verdict
+    note: str = ""
+    """Why, in words for a person: the answer that was read, the error."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The samples drawn from one prompt, their texts, and once graded their scores, one per sample.
+
+    A sample's tokens are the prompt's followed by the response's; `trained` is true on the response.
+    """
+
+    prompt: Prompt
+    samples: list[Sample]
+    texts: list[str]
+    scores: list[Score] | None = None
+
+    @property
+    def rewards(self) -> npt.NDArray[np.float64]:
+        """The samples' rewards [samples]. Raises ValueError before grading."""
+        if self.scores is None:
+            raise ValueError(f"group of prompt {self.prompt.id} is not graded yet")
+        return np.array([score.reward for score in self.scores])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,7 +40,10 @@ def parse(text: str) -> TokenLoss:
             arguments[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError) as error:
             raise ValueError(f"{text!r}: the value of {key} must be a number, not {value!r}") from error
-    loss = resolve_loss(name, arguments)
+    try:
+        loss = resolve_loss(name, arguments)
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from error
     if not callable(loss) or hasattr(loss, "token_loss"):
         loss = cast(Any, loss).token_loss()
     return cast(TokenLoss, loss)

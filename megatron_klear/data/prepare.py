@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,8 @@ from typing import Any
 
 from .arithmetic import INSTRUCTION, training_row
 from .rows import DataError
+
+logger = logging.getLogger(__name__)
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
@@ -42,7 +45,8 @@ def math_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a MATH-like JSON list: `problem` and `answer`, and where there is one a `solution`.
 
     A model's own `message_thinking` and `message_content` are kept as they are (`gtruth_answer` is then the answer). A
-    problem without any of them gives a row without `response`, which only reinforcement learning can use.
+    problem without any of them gives a row without `response`, which only reinforcement learning can use. An entry
+    with no answer is left out with a warning.
     Raises DataError with file and entry for anything else.
     """
     try:
@@ -52,10 +56,12 @@ def math_rows(path: Path) -> Iterator[dict[str, Any]]:
     if not isinstance(entries, list):
         raise DataError(f"{path}: expected a list of objects with `problem` and `answer`")
     for number, entry in enumerate(entries, 1):
-        answer = entry.get("answer", entry.get("gtruth_answer")) if isinstance(entry, dict) else None
-        if answer is None or "problem" not in entry:
+        if not isinstance(entry, dict) or "problem" not in entry or not {"answer", "gtruth_answer"} & set(entry):
             raise DataError(f"{path}: entry {number}: expected an object with `problem` and `answer`")
-        answer = str(answer)
+        answer = _answer_text(entry.get("answer", entry.get("gtruth_answer")))
+        if not answer:
+            logger.warning("%s: entry %d has no answer and is left out", path, number)
+            continue
         thinking, conclusion = entry.get("solution"), _conclusion(answer)
         if entry.get("message_thinking"):
             thinking, conclusion = entry["message_thinking"].strip("\n"), entry["message_content"].lstrip("\n")
@@ -88,6 +94,15 @@ def write_rows(rows: Iterable[dict[str, Any]], output: Path, *, force: bool = Fa
     finally:
         partial.unlink(missing_ok=True)
     return count
+
+
+def _answer_text(answer: object) -> str:
+    """An answer as text: the first of a list of equal ones, a whole number without its `.0`, nothing for a null."""
+    if isinstance(answer, list):
+        answer = answer[0] if answer else None
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    return "" if answer is None else str(answer).strip()
 
 
 def _conclusion(answer: str) -> str:

@@ -21,6 +21,7 @@ from megatron_klear.kernels.vocab_parallel import VocabShard, gather_sequence, g
 from megatron_klear.types import LossCoefficients, LossKind
 
 Selection = slice | Tensor
+SILENT = 1  # the group of tokens that have a weight but no gradient
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,20 +64,23 @@ class Head:
     logits_dtype: torch.dtype
     chunk_tokens: int | None = None
 
-    def chunks(self, index: Tensor) -> Iterator[tuple[Selection, Tensor]]:
-        """The tokens of `index`, chunk by chunk, each with room for its logits; one buffer serves all chunks."""
-        count = len(index)
-        if count == 0:
-            return
+    def chunks(self, *groups: Tensor) -> Iterator[tuple[int, Selection, Tensor]]:
+        """Chunk by chunk the tokens of each group of indices: the group, the tokens, and room for their logits.
+
+        One buffer serves all chunks.
+        """
         columns, device = self.weight.shape[0], self.weight.device
-        size = self.chunk_tokens or gemm.chunk_size(count, columns, self.logits_dtype, device)
-        buffer = gemm.logits_buffer(min(size, count), columns, self.logits_dtype, device)
-        first, last = (int(end) for end in index[[0, -1]].tolist())
-        adjacent = last - first + 1 == count
-        for start in range(0, count, size):
-            stop = min(start + size, count)
-            selection = slice(first + start, first + stop) if adjacent else index[start:stop]
-            yield selection, buffer[: stop - start]
+        longest = max(1, *map(len, groups))
+        size = self.chunk_tokens or gemm.chunk_size(longest, columns, self.logits_dtype, device)
+        buffer = gemm.logits_buffer(min(size, longest), columns, self.logits_dtype, device)
+        for group, index in enumerate(groups):
+            count = len(index)
+            first, last = index[[0, -1]].tolist() if count else (0, -1)
+            adjacent = last - first + 1 == count
+            for start in range(0, count, size):
+                stop = min(start + size, count)
+                selection = slice(first + start, first + stop) if adjacent else index[start:stop]
+                yield group, selection, buffer[: stop - start]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,20 +152,19 @@ def policy_loss_chunks(
         active, silent = active[:0], torch.cat((active, silent)).sort().values
     outputs = _zeros(len(tokens.targets), hidden.device)
     total = torch.zeros_like(hidden) if hidden_gradient else None
-    for selection, logits in head.chunks(active):
+    for group, selection, logits in head.chunks(active, silent):
         chunk = hidden[selection]
         gemm.logits_into(logits, chunk, head.weight)
         gradient = gemm.gradient_memory(logits, head.weight)
         _store(outputs, selection, _row_losses(head, logits, tokens.take(selection), terms, gradient))
+        if group == SILENT:
+            continue
         if total is not None and isinstance(selection, slice):
             torch.mm(gradient, head.weight, out=total[selection])
         elif total is not None:
             total[selection] = gradient @ head.weight
         if weight_gradient is not None:
             gemm.add_weight_gradient(weight_gradient, gradient, chunk)
-    for selection, logits in head.chunks(silent):
-        gemm.logits_into(logits, hidden[selection], head.weight)
-        _store(outputs, selection, _row_losses(head, logits, tokens.take(selection), terms, logits))
     if total is not None:
         total = reduce_hidden_gradient(total, shard, sequence_parallel)
     return Gradients(outputs=outputs, hidden=total)
@@ -183,7 +186,7 @@ def logprob_chunks(
     mask = torch.ones_like(targets, dtype=torch.bool) if wanted is None else wanted
     index = weighted_rows(mask, targets, head.vocab_size)
     outputs = _zeros(len(targets), hidden.device)
-    for selection, logits in head.chunks(index):
+    for _, selection, logits in head.chunks(index):
         gemm.logits_into(logits, hidden[selection], head.weight)
         target = targets[selection].contiguous()
         scale = temperature[selection].contiguous() if isinstance(temperature, Tensor) else temperature

@@ -77,6 +77,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def stream_of(device: torch.device) -> int:
-    """Address of the current CUDA stream, on which launches are ordered."""
-    return int(torch.cuda.current_stream(device).cuda_stream)
+def launch_place(device: torch.device) -> tuple[int, int]:
+    """Index of a CUDA device and address of its current stream, on which launches are ordered."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, int(torch.cuda.current_stream(device).cuda_stream)

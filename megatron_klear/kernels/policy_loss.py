@@ -27,6 +27,7 @@ from megatron_klear.kernels.reference import (
     WeightGrad,
     check_weight_grad,
     fused_policy_loss_ref,
+    mark_head,
     vocab_parallel_logprobs_ref,
     weighted_rows,
 )
@@ -129,7 +130,7 @@ class PolicyLossCall:
     """[V_local, H] float32, where the head's gradient is added during this call."""
     weight_grad: WeightGrad
     """"autograd" returns the head's gradient in backward. "main_grad" adds it to `main_grad` and sets Megatron's flag
-    `grad_added_to_main_grad` in backward. "main_grad_tied" adds it and leaves the flag alone: for a head tied to an
+    `grad_added_to_main_grad`. "main_grad_tied" adds it and leaves the flag alone: for a head tied to an
     embedding of the same stage, whose own gradient is still to be added."""
     loss_scale: float
     """With a `main_grad`, the scale that backward will give the loss."""
@@ -195,6 +196,7 @@ class PolicyLossCall:
             results = ops.PolicyLossInto.apply(  # type: ignore[no-untyped-call]
                 self.hidden, self.weight, self.weight_grad, self.loss_scale, self.main_grad, *shared
             )
+            mark_head(self.weight, self.weight_grad)
         else:
             wanted = (learning and self.hidden.requires_grad, learning and self.weight.requires_grad)
             results = ops.policy_loss(self.hidden, self.weight, *shared, *wanted)

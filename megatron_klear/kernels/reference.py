@@ -52,19 +52,25 @@ class _HeadWeight(torch.autograd.Function):
         if ctx.mode == "autograd":
             return grad_outputs[0].to(weight.dtype), None, None, None
         ctx.main_grad.add_(grad_outputs[0])
+        mark_head(weight, ctx.mode)
         return head_gradient_stub(weight, ctx.mode), None, None, None
 
 
 def head_gradient_stub(weight: Tensor, mode: WeightGrad) -> Tensor | None:
     """What backward returns for a head whose gradient is in main_grad already, by Megatron's convention.
 
-    Untied: the flag `grad_added_to_main_grad` is set and a tensor of no meaning makes the parameter's hooks run.
-    Tied to the embedding in the same stage: nothing, since the embedding's own gradient will make them run.
+    Untied: a tensor of no meaning, which makes the parameter's hooks run; they see the flag of `mark_head` and leave
+    it. Tied to the embedding in the same stage: nothing, since the embedding's own gradient will make them run.
     """
     if mode == "main_grad_tied":
         return None
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+def mark_head(weight: Tensor, mode: WeightGrad) -> None:
+    """Set Megatron's flag on a head whose gradient goes to main_grad without autograd."""
+    if mode == "main_grad":
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
 
 
 def check_weight_grad(weight: Tensor, main_grad: Tensor | None, mode: WeightGrad) -> None:
@@ -98,15 +104,15 @@ def _row_terms(logits: Tensor, targets: Tensor, shard: VocabShard) -> tuple[Tens
     """Log-prob of the target, entropy and log-sum-exp of each row, [T], over all shards."""
     top = gather_shards(logits.detach().amax(dim=-1), shard).amax(dim=0)
     shifted = logits - top.unsqueeze(-1)
-    total = sum_shards(shifted.exp().sum(dim=-1), shard)
+    exponentials = shifted.exp()
+    total = sum_shards(exponentials.sum(dim=-1), shard)
     local = targets - shard.start
     here = (local >= 0) & (local < shard.valid)
     picked = shifted.gather(-1, local.clamp(0, logits.shape[1] - 1).unsqueeze(-1)).squeeze(-1)
     target = sum_shards(torch.where(here, picked, torch.zeros_like(picked)), shard)
     log_total = total.log()
-    probabilities = (shifted - log_total.unsqueeze(-1)).exp()
     finite = shifted.masked_fill(shifted.isneginf(), 0)  # 0 * -inf is NaN, in the entropy and in its gradient
-    entropy = log_total - sum_shards((probabilities * finite).sum(dim=-1), shard)
+    entropy = log_total - sum_shards((exponentials * finite).sum(dim=-1), shard) / total
     return target - log_total, entropy, top + log_total.detach()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_klear.kernels.extension import extension, on_device, stream_of
+from megatron_klear.kernels.extension import extension, launch_place, on_device
 from megatron_klear.types import LossCoefficients, LossKind
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -138,7 +138,7 @@ def combine_stats(stats: Tensor) -> Tensor:
         module.cpu_combine(stats.data_ptr(), ranks, count, combined.data_ptr())
     else:
         with on_device(stats.device):
-            module.cuda_combine(stats.data_ptr(), ranks, count, combined.data_ptr(), stream_of(stats.device))
+            module.cuda_combine(stats.data_ptr(), ranks, count, combined.data_ptr(), *launch_place(stats.device))
     return combined
 
 
@@ -282,7 +282,7 @@ class _Rows:
             getattr(self.module, f"cpu_{name}")(*arguments, self.threads)
             return
         with on_device(self.device):
-            getattr(self.module, f"cuda_{name}")(*arguments, stream_of(self.device))
+            getattr(self.module, f"cuda_{name}")(*arguments, *launch_place(self.device))
 
     def _address(self, name: str, tensor: Tensor | None) -> int:
         if tensor is None:

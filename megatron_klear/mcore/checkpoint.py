@@ -233,6 +233,7 @@ def _set_weights(models: list[PolicyModel], loaded: dict[str, Any]) -> None:
 
 def _publish(hidden: Path, path: Path, topology: Topology) -> None:
     """Hash what was written (each rank a share of the files) and rename it into place."""
+    topology.barrier()  # every rank must see every file, whole, before the names are divided among them
     shares: list[Any] = [None] * topology.size
     dist.all_gather_object(shares, manifest.hash_files(hidden, topology.rank, topology.size))
     if topology.rank == 0:

@@ -27,6 +27,8 @@ _MODEL_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
 )
 
 

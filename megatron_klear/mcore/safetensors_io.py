@@ -47,7 +47,6 @@ _DTYPES: dict[str, torch.dtype] = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".pt", ".gguf")
-_COMPANION_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".md", "LICENSE", "NOTICE")
 
 
 class SafetensorsError(UserError, ValueError):
@@ -278,29 +277,14 @@ def _shards(plan: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]
     return shards
 
 
-def copy_model_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> list[str]:
-    """Copy what a model folder holds beside its weights (config, tokenizer, chat template, licence); their names.
-
-    With `dtype`, a config.json that states another precision is corrected; otherwise files stay byte for byte.
-    """
-    copied = []
-    for path in sorted(Path(source).iterdir()):
-        wanted = path.name.endswith(_COMPANION_SUFFIXES) and not path.name.endswith(_WEIGHT_SUFFIXES)
-        if wanted and path.is_file() and not path.name.startswith("."):
-            shutil.copyfile(path, Path(target) / path.name)
-            copied.append(path.name)
-    templates = Path(source) / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, Path(target) / templates.name)
-        copied.append(templates.name)
-    config_path = Path(target) / "config.json"
-    if dtype is not None and config_path.is_file():
-        config = json.loads(config_path.read_text())
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        name = str(dtype).removeprefix("torch.")
-        if config.get(key) != name:
-            config_path.write_text(json.dumps({**config, key: name}, indent=2) + "\n")
-    return copied
+def state_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Make the folder's config.json state the precision of its weights; left byte for byte where it already does."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    name = str(dtype).removeprefix("torch.")
+    if config.get(key) != name:
+        path.write_text(json.dumps({**config, key: name}, indent=2) + "\n")
 
 
 def check_writable(path: Path, force: bool) -> None:

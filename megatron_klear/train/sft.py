@@ -20,6 +20,7 @@ from megatron_klear.data.store import TokenStore, open_store
 from megatron_klear.errors import UserError
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.checkpoint import latest_valid
+from megatron_klear.mcore.convert import export_hf
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import Topology, world
 from megatron_klear.rl.losses import NLL
@@ -64,6 +65,9 @@ def run(start: Start) -> None:
                 log.say(f"resuming from {checkpoint}, step {engine.step} of {total_steps}")
             fit(config, engine, stream, Validation.of(config, topology, engine), log, total_steps)
         engine.close()
+        if config.checkpoint.export_hf:
+            weights = engine.hf_weights()
+            export_hf(weights, architecture, config.model.path, config.output / "hf", writer=topology.rank == 0)
 
 
 def fit(

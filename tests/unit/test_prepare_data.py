@@ -71,8 +71,9 @@ def test_all_of_gsm8k(shared_data: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "count", "with_response"),
     [
-        ("math/math_train_7474.json", 7474, False),
+        ("math/math_train_7474.json", 7470, False),
         ("math/math500_test.json", 500, True),
+        ("math/amc.json", 83, False),
         ("long_cot/sample_openrouter_outputs.json", 5, True),
     ],
 )
@@ -102,6 +103,14 @@ def test_bad_math_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "raw").write_text(content)
     with pytest.raises(DataError, match="raw"):
         list(math_rows(tmp_path / "raw"))
+
+
+def test_answers_become_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    answers = ["\\frac{1}{2}", 25.0, 2.5, ["a", "b"], 7, None]
+    (tmp_path / "raw").write_text(json.dumps([{"problem": "p", "answer": answer} for answer in answers]))
+    rows = list(math_rows(tmp_path / "raw"))
+    assert [row["reward_model"]["ground_truth"] for row in rows] == ["\\frac{1}{2}", "25", "2.5", "a", "7"]
+    assert "entry 6 has no answer" in caplog.text
 
 
 def test_existing_output_survives(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from megatron_klear.mcore.safetensors_io import (
     SafetensorsFolder,
     SafetensorsWriter,
     TensorSpec,
-    copy_model_files,
     staged_folder,
+    state_dtype,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -130,16 +130,10 @@ def test_existing_folder_needs_force_and_survives_failure(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "out"]
 
 
-def test_companion_files_stay_byte_for_byte_but_for_a_changed_dtype(tmp_path: Path) -> None:
-    source, same, other = (tmp_path / name for name in ("source", "same", "other"))
-    for folder in (source, same, other):
-        folder.mkdir()
-    (source / "config.json").write_text('{"torch_dtype":   "float32"}')
-    (source / "tokenizer.json").write_text("{}")
-    (source / "chat_template.jinja").write_text("{{ x }}")
-    save_file({"a": torch.ones(1)}, source / "model.safetensors")
-    assert copy_model_files(source, same, torch.float32) == ["chat_template.jinja", "config.json", "tokenizer.json"]
-    assert (same / "config.json").read_bytes() == (source / "config.json").read_bytes()
-    assert not (same / "model.safetensors").exists()
-    copy_model_files(source, other, torch.bfloat16)
-    assert json.loads((other / "config.json").read_text()) == {"torch_dtype": "bfloat16"}
+def test_config_states_the_dtype_and_is_else_left_byte_for_byte(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"torch_dtype":   "float32"}')
+    state_dtype(tmp_path, torch.float32)
+    assert config.read_text() == '{"torch_dtype":   "float32"}'
+    state_dtype(tmp_path, torch.bfloat16)
+    assert json.loads(config.read_text()) == {"torch_dtype": "bfloat16"}

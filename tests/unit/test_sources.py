@@ -21,7 +21,7 @@ def read(path: Path) -> list[tuple[int, Any]]:
 BAD_LINES = {
     "not JSON": ("{", "not valid JSON"),
     "not UTF-8": ('{"prompt": "\xff"}', "not valid JSON"),
-    "a list": ("[]", "of type list"),
+    "a list": ("[1]", "of type list"),
     "other keys": ('{"question": "q", "answer": "a"}', "has the keys answer, question"),
     "no response": ('{"prompt": "q"}', "has the keys prompt"),
     "response is a number": ('{"prompt": "q", "response": 1}', "`response` is of type int"),

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,30 +68,33 @@ def test_store_holds_what_the_tokenizer_gives(data: Path) -> None:
         store[len(store)]
 
 
-def test_megatron_reads_the_same_tokens(data: Path) -> None:
-    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+MEGATRON = """
+import json, sys
+import numpy as np, torch
+from megatron_klear.mcore.device import install
+install()
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+ours, copy = sys.argv[1:]
+data, builder = IndexedDataset(ours), IndexedDatasetBuilder(copy + ".bin", dtype=np.int32)
+for index in range(len(data)):
+    assert data[index].dtype == np.int32
+    builder.add_document(torch.from_numpy(data[index].copy()), [len(data[index])])
+builder.finalize(copy + ".idx")
+print(json.dumps([data.document_indices.tolist(), [data[index].tolist() for index in range(len(data))]]))
+"""
+
+
+def test_megatron_reads_the_same_tokens_and_writes_the_same_bytes(data: Path, tmp_path: Path) -> None:
+    """In a process of its own: Megatron on a CPU changes torch for the whole process."""
     store = open_store(config_of(data), TINY)
-    theirs = indexed_dataset.IndexedDataset(str(store.folder / "rows"))
-    assert len(theirs) == len(store)
-    assert theirs.document_indices.tolist() == list(range(len(store) + 1))
-    for index in range(len(store)):
-        assert theirs[index].dtype == np.int32
-        assert np.array_equal(theirs[index], store[index].tokens)
-
-
-def test_files_are_bytewise_those_of_megatrons_builder(tmp_path: Path) -> None:
-    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    import torch
-
-    sequences = [np.arange(n, dtype=np.int32) for n in (3, 1, 700)]
-    builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.int32)
-    with IndexedWriter(tmp_path / "ours") as writer:
-        for sequence in sequences:
-            builder.add_document(torch.from_numpy(sequence), [len(sequence)])
-            writer.append(sequence)
-    builder.finalize(str(tmp_path / "theirs.idx"))
+    ours, copy = store.folder / "rows", tmp_path / "copy"
+    command = [sys.executable, "-c", MEGATRON, str(ours), str(copy)]
+    output = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=True).stdout
+    documents, sequences = json.loads(output.splitlines()[-1])
+    assert documents == list(range(len(store) + 1))
+    assert sequences == [sample.tokens.tolist() for sample in store]
     for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
+        assert ours.with_suffix(suffix).read_bytes() == copy.with_suffix(suffix).read_bytes()
 
 
 @settings(max_examples=30, deadline=None)
@@ -122,7 +126,7 @@ def test_spans_spell_the_mask(mask: list[bool]) -> None:
         assert start < end
         again[start:end] = True
     assert again.tolist() == mask
-    assert all(after[0] > before[1] for before, after in zip(spans, spans[1:], strict=False))
+    assert all(after[0] > before[1] for before, after in pairwise(spans))
 
 
 def test_processes_give_the_same_as_one(tmp_path: Path) -> None:
@@ -264,7 +268,8 @@ def test_damaged_store_is_built_again(data: Path, name: str, how: str, caplog: p
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 OPEN = """

@@ -1,0 +1,220 @@
+// What the row kernels share: 16-byte units of a row, exponentials, and reductions in a fixed order.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "row_math.h"
+
+namespace klear {
+
+struct RowArguments {
+    klear_logits logits;
+    klear_tokens tokens;
+    klear_coefficients loss;
+    klear_outputs out;
+    float* stats;  // [4, rows], in or out by phase
+};
+
+struct bf16 {
+    uint16_t bits;
+};
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// The larger of two, NaN if either is: a NaN logit must reach the sums.
+__device__ __forceinline__ float max_nan(float a, float b) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
+__device__ __forceinline__ float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {  // round to nearest even
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// 16 bytes of a row of logits.
+template <class T>
+struct Unit;
+
+template <>
+struct Unit<float> {
+    static constexpr int kSize = 4;
+    static constexpr uint32_t kEmpty = 0xff800000u;  // -inf
+    static __device__ __forceinline__ void unpack(const uint4& raw, float (&x)[kSize]) {
+        x[0] = __uint_as_float(raw.x);
+        x[1] = __uint_as_float(raw.y);
+        x[2] = __uint_as_float(raw.z);
+        x[3] = __uint_as_float(raw.w);
+    }
+    static __device__ __forceinline__ float load(const void* row, int64_t column) {
+        return static_cast<const float*>(row)[column];
+    }
+};
+
+template <>
+struct Unit<bf16> {
+    static constexpr int kSize = 8;
+    static constexpr uint32_t kEmpty = 0xff80ff80u;
+    static __device__ __forceinline__ void unpack(const uint4& raw, float (&x)[kSize]) {
+        const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            x[2 * i] = low_half(pairs[i]);
+            x[2 * i + 1] = high_half(pairs[i]);
+        }
+    }
+    static __device__ __forceinline__ float load(const void* row, int64_t column) {
+        return low_half(static_cast<const uint16_t*>(row)[column]);
+    }
+};
+
+template <class T>
+__device__ __forceinline__ uint4 empty_unit() {
+    constexpr uint32_t e = Unit<T>::kEmpty;
+    return make_uint4(e, e, e, e);
+}
+
+// A unit that straddles the end of the valid columns, or lies past it: what is not valid becomes -inf.
+template <class T>
+__device__ __forceinline__ uint4 masked_unit(uint4 raw, int unit, int valid_columns) {
+    const int left = valid_columns - unit * Unit<T>::kSize;
+    if (left >= Unit<T>::kSize) return raw;
+    uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+    constexpr int kPerWord = Unit<T>::kSize / 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (left <= i * kPerWord) {
+            words[i] = Unit<T>::kEmpty;
+        } else if (kPerWord == 2 && left == 2 * i + 1) {
+            words[i] = (words[i] & 0xffffu) | (Unit<T>::kEmpty & 0xffff0000u);
+        }
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// The gradient of one unit of logits: as wide as the unit, or half of it where fp32 is narrowed to bf16.
+template <class T, class G>
+__device__ __forceinline__ void store_unit(void* row, int unit, const float (&y)[Unit<T>::kSize]) {
+    if constexpr (sizeof(G) == 4) {
+        static_cast<uint4*>(row)[unit] = make_uint4(__float_as_uint(y[0]), __float_as_uint(y[1]), __float_as_uint(y[2]),
+                                                    __float_as_uint(y[3]));
+    } else if constexpr (sizeof(T) == 4) {
+        static_cast<uint2*>(row)[unit] = make_uint2(pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]));
+    } else {
+        static_cast<uint4*>(row)[unit] = make_uint4(pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]),
+                                                    pack_bf16(y[4], y[5]), pack_bf16(y[6], y[7]));
+    }
+}
+
+template <class G>
+__device__ __forceinline__ void store_column(void* row, int column, float value) {
+    if constexpr (sizeof(G) == 4)
+        static_cast<float*>(row)[column] = value;
+    else
+        static_cast<uint16_t*>(row)[column] = static_cast<uint16_t>(pack_bf16(value, 0.0f));
+}
+
+template <class T>
+__device__ __forceinline__ float unit_max(const uint4& raw) {
+    float x[Unit<T>::kSize];
+    Unit<T>::unpack(raw, x);
+    float largest = x[0];
+#pragma unroll
+    for (int i = 1; i < Unit<T>::kSize; ++i) largest = fmaxf(largest, x[i]);
+    return largest;
+}
+
+// The largest of two halves, each a maximum of its own.
+__device__ __forceinline__ uint32_t max_pairs(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
+
+template <>
+__device__ __forceinline__ float unit_max<bf16>(const uint4& raw) {
+    const uint32_t pair = max_pairs(max_pairs(raw.x, raw.y), max_pairs(raw.z, raw.w));
+    return fmaxf(low_half(pair), high_half(pair));
+}
+
+__device__ __forceinline__ float scaled_max(float largest, float scale) {
+    return largest > kNoMax ? largest * scale : kNoMax;
+}
+
+template <class T>
+__device__ __forceinline__ void add_unit(const uint4& raw, float scale, float max, float& sum, float& spread) {
+    float x[Unit<T>::kSize];
+    Unit<T>::unpack(raw, x);
+#pragma unroll
+    for (int i = 0; i < Unit<T>::kSize; ++i) {
+        const float exponent = max_nan(fmaf(x[i], scale, -max), kMinExponent);
+        const float power = exp2_approx(exponent);
+        sum += power;
+        spread = fmaf(power, exponent, spread);
+    }
+}
+
+// Where the row is, what it needs, and whose its target is.
+template <class T>
+struct RowPlace {
+    const char* logits;
+    char* gradient;
+    int units;   // of 16 bytes, up to the next multiple of 8 columns
+    int valid;   // columns
+    int target;  // column, -1 where it is not in this shard
+    int target_unit;
+    float scale;
+};
+
+template <class T, class G>
+__device__ __forceinline__ RowPlace<T> place_row(const RowArguments& a, int64_t row) {
+    RowPlace<T> place;
+    place.logits = static_cast<const char*>(a.logits.logits) + row * a.logits.logits_stride * (int64_t)sizeof(T);
+    place.gradient = static_cast<char*>(a.logits.gradient) + row * a.logits.gradient_stride * (int64_t)sizeof(G);
+    place.units = static_cast<int>((a.logits.columns + 7) / 8) * (8 / Unit<T>::kSize);
+    place.valid = static_cast<int>(a.logits.valid_columns);
+    const int64_t target = a.tokens.targets[row] - a.logits.vocab_start;
+    place.target = target >= 0 && target < place.valid ? static_cast<int>(target) : -1;
+    place.target_unit = place.target < 0 ? -1 : place.target / Unit<T>::kSize;
+    place.scale = kLog2e / row_temperature(a.tokens, row);
+    return place;
+}
+
+template <class T, class G>
+__device__ __forceinline__ void zero_units(char* gradient, int first, int last, int threads) {
+    const float zeros[Unit<T>::kSize] = {};
+    for (int unit = first + threadIdx.x; unit < last; unit += threads) store_unit<T, G>(gradient, unit, zeros);
+}
+
+// gradient = 2^a * (slope * a + offset), and `at_target` at the target.
+template <class T, class G>
+__device__ __forceinline__ void gradient_unit(const uint4& raw, int unit, const RowPlace<T>& place,
+                                              const RowGradient& g) {
+    constexpr int kSize = Unit<T>::kSize;
+    float x[kSize];
+    Unit<T>::unpack(raw, x);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+        const float exponent = max_nan(fmaf(x[i], place.scale, -g.max), kMinExponent);
+        x[i] = exp2_approx(exponent) * fmaf(g.slope, exponent, g.offset);
+    }
+    store_unit<T, G>(place.gradient, unit, x);
+    if (unit == place.target_unit) store_column<G>(place.gradient, place.target, g.at_target);
+}
+
+cudaError_t launch_two_read(const RowArguments& arguments, int phase, cudaStream_t stream);
+// cudaErrorNotSupported where the device has no clusters or the row does not fit in eight blocks' shared memory.
+cudaError_t launch_one_read(const RowArguments& arguments, cudaStream_t stream);
+
+enum Phase { kOnePass = 0, kStats = 1, kFinish = 2 };
+
+}  // namespace klear

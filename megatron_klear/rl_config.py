@@ -1,0 +1,193 @@
+"""Settings of a reinforcement-learning run, as strict as those of `config.py`, which these build on.
+
+They are apart because a loss is its own table (`[loss] kind = "gppo"`), and losses import torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from megatron_klear.config import RunConfig, Settings
+from megatron_klear.rl.losses import CISPO, GPPO, GSPO, NLL, PPO, REINFORCE, CappedCISPO
+
+Loss = Annotated[GPPO | PPO | CISPO | CappedCISPO | REINFORCE | GSPO | NLL, Field(discriminator="kind")]
+
+
+class PromptSource(Settings):
+    """One source of problems: files, or a generator, never both."""
+
+    files: tuple[str, ...] = ()
+    """JSONL or Parquet files or globs of rows with `prompt`, `data_source` and `reward_model.ground_truth`."""
+    generator: str | None = None
+    """`arithmetic` (built in), or `reasoning_gym:TASK`."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the generator."""
+    count: PositiveInt = 1000
+    """Problems that a generator makes for an epoch."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of this source in the mixture, relative to the others."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PromptSource:
+        if bool(self.files) == (self.generator is not None):
+            raise ValueError("prompts.sources: give either files or generator")
+        return self
+
+
+class PromptsConfig(Settings):
+    """`[prompts]`: the problems to roll out."""
+
+    sources: tuple[PromptSource, ...] = Field(min_length=1)
+    max_tokens: PositiveInt = 4096
+    """Longer prompts are left out and counted."""
+    thinking: bool | None = None
+    """Passed to the chat template as `enable_thinking`; unset leaves it to the template."""
+    chat_template: Path | None = None
+    """A Jinja file to use instead of the tokenizer's own template."""
+
+
+class SamplingConfig(Settings):
+    """How responses are drawn."""
+
+    samples_per_prompt: PositiveInt = 8
+    max_tokens: PositiveInt = 32768
+    """Longest response."""
+    temperature: float = Field(default=1.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0 keeps the whole vocabulary."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ends of a response besides the tokenizer's end of sequence and the model's generation_config.json."""
+
+
+class LocalRolloutConfig(Settings):
+    """`[rollout] kind = "local"`: in-process sampling with a KV cache."""
+
+    kind: Literal["local"] = "local"
+    max_sequences: PositiveInt = 64
+    """Sequences decoded at once on one rank."""
+    dtype: Literal["model", "fp32"] = "model"
+    """Precision of the sampler's weights and cache."""
+
+
+class RewardConfig(Settings):
+    """`[reward]`: how responses are judged."""
+
+    scheme: Literal["paper", "released"] = "paper"
+    """`paper`: +1 right and in format, -1 else. `released`: the values of the published code."""
+    timeout_seconds: float = Field(default=5.0, gt=0)
+    """For one response; then its worker is killed and the sample counts as `timeout`."""
+    workers: int = Field(default=0, ge=0)
+    """Grading processes on a node; 0 is one per core."""
+    max_error_share: float = Field(default=0.05, ge=0, le=1)
+    """The run stops when more than this share of a step's samples end as timeout or error."""
+    functions: dict[str, str] = Field(default_factory=dict)
+    """Rewards of your own: data_source to dotted path, `"my_task" = "my_module:reward"`."""
+
+
+class OverlongPenalty(Settings):
+    """`[algorithm.overlong_penalty]`: DAPO's soft penalty on responses close to the length cap."""
+
+    buffer_tokens: PositiveInt = 4096
+    """The penalty grows linearly over the last tokens before the cap."""
+    factor: float = Field(default=1.0, gt=0)
+    """Penalty at the cap."""
+
+
+class AlgorithmConfig(Settings):
+    """`[algorithm]`: from rewards to weights."""
+
+    advantage: Literal["mean_std", "mean"] = "mean_std"
+    """Group-relative advantage: reward less the group's mean, over its standard deviation or not (Dr. GRPO)."""
+    prompts_per_step: PositiveInt = 128
+    """Prompts trained on in one rollout step."""
+    generated_prompts: PositiveInt | None = None
+    """Prompts generated at a time (the recipe: 256 for 128); unset is prompts_per_step."""
+    max_generation_rounds: PositiveInt = 1
+    """Rounds of generation until prompts_per_step informative groups are there; then the step takes what there is."""
+    drop_zero_advantage: bool = True
+    """Leave out groups whose rewards are all equal."""
+    prompts_per_update: PositiveInt = 16
+    """Prompts of one optimizer step (PPO mini-batch)."""
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_mean_token_sum", "as_released"] = "token_mean"
+    nll_coefficient: float = Field(default=0.1, ge=0)
+    """alpha of the added NLL on correct responses (Eq. 13)."""
+    kl_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the k3 KL term to `reference`; 0 needs no reference."""
+    reference: Path | None = None
+    """Hugging Face folder of the reference model; unset is the model the run starts from."""
+    entropy_coefficient: float = Field(default=0.0, ge=0)
+    overlong_filter: bool = False
+    """Give responses cut at the length cap no weight."""
+    overlong_penalty: OverlongPenalty | None = None
+    old_logprobs: Literal["recompute", "sampler"] = "recompute"
+    """Recomputed by the trainer at the start of a step, or taken from the sampler."""
+    correction: Literal["none", "truncated", "masked"] = "truncated"
+    """Importance correction of train/sampler mismatch on the token: min(r, cap), or tokens outside [1/cap, cap] out."""
+    correction_cap: float = Field(default=2.0, gt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> AlgorithmConfig:
+        if self.prompts_per_step % self.prompts_per_update:
+            raise ValueError(
+                f"algorithm.prompts_per_step {self.prompts_per_step} must be a multiple of "
+                f"algorithm.prompts_per_update {self.prompts_per_update}"
+            )
+        return self
+
+
+class ValidationConfig(Settings):
+    """`[validation]`: avg@k on held-out problems; without sources there is none."""
+
+    sources: tuple[PromptSource, ...] = ()
+    every: int = Field(default=0, ge=0)
+    """Rollout steps between validations; 0 only before the first and after the last."""
+    sampling: SamplingConfig = SamplingConfig(samples_per_prompt=1, temperature=0.6, top_p=0.95)
+
+
+class GPPOTrainConfig(Settings):
+    """`[train]`: how long, and the form of micro-batches."""
+
+    steps: PositiveInt = 100
+    """Rollout steps; each is prompts_per_step / prompts_per_update optimizer steps."""
+    tokens_per_microbatch: PositiveInt = 36864
+    """Capacity of a packed row; a prompt with its response must fit."""
+    segment_multiple: PositiveInt = 64
+    """As in `[data]` of a supervised run."""
+    max_skipped_steps: PositiveInt = 3
+    """Stop after this many optimizer steps in a row with a non-finite loss or gradient."""
+    keep_rollouts: bool = True
+    """Keep every step's samples under `output/rollouts`, to be read later."""
+
+
+class GPPOConfig(RunConfig):
+    """GPPO and its relatives on verifiable problems: `train_gppo.py`."""
+
+    prompts: PromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: LocalRolloutConfig = LocalRolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    loss: Loss = GPPO()
+    validation: ValidationConfig = ValidationConfig()
+    train: GPPOTrainConfig = GPPOTrainConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> GPPOConfig:
+        longest = self.prompts.max_tokens + self.sampling.max_tokens
+        if longest > self.train.tokens_per_microbatch:
+            raise ValueError(
+                f"prompts.max_tokens {self.prompts.max_tokens} + sampling.max_tokens {self.sampling.max_tokens} is "
+                f"above train.tokens_per_microbatch {self.train.tokens_per_microbatch}: a sample must fit in one row"
+            )
+        if self.train.segment_multiple % self.parallel.row_multiple:
+            raise ValueError(
+                f"train.segment_multiple {self.train.segment_multiple} must be a multiple of "
+                f"{self.parallel.row_multiple} for tensor {self.parallel.tensor} and context {self.parallel.context} "
+                "parallelism (a row is cut into 2 * context chunks and tensor shards)"
+            )
+        return self
