@@ -256,9 +256,10 @@ def _hidden_folder(path: Path, topology: Topology) -> Path:
 
 def _failure(hidden: Path, path: Path, error: BaseException) -> CheckpointError:
     shutil.rmtree(hidden, ignore_errors=True)
+    free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.is_dir() else 0.0
     return CheckpointError(
-        f"checkpoint {path} could not be written: {_cause(error)}; earlier checkpoints are as they were. Check the free space "
-        "and the permissions of the output folder, then start the run again: it resumes"
+        f"checkpoint {path} could not be written: {_cause(error)}; earlier checkpoints are as they were. Check the free "
+        f"space ({free:.1f} GiB now) and the permissions of the output folder, then start the run again: it resumes"
     )
 
 

@@ -148,9 +148,7 @@ def _filling(layout: Layout, started: int) -> Layout:
     return dataclasses.replace(layout, data=data, name=name)
 
 
-def _obstacle(
-    config: SFTConfig, architecture: Architecture, layout: Layout, most_processes: int, started: int
-) -> str:
+def _obstacle(config: SFTConfig, architecture: Architecture, layout: Layout, most_processes: int, started: int) -> str:
     if started > 1 and layout.processes != started:
         return f"{layout.processes} processes a replica do not divide the {started} that torchrun started"
     if started == 1 and layout.processes > most_processes:

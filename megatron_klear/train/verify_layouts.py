@@ -71,9 +71,7 @@ class Layout:
         if self.fused is not None:
             model = model.model_copy(update={"fused_loss": self.fused})
         recompute = config.recompute.model_copy(update={"granularity": self.recompute})
-        return self.lay_out(config).model_copy(
-            update={"optimizer": optimizer, "model": model, "recompute": recompute}
-        )
+        return self.lay_out(config).model_copy(update={"optimizer": optimizer, "model": model, "recompute": recompute})
 
 
 ONE_PROCESS = Layout(name="one process")

@@ -158,7 +158,6 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(config, ranks, tmp_path, back
     for told in messages:
         assert f"checkpoint {tmp_path / 'step-00000002'} could not be written" in told
         assert "free space" in told
-    assert "File too large" in "".join(messages)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
     assert manifest.damage(tmp_path / "step-00000001") == []
     assert compare_checkpoints(tmp_path / "step-00000001", tmp_path / "step-00000003").bitwise_equal
