@@ -1,7 +1,7 @@
 """Reinforcement learning with GPPO: sample, grade, weigh, train.
 
-`train` is the loop, one rollout step an iteration; the steps of an iteration are methods of `Step`. Every rank holds the
-same groups and plans alike; only the rows it trains on are its own.
+`train` is the loop, one rollout step an iteration, and `Step` is what an iteration does. Every rank holds the same groups
+and plans alike; only the rows it trains on are its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_klear.data.prompts import PromptStream
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.rl.advantages import group_advantages, keep_informative, overlong_penalty
-from megatron_klear.rl.corrections import Mismatch, correct, mismatch
+from megatron_klear.rl.corrections import Mismatch, corrected, mismatch
 from megatron_klear.rl_config import GPPOConfig
 from megatron_klear.rollout.engine import RolloutEngine
 from megatron_klear.train.arrival import send_weights
@@ -97,14 +97,12 @@ class Step:
 
     def __post_init__(self) -> None:
         self.all_groups: list[Group] = []
-        self.advantage_of: dict[str, npt.NDArray[np.float64]] = {}
+        self.advantage_of: dict[int, npt.NDArray[np.float64]] = {}  # by the identity of the group
         self.num_informative = 0
         self.verdicts: Counter[Verdict] = Counter()
         self.mismatch: Mismatch | None = None
 
-    def collect(
-        self, rollouts: RolloutEngine, prompts: PromptStream, grader: Grader, log: RunLog
-    ) -> list[Group]:
+    def collect(self, rollouts: RolloutEngine, prompts: PromptStream, grader: Grader, log: RunLog) -> list[Group]:
         """Sample and grade until there are enough groups with unequal rewards, at most so many rounds."""
         algorithm = self.config.algorithm
         chosen: list[Group] = []
@@ -131,7 +129,7 @@ class Step:
         """This rank's rows of every update, with the old log-probs and the correction of what the sampler saw."""
         config, topology = self.config, self.engine.topology
         advantages = [group_advantages(group.rewards, config.algorithm.advantage) for group in groups]
-        self.advantage_of = {group.prompt.id: values for group, values in zip(groups, advantages, strict=True)}
+        self.advantage_of = {id(group): values for group, values in zip(groups, advantages, strict=True)}
         updates = [
             pack_update(
                 update,
@@ -218,9 +216,10 @@ class Step:
             old = self.engine.logprobs(batches, temperature=temperature)
         else:
             old = [batch.weights * 0 if batch.sampler_logprobs is None else batch.sampler_logprobs for batch in batches]
-        self.mismatch = mismatch(old, batches, self.engine.topology.gather_arrays)
+        form, cap = algorithm.correction, algorithm.correction_cap
+        self.mismatch = mismatch(old, batches, self.engine.topology.gather_arrays, correction=form, cap=cap)
         done = [
-            dataclasses.replace(correct(batch, values, algorithm), old_logprobs=values)
+            dataclasses.replace(corrected(batch, values, form, cap), old_logprobs=values)
             for batch, values in zip(batches, old, strict=True)
         ]
         if algorithm.kl_coefficient:

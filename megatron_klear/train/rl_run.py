@@ -10,7 +10,7 @@ import torch
 
 from megatron_klear.architecture import Architecture
 from megatron_klear.checks import check_resume
-from megatron_klear.data.prompts import PromptStream, all_prompts
+from megatron_klear.data.prompts import PromptStream
 from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.checkpoint import latest_valid
@@ -28,6 +28,7 @@ from megatron_klear.train.gppo import train
 from megatron_klear.train.grading import Grader
 from megatron_klear.train.log import Throughput, open_log
 from megatron_klear.train.validation import Validator
+from megatron_klear.types import Prompt
 
 
 def run(start: GPPOStart) -> None:
@@ -36,9 +37,14 @@ def run(start: GPPOStart) -> None:
     with world(config.parallel, config.seed) as topology:
         _prepare_folder(config, topology)
         tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
-        prompts = PromptStream(config.prompts, tokenizer, seed=config.seed)
-        validator = Validator(
-            config=config.validation, prompts=all_prompts(config.prompts, config.validation.sources, tokenizer)
+        validator = _validator(config, tokenizer)
+        prompts = PromptStream(
+            config.prompts.sources,
+            tokenizer,
+            max_tokens=config.prompts.max_tokens,
+            seed=config.seed,
+            thinking=config.prompts.thinking,
+            exclude=frozenset(prompt.id for prompt in validator.prompts),
         )
         updates = config.algorithm.prompts_per_step // config.algorithm.prompts_per_update
         engine = Engine(config, topology, total_steps=config.train.steps * updates, architecture=architecture)
@@ -81,6 +87,22 @@ def build_rollouts(
         stop_token_ids=end_token_ids(config.model.path, tokenizer),
         max_sequences=config.rollout.max_sequences,
     )
+
+
+def _validator(config: GPPOConfig, tokenizer: ChatTokenizer) -> Validator:
+    """The held-out problems; training leaves them out wherever they come from."""
+    held_out: list[Prompt] = []
+    if config.validation.sources:
+        stream = PromptStream(
+            config.validation.sources,
+            tokenizer,
+            max_tokens=config.prompts.max_tokens,
+            seed=config.seed + 1,
+            thinking=config.prompts.thinking,
+            key="validation.sources",
+        )
+        held_out = stream.all
+    return Validator(config=config.validation, prompts=held_out)
 
 
 def end_token_ids(model_folder: Path, tokenizer: ChatTokenizer) -> Iterable[int]:

@@ -19,12 +19,12 @@ def rollout_file(folder: Path, step: int) -> Path:
 
 
 def write_rollouts(
-    folder: Path, step: int, groups: Sequence[Group], advantage_of: Mapping[str, npt.NDArray[np.float64]]
+    folder: Path, step: int, groups: Sequence[Group], advantage_of: Mapping[int, npt.NDArray[np.float64]]
 ) -> None:
-    """Write a step's groups; groups that were not trained on have no advantage."""
+    """Write a step's groups; `advantage_of` has those trained on, by the identity of the group."""
     lines = []
     for group in groups:
-        advantages = advantage_of.get(group.prompt.id)
+        advantages = advantage_of.get(id(group))
         for index, (sample, text) in enumerate(zip(group.samples, group.texts, strict=True)):
             head = len(group.prompt.tokens)
             score = group.scores[index] if group.scores is not None else None

@@ -27,9 +27,7 @@ class Validator:
         if not self.prompts:
             return None
         graded = grader.grade(rollouts.generate(self.prompts, self.config.sampling, _SEED))
-        right = [
-            [score.verdict is Verdict.RIGHT for score in group.scores or ()] for group in graded.groups
-        ]
+        right = [[score.verdict is Verdict.RIGHT for score in group.scores or ()] for group in graded.groups]
         accuracy = float(np.mean([np.mean(of_prompt) for of_prompt in right]))
         lengths = [int(sample.trained.sum()) for group in graded.groups for sample in group.samples]
         log.validation(
