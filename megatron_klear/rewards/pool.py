@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -54,7 +56,7 @@ class GradingPool:
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
         self._failed_starts = 0
-        for _ in range(workers or len(os.sched_getaffinity(0))):
+        for _ in range(workers or usable_cores()):
             self._start()
 
     def __enter__(self) -> GradingPool:
@@ -70,27 +72,23 @@ class GradingPool:
     def wait_until_ready(self) -> None:
         """Return when every worker has imported its rewards. Raises RewardError where one cannot."""
         while any(not worker.ready for worker in self._workers):
-            self._step({}, [], time.monotonic() + 1.0)
+            self._step({})
 
     def grade(self, requests: Sequence[Request]) -> list[Score]:
         """Scores in the order of the requests, every one of them graded, timed out or an error.
 
         Raises RewardError where a worker cannot start.
         """
-        scores: list[Score | None] = [None] * len(requests)
         waiting = deque(range(len(requests)))
         done: dict[int, Score] = {}
         while len(done) < len(requests):
             for worker in self._workers:
                 if waiting and worker.ready and worker.task is None:
                     task = waiting.popleft()
-                    if not self._assign(worker, task, requests[task]):
-                        waiting.appendleft(task)
-                        break
-            self._step(done, waiting, None)
-        for task, score in done.items():
-            scores[task] = score
-        return [score for score in scores if score is not None]
+                    worker.begin(task, requests[task], self._job.timeout_seconds)
+                    self._watch(worker)
+            self._step(done)
+        return [done[task] for task in range(len(requests))]
 
     def close(self) -> None:
         """End all workers, whatever they are at. Closing twice is harmless."""
@@ -102,17 +100,11 @@ class GradingPool:
         """The score of a response that could not be graded."""
         return Score(reward=SCHEMES[self.settings.scheme].value(verdict), verdict=verdict, note=note)
 
-    def _assign(self, worker: _Worker, task: int, request: Request) -> bool:
-        worker.begin(task, request, self._job.timeout_seconds)
-        self._watch(worker)
-        return True
-
-    def _step(self, done: dict[int, Score], waiting: Iterable[int], until: float | None) -> None:
+    def _step(self, done: dict[int, Score]) -> None:
         """Wait for the next answer, deadline or death, and deal with it."""
         now = time.monotonic()
         deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
-        limit = min(deadlines + ([] if until is None else [until]), default=now + 1.0)
-        for key, events in self._selector.select(max(0.0, limit - now)):
+        for key, events in self._selector.select(max(0.0, min(deadlines) - now) if deadlines else None):
             worker: _Worker = key.data
             if worker not in self._workers:
                 continue
@@ -142,18 +134,20 @@ class GradingPool:
         worker.task = worker.deadline = None
 
     def _overdue(self, worker: _Worker, done: dict[int, Score]) -> None:
+        """Replace a worker whose time is up."""
         if worker.task is None:
             self._bury(worker, done)
             return
-        note = f"not graded within {self._job.timeout_seconds:g} s"
-        done[worker.task] = self.failure(Verdict.TIMEOUT, note)
+        done[worker.task] = self._timed_out()
         self._replace(worker)
 
     def _bury(self, worker: _Worker, done: dict[int, Score]) -> None:
         """Replace a worker that died, or that did not start in time."""
-        code = self._end(worker)
+        late = worker.deadline is not None and worker.deadline <= time.monotonic()
+        code = self._replace(worker)
         if worker.task is not None:
-            done[worker.task] = self.failure(Verdict.ERROR, f"the grading process ended with exit code {code}")
+            words = f"the grading process ended with exit code {code}"
+            done[worker.task] = self._timed_out() if late else self.failure(Verdict.ERROR, words)
         elif not worker.ready:
             self._failed_starts += 1
             if self._failed_starts >= _MAX_FAILED_STARTS:
@@ -162,13 +156,15 @@ class GradingPool:
                     f"grading processes do not start (exit code {code}, {_MAX_FAILED_STARTS} times in a row): their "
                     "own messages are above; is the machine out of memory, or a module of [reward.functions] broken?"
                 )
-        self.restarts += 1
-        self._start()
 
-    def _replace(self, worker: _Worker) -> None:
-        self._end(worker)
+    def _timed_out(self) -> Score:
+        return self.failure(Verdict.TIMEOUT, f"not graded within {self._job.timeout_seconds:g} s")
+
+    def _replace(self, worker: _Worker) -> int:
+        code = self._end(worker)
         self.restarts += 1
         self._start()
+        return code
 
     def _start(self) -> None:
         worker = _Worker(self._job)
@@ -192,6 +188,11 @@ class GradingPool:
             self._selector.register(worker.stdin, selectors.EVENT_WRITE, worker)
         elif not worker.unwritten and worker.stdin in registered:
             self._selector.unregister(worker.stdin)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Worker:
@@ -247,15 +248,11 @@ class _Worker:
     def kill(self) -> int:
         """End the process and what it started; returns its exit code."""
         code = self._process.poll()
-        try:
-            os.killpg(self._process.pid, 9)
-        except ProcessLookupError:
-            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                try:
+                with contextlib.suppress(OSError):
                     stream.close()
-                except OSError:
-                    pass
         waited = self._process.wait()
         return waited if code is None else code
