@@ -142,7 +142,10 @@ class SampleStream:
         data_rank: int = 0,
         data_size: int = 1,
     ) -> None:
-        """Plan the first epoch; `content` names what the samples are, for a saved position. Raises ValueError where ranks do not divide the rows or the store has no samples."""
+        """Plan the first epoch; `content` names what the samples are, for a saved position.
+
+        Raises ValueError where ranks do not divide the rows or the store has no samples.
+        """
         if not len(store.lengths):
             raise ValueError(
                 "there are no samples to train on: data.train is empty or all of it was held out or dropped"

@@ -220,8 +220,8 @@ def _read(path: Path, sharded: dict[str, Any], topology: Topology) -> dict[str, 
         loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(path), strategy)
     except _ERRORS as error:
         raise CheckpointError(
-            f"{path} could not be read into this model: {_cause(error)}; it may be damaged (tools/inspect_checkpoint.py "
-            "verifies it) or of another model than model.path"
+            f"{path} could not be read into this model: {_cause(error)}; it may be damaged "
+            "(tools/inspect_checkpoint.py verifies it) or of another model than model.path"
         ) from error
     return loaded
 
@@ -258,8 +258,8 @@ def _failure(hidden: Path, path: Path, error: BaseException) -> CheckpointError:
     shutil.rmtree(hidden, ignore_errors=True)
     free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.is_dir() else 0.0
     return CheckpointError(
-        f"checkpoint {path} could not be written: {_cause(error)}; earlier checkpoints are as they were. Check the free "
-        f"space ({free:.1f} GiB now) and the permissions of the output folder, then start the run again: it resumes"
+        f"checkpoint {path} could not be written: {_cause(error)}; earlier checkpoints are as they were. Check the "
+        f"free space ({free:.1f} GiB now) and the permissions of the output folder, then start the run again: it resumes"
     )
 
 

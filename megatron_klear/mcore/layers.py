@@ -150,12 +150,12 @@ def attention_function(name: str, half: bool) -> VarlenAttention:
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, row: RowParams, scale: float) -> Tensor:
     """One SDPA call per piece: the reference, and the CPU's way."""
     lengths = [q_end - q_start for q_start, q_end, _, _ in row.pieces]
-    queries = query.split(lengths)  # one concatenation in the backward pass; a slice each would write whole rows
+    queries = torch.split(query, lengths)  # one concatenation in the backward pass; a slice each would write whole rows
     if row.key_runs is None:
         return torch.cat(
             [
                 _sdpa(q, k, v, scale, None)
-                for q, k, v in zip(queries, key.split(lengths), value.split(lengths), strict=True)
+                for q, k, v in zip(queries, torch.split(key, lengths), torch.split(value, lengths), strict=True)
             ]
         )
     outputs = []

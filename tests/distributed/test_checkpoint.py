@@ -1,8 +1,11 @@
 """Checkpoints: the same state in any layout, written at once or in the background, whole or not at all."""
 
+import json
 import resource
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_run import SHAPE, write_run
 from tiny_run import start as start_run
@@ -43,8 +46,6 @@ def rows(engine: Engine):
 
 
 def _counts(samples):
-    import numpy as np
-
     return np.array([num_predicted(sample) for sample in samples])
 
 
@@ -130,6 +131,11 @@ def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(config, rank
         assert manifest.damage(path) == []
 
 
+def _save_to_the_end(engine: Engine, path: Path) -> None:
+    engine.save(path)
+    engine.finish_save()
+
+
 def run_out_of_space(config: SFTConfig, folder: Path) -> str:
     """Save once, then again where no file may grow; then go on from the first."""
     with world(config.parallel, config.seed) as topology:
@@ -141,8 +147,7 @@ def run_out_of_space(config: SFTConfig, folder: Path) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
         try:
             with pytest.raises(CheckpointError) as caught:
-                engine.save(folder / "step-00000002")
-                engine.finish_save()
+                _save_to_the_end(engine, folder / "step-00000002")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         engine.load(folder / "step-00000001")
@@ -170,9 +175,6 @@ def load_wrong(config: SFTConfig, path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["no training.json", "weights alone", "cut short", "no metadata"])
 def test_what_cannot_be_loaded_is_named(config, written, ranks, tmp_path, damage: str):
-    import json
-    import shutil
-
     path = tmp_path / "step-00000002"
     shutil.copytree(written[0], path)
     if damage == "no training.json":

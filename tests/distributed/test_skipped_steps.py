@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite changes nothing, is kept for inspection, and ends a run that repeats it."""
+"""A step whose loss or gradient is not finite changes nothing, is dumped, and ends a run that repeats it."""
 
 import dataclasses
 import math

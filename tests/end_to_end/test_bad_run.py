@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny_run import write_run
 from tiny_run import start as start_run
+from tiny_run import write_run
 
 from megatron_klear.errors import exit_on_error
 
