@@ -58,7 +58,6 @@ def start_sft(argv: Sequence[str] | None = None, *, description: str = "") -> St
     return Start(config=config, architecture=architecture, world_size=world_size, warnings=tuple(warnings))
 
 
-<<<<<<< HEAD
 def start_with(argv: Sequence[str], *, processes: int | None, files: bool) -> Start:
     """What a tool begins with that trains in processes of its own: `processes` of them, one model replica unless given.
 
@@ -75,7 +74,8 @@ def start_with(argv: Sequence[str], *, processes: int | None, files: bool) -> St
         exit_with(problems)
     warnings = tuple(warn_run(config, architecture))
     return Start(config=config, architecture=architecture, world_size=world_size, warnings=warnings)
-=======
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GPPOStart:
     """A reinforcement-learning run that nothing speaks against."""
@@ -104,7 +104,6 @@ def start_gppo(argv: Sequence[str] | None = None, *, description: str = "") -> G
     if command.dry_run:
         raise SystemExit(0)
     return GPPOStart(config=config, architecture=architecture, world_size=world_size)
->>>>>>> main
 
 
 def smallest_gpu_bytes() -> int | None:

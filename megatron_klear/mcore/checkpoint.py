@@ -146,6 +146,7 @@ def latest_valid(checkpoints: Path, topology: Topology) -> Path | None:
     """The newest checkpoint whose files are all there and have the hashes of the manifest, None where there is none.
 
     Ranks divide the hashing. A damaged checkpoint is passed over with a loud message.
+    Raises CheckpointError where there are some and none is whole: starting anew is for a person to decide.
     """
     found: list[list[int]] = [manifest.steps(checkpoints)]
     dist.broadcast_object_list(found, src=0)
@@ -158,6 +159,10 @@ def latest_valid(checkpoints: Path, topology: Topology) -> Path | None:
             return path
         if topology.rank == 0:
             manifest.warn(f"checkpoint {path} is damaged and passed over: {'; '.join(problems)}")
+    if found[0]:
+        raise CheckpointError(
+            f"every checkpoint in {checkpoints} is damaged; restore one, or choose another output to start anew"
+        )
     return None
 
 
@@ -259,7 +264,8 @@ def _failure(hidden: Path, path: Path, error: BaseException) -> CheckpointError:
     free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.is_dir() else 0.0
     return CheckpointError(
         f"checkpoint {path} could not be written: {_cause(error)}; earlier checkpoints are as they were. Check the "
-        f"free space ({free:.1f} GiB now) and the permissions of the output folder, then start the run again: it resumes"
+        f"free space ({free:.1f} GiB now) and the permissions of the output folder, then start the run again: it "
+        "resumes"
     )
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_klear.mcore import manifest
 
@@ -102,7 +102,7 @@ def _read(path: Path, entries: dict[str, TensorStorageMetadata]) -> dict[str, Te
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        torch_checkpoint.load(tensors, storage_reader=FileSystemReader(str(path)), no_dist=True)
+        load(tensors, storage_reader=FileSystemReader(str(path)), no_dist=True)
     return tensors
 
 

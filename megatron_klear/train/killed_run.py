@@ -108,7 +108,7 @@ def run_whole(start: Start) -> Pace:
 
 def run_killed(start: Start, kills: Sequence[Kill], pace: Pace, told: Callable[[str], None]) -> list[Killed]:
     """Run, kill, run again: until every kill was sent, then to the end. `told` hears of each one."""
-    happened = []
+    happened: list[Killed] = []
     for kill in kills:
         before = _Seen.of(start)
         with Processes(start.world_size, _train, start, _log_of(start)) as processes:

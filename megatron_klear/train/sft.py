@@ -25,7 +25,7 @@ from megatron_klear.mcore.topology import Topology, world
 from megatron_klear.rl.losses import NLL
 from megatron_klear.settings import SettingsError, write_resolved
 from megatron_klear.start import Start
-from megatron_klear.train.guard import SkipGuard
+from megatron_klear.train.guard import SkipGuard, TrainingStopped
 from megatron_klear.train.log import RunLog, Throughput, open_log
 from megatron_klear.types import PackedBatch
 
@@ -48,7 +48,7 @@ def run(start: Start) -> None:
         )
         total_steps = stream.total_steps(config.train.epochs, config.train.steps)
         engine = Engine(config, topology, total_steps=total_steps, architecture=architecture)
-        checkpoint = _newest(checkpoints_of(config), topology)
+        checkpoint = latest_valid(checkpoints_of(config), topology)
         if checkpoint is not None:
             stream.load_state_dict(engine.load(checkpoint)["data"])
         if topology.rank == 0:
@@ -111,16 +111,6 @@ def save(config: SFTConfig, engine: Engine, stream: SampleStream, *, blocking: b
 def checkpoints_of(config: SFTConfig) -> Path:
     """The folder of the run's checkpoints."""
     return config.output / "checkpoints"
-
-
-def _newest(checkpoints: Path, topology: Topology) -> Path | None:
-    """The checkpoint to go on from. Where there are some and none is whole, a person must decide."""
-    newest = latest_valid(checkpoints, topology)
-    if newest is None and manifest.steps(checkpoints):
-        raise manifest.CheckpointError(
-            f"every checkpoint in {checkpoints} is damaged; restore one, or choose another output to start anew"
-        )
-    return newest
 
 
 def _resolved(config: SFTConfig) -> Path:

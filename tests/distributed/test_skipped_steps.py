@@ -17,6 +17,7 @@ from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
 from megatron_klear.rl.losses import NLL
 from megatron_klear.train import sft
+from megatron_klear.train.guard import TrainingStopped
 from megatron_klear.train.verify_layouts import layouts_named, ragged_samples
 
 
@@ -83,7 +84,7 @@ def train_with(loss, run) -> str:
     sft.NLL = lambda: loss
     try:
         return train(run)
-    except sft.TrainingStopped as error:
+    except TrainingStopped as error:
         return str(error)
 
 

@@ -139,7 +139,7 @@ MISTAKES = [
     Mistake(
         "no checkpoint whole",
         cut(f"{CHECKPOINT}/common.pt", 0.5),
-        ("checkpoints is damaged", "step-00000002"),
+        ("checkpoints is damaged", "step-00000002", "common.pt"),
         resumed=True,
     ),
     Mistake("output below a device", flags("--output", "/proc/run"), ("/proc/run",)),

@@ -34,7 +34,7 @@ def test_layouts_of_one_process_agree(toml, verify, capsys, tmp_path):
     assert verify([*words, "--json", str(tmp_path / "found.json")]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].split() == ["layout", "processes", "loss", "grad", "norm", "log-probs", "verdict"]
-    assert [line for line in shown if "reference" in line][0].startswith("one process")
+    assert next(line for line in shown if "reference" in line).startswith("one process")
     assert sum("not possible: takes" in line for line in shown) == sum(layout.processes > 1 for layout in LAYOUTS)
     assert shown[-1].startswith("passed: compared with one process")
     found = json.loads((tmp_path / "found.json").read_text())

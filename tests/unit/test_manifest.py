@@ -85,5 +85,5 @@ def test_sweeping_removes_the_unfinished_alone(tmp_path: Path):
 
 
 def test_what_is_no_checkpoint_is_named_with_the_remedy(tmp_path: Path):
-    with pytest.raises(manifest.CheckpointError, match="is not a checkpoint of this project.*convert_hf_to_mcore"):
+    with pytest.raises(manifest.CheckpointError, match=r"is not a checkpoint of this project.*convert_hf_to_mcore"):
         manifest.read_training(tmp_path)
