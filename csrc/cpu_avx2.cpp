@@ -37,6 +37,11 @@ KLEAR_INLINE void store(uint16_t* p, Vector x) {
     const __m256i packed = _mm256_packus_epi32(narrow(x.low), narrow(x.high));  // interleaved by 128-bit halves
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
+template <class G>
+KLEAR_INLINE void store_numbers(G* p, Vector first, Vector second) {
+    store(p, first);
+    store(p + 16, second);
+}
 KLEAR_INLINE Vector fma(Vector a, Vector b, Vector c) {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }

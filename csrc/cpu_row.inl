@@ -141,7 +141,7 @@ void row_stats(const void* row, int64_t columns, float scale, RowStats* stats, f
         online_stats<T, false>(logits, columns, scale, stats, nullptr, nullptr);
 }
 
-// The gradient without an entropy term, from the powers that row_stats kept.
+// The gradient without an entropy term, from the powers that row_stats kept. No value is NaN.
 template <class G>
 void scale_powers(const float* powers, const float* maxima, void* row, int64_t columns, const RowGradient& gradient) {
     G* to = static_cast<G*>(row);
@@ -149,6 +149,8 @@ void scale_powers(const float* powers, const float* maxima, void* row, int64_t c
         const int64_t stop = start + kBlock < columns ? start + kBlock : columns;
         const Vector factor = splat(gradient.offset * portable_exp2(maxima[start / kBlock] - gradient.max));
         int64_t j = start;
+        for (; j + 2 * kLanes <= stop; j += 2 * kLanes)
+            store_numbers(to + j, mul(load(powers + j), factor), mul(load(powers + j + kLanes), factor));
         for (; j + kLanes <= stop; j += kLanes) store(to + j, mul(load(powers + j), factor));
         if (j < stop) store_partial(to + j, mul(load_partial(powers + j, stop - j), factor), stop - j);
     }

@@ -44,6 +44,11 @@ KLEAR_INLINE void store(uint16_t* p, Vector x) {  // round to nearest even
     }
     __builtin_memcpy(p, halves, sizeof halves);
 }
+template <class G>
+KLEAR_INLINE void store_numbers(G* p, Vector first, Vector second) {
+    store(p, first);
+    store(p + 16, second);
+}
 // In double the product is exact, so that this rounds (almost) as a fused multiply-add does.
 KLEAR_INLINE Vector fma(Vector a, Vector b, Vector c) {
     KLEAR_EACH_LANE(static_cast<float>(static_cast<double>(a.lane[i]) * b.lane[i] + c.lane[i]));

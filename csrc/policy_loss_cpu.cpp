@@ -100,6 +100,13 @@ Powers powers_for(const klear_logits& logits, const klear_coefficients& loss, co
     return {in_gradient ? reinterpret_cast<float*>(row.gradient) : scratch.data() + blocks, scratch.data()};
 }
 
+void fill_nan(char* gradient, int64_t columns, int64_t size) {
+    const float nan = NAN;
+    const uint16_t half = to_bf16(nan);
+    const void* value = size == 4 ? static_cast<const void*>(&nan) : &half;
+    for (int64_t j = 0; j < columns; ++j) memcpy(gradient + j * size, value, static_cast<size_t>(size));
+}
+
 void write_gradient(const CpuIsa& isa, const klear_logits& logits, const Row& row, const RowGradient& gradient,
                     Powers powers) {
     const int64_t size = size_of(logits.gradient_type);
@@ -107,7 +114,9 @@ void write_gradient(const CpuIsa& isa, const klear_logits& logits, const Row& ro
         memset(row.gradient, 0, static_cast<size_t>(logits.columns * size));
         return;
     }
-    if (powers.row) {
+    if (gradient.target != gradient.target) {
+        fill_nan(row.gradient, logits.valid_columns, size);  // the powers may have taken the place of the logits
+    } else if (powers.row) {
         auto scale = size == 4 ? isa.scale_f32 : isa.scale_bf16;
         scale(powers.row, powers.maxima, row.gradient, logits.valid_columns, gradient);
     } else {

@@ -10,10 +10,14 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_klear.architecture import Architecture
 from megatron_klear.config import RunConfig, SFTConfig
 from megatron_klear.settings import differences
+
+if TYPE_CHECKING:
+    from megatron_klear.rl_config import GPPOConfig
 
 Importable = Callable[[str], bool]
 
@@ -185,6 +189,24 @@ def check_files(config: SFTConfig) -> list[str]:
     template = config.data.chat_template
     if template is not None and not template.is_file():
         errors.append(f"data.chat_template {template}: there is no such file; leave it out to use the tokenizer's own")
+    return errors
+
+
+def check_prompt_files(config: GPPOConfig) -> list[str]:
+    """Whether the files that a reinforcement-learning run names are there and its output folder can be written."""
+    errors = [*_check_model_folder(config), *check_output(config.output)]
+    for key, sources in (
+        ("prompts.sources", config.prompts.sources),
+        ("validation.sources", config.validation.sources),
+    ):
+        for pattern in (pattern for source in sources for pattern in source.files):
+            errors += _check_pattern(key, pattern)
+    template = config.prompts.chat_template
+    if template is not None and not template.is_file():
+        errors.append(f"prompts.chat_template {template}: there is no such file; leave it out to use the tokenizer's")
+    reference = config.algorithm.reference
+    if config.algorithm.kl_coefficient and reference is not None and not (reference / "config.json").is_file():
+        errors.append(f"algorithm.reference {reference} is not a Hugging Face model folder: it has no config.json")
     return errors
 
 

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,23 @@ import pytest
 from pool import Pool
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip by name what this machine lacks, and leave the slow tests for the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    absent = {}
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            absent["gpu"] = "no CUDA device"
+    if importlib.util.find_spec("vllm") is None:
+        absent["vllm"] = "no vLLM in this environment"
+    for item in items:
+        for marker, reason in absent.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ against transformers; only then does it get its name. Everything runs on the CPU
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -272,8 +273,11 @@ def _logit_difference(
 
 def transformers_logits(folder: Path, batch: PackedBatch, dtype: torch.dtype | None = None) -> Tensor:
     """Logits [T, V] that transformers computes in fp32, each sequence by itself; weights rounded to `dtype` first."""
+    import transformers
     from transformers import AutoModelForCausalLM
 
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
     model = model.float().eval()
     bounds = batch.cu_seqlens.tolist()

@@ -82,17 +82,6 @@ def transformer_config(architecture: Architecture, run: RunConfig, topology: Top
     dtype, cuda = DTYPES[run.model.dtype], topology.device.type == "cuda"
     interleaved = topology.parallel.virtual_pipeline > 1
     _, attention_scaling = inverse_frequencies(architecture)
-    options: dict[str, Any] = {}
-    if run.recompute.granularity == "full":
-        options = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": run.recompute.layers,
-        }
-    elif run.recompute.granularity == "selective":
-        options = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
-    if run.model.fp8 != "off":
-        options["fp8"] = run.model.fp8
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -142,8 +131,22 @@ def transformer_config(architecture: Architecture, run: RunConfig, topology: Top
         cross_entropy_loss_fusion=False,
         attention_softmax_in_fp32=True,
         transformer_impl="transformer_engine" if use_transformer_engine(run.model) else "local",
-        **options,
+        **_chosen_options(run),
     )
+
+
+def _chosen_options(run: RunConfig) -> dict[str, Any]:
+    """Recomputation and FP8: what Megatron is told only where a run asks for it."""
+    options: dict[str, Any] = {} if run.model.fp8 == "off" else {"fp8": run.model.fp8}
+    if run.recompute.granularity == "full":
+        options |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": run.recompute.layers,
+        }
+    elif run.recompute.granularity == "selective":
+        options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+    return options
 
 
 def _leave(tensor: Tensor) -> Tensor:

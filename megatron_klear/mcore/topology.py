@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -81,6 +82,14 @@ class Topology:
         if (axis.size if axis else self.size) > 1:
             dist.all_reduce(tensor, op=op, group=axis.group if axis else None)
         return [float(value) for value in tensor.tolist()]
+
+    def gather_arrays(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The arrays [n] of all data-parallel ranks, end to end in rank order."""
+        if self.data.size == 1:
+            return values
+        shares: list[npt.NDArray[np.float32]] = [values] * self.data.size
+        dist.all_gather_object(shares, values, group=self.data.group)
+        return np.concatenate(shares)
 
     def barrier(self) -> None:
         """Wait for every process."""

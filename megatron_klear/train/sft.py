@@ -17,7 +17,6 @@ from megatron_klear.config import DataConfig, SFTConfig
 from megatron_klear.data.packing import RowSettings, sequence_work
 from megatron_klear.data.sft import SampleStream, held_out_steps
 from megatron_klear.data.store import TokenStore, open_store
-from megatron_klear.errors import UserError
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.checkpoint import latest_valid
 from megatron_klear.mcore.convert import export_hf
@@ -26,12 +25,9 @@ from megatron_klear.mcore.topology import Topology, world
 from megatron_klear.rl.losses import NLL
 from megatron_klear.settings import SettingsError, write_resolved
 from megatron_klear.start import Start
+from megatron_klear.train.guard import SkipGuard
 from megatron_klear.train.log import RunLog, Throughput, open_log
-from megatron_klear.types import PackedBatch, StepStats
-
-
-class TrainingStopped(UserError, RuntimeError):
-    """The run gave up: too many steps in a row whose loss or gradient was not finite."""
+from megatron_klear.types import PackedBatch
 
 
 def run(start: Start) -> None:
@@ -150,33 +146,6 @@ class Validation:
         )
         loss = sum(self.engine.evaluate(batches, NLL()) for batches in steps)
         log.validation(self.engine.step, {"loss": loss})
-
-
-class SkipGuard:
-    """Watches for steps that were skipped: keeps what led to them, and gives up after `limit` in a row."""
-
-    def __init__(self, folder: Path, limit: int, rank: int) -> None:
-        self.folder, self.limit, self.rank, self.in_a_row = folder, limit, rank, 0
-
-    def observe(self, stats: StepStats, batches: Sequence[PackedBatch], log: RunLog) -> None:
-        """Count a step. Raises TrainingStopped at the limit; a skipped step's rows are dumped first."""
-        if not stats.skipped:
-            self.in_a_row = 0
-            return
-        self.in_a_row += 1
-        self.folder.mkdir(parents=True, exist_ok=True)
-        dump = self.folder / f"step-{stats.step:08d}-rank-{self.rank}.pt"
-        torch.save({"stats": stats, "batches": list(batches)}, dump)
-        log.say(
-            f"step {stats.step} was skipped: loss {stats.loss}, gradient norm {stats.grad_norm}; weights are as "
-            f"before, its rows are in {dump}"
-        )
-        if self.in_a_row >= self.limit:
-            raise TrainingStopped(
-                f"{self.in_a_row} steps in a row had a loss or gradient that is not finite (the last one: step "
-                f"{stats.step}, loss {stats.loss}, gradient norm {stats.grad_norm}). Its rows are in {self.folder}; "
-                "lower optimizer.learning_rate, or raise train.max_skipped_steps to let the run go on"
-            )
 
 
 def _row_settings(config: SFTConfig) -> RowSettings:

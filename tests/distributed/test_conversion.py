@@ -58,6 +58,21 @@ def weights_in_layout(path: Path, parallel: ParallelConfig) -> dict[str, torch.T
         return {name: tensor.clone() for name, tensor in hf.iter_hf_weights(chunks, architecture, topology)}
 
 
+def padding_rows(path: Path, parallel: ParallelConfig) -> torch.Tensor:
+    """On every rank: this rank's vocabulary rows beyond the vocabulary, after loading over parameters that were NaN."""
+    with world(parallel) as topology:
+        architecture = read_architecture(path / "hf")
+        chunks = build_chunks(architecture, run_config(path / "hf", parallel), topology)
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                torch.nn.init.constant_(parameter, float("nan"))
+        checkpoint.load_weights(path, chunks, topology)
+        rows = torch.cat([chunks[0].embedding.word_embeddings.weight, chunks[-1].head_weight])
+        start = len(rows) // 2 * topology.tensor.rank
+        held = torch.arange(start, start + len(rows) // 2).repeat(2)
+        return rows[held >= architecture.vocab_size].detach().clone()
+
+
 def write_wrong_checkpoint(source: Path, out: Path, fault: str) -> None:
     """On one rank: convert with a fault between the weights and the files, or between the weights and the model."""
     if fault == "weights":
@@ -141,6 +156,18 @@ def test_checkpoint_loads_in_any_layout(converted: tuple[Path, Path], ranks: Poo
     parallel = OTHER_LAYOUTS[layout]
     for weights in ranks(parallel.model_size, weights_in_layout, path, parallel):
         assert same_tensors(read_all(model), weights)
+
+
+@pytest.mark.parametrize("written", [1, 2, 4])
+def test_padding_rows_are_zero_after_resharding(tmp_path: Path, ranks: Pool, written: int) -> None:
+    folder = write_tiny_model(tmp_path / "model", "llama", TinyShape(vocab_size=513, num_kv_heads=4))
+    parallel = ParallelConfig(tensor=written, sequence=False, device="cpu")
+    ranks(written, convert.write_checkpoint, run_config(folder, parallel), tmp_path / "checkpoint", folder)
+    for read, expected in ((1, 0), (2, 1), (4, 3)):
+        rows = ranks(read, padding_rows, tmp_path / "checkpoint", ParallelConfig(tensor=read, device="cpu"))
+        padding = torch.cat(rows)
+        assert len(padding) == 2 * expected
+        assert torch.equal(padding, torch.zeros_like(padding)), f"read by {read} ranks"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""Imports point one way, heavy packages stay in their room, files and functions stay small."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "megatron_klear"
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tools").rglob("*.py"), *ROOT.glob("*.py")])
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+
+# Layers from below: a room imports rooms of lower layers, and of its own where that layer is not made of islands.
+BOTTOM = {"errors", "types", "architecture", "zigzag", "checksum", "schema", "toml_writer"}
+ISLANDS = {"rl", "data", "rewards", "kernels"}
+SETTINGS = {"config", "rl_config", "settings", "estimate", "checks", "start"}
+ENGINES = {"mcore", "rollout"}
+LOOPS = {"train", "evaluation"}
+ALLOWED = (
+    dict.fromkeys(BOTTOM, BOTTOM)
+    | dict.fromkeys(ISLANDS, BOTTOM)
+    | dict.fromkeys(SETTINGS, BOTTOM | ISLANDS | SETTINGS)
+    # The trainer's engine is given its loss and its batches.
+    | {"mcore": BOTTOM | SETTINGS | {"kernels"}, "rollout": BOTTOM | ISLANDS | SETTINGS}
+    | dict.fromkeys(LOOPS, BOTTOM | ISLANDS | SETTINGS | ENGINES | LOOPS)
+)
+ONLY_IN = {
+    "megatron": {"mcore"},
+    "transformer_engine": {"mcore"},
+    "apex": {"mcore"},
+    "flash_attn": {"mcore"},
+    "vllm": {"rollout"},
+}
+WITHOUT_TORCH = ["config", "settings", "estimate", "checks", "start", "rewards", "data.packing", "data.sources"]
+
+
+def room_of(path: Path) -> str:
+    """`data` of megatron_klear/data/store.py, `config` of megatron_klear/config.py, the file's own path outside."""
+    if not path.is_relative_to(PACKAGE):
+        return path.relative_to(ROOT).as_posix()
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path, source: str) -> Iterator[str]:
+    """The full names of all modules that `source` imports, also inside functions and for type checking."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def broken_rules(path: Path, source: str) -> list[str]:
+    """What of `source`, lying at `path`, imports against the rules."""
+    room, found = room_of(path), []
+    for module in imported_modules(path, source):
+        top, _, rest = module.partition(".")
+        if room not in ONLY_IN.get(top, {room}):
+            found.append(f"{room} imports {module}: only {', '.join(ONLY_IN[top])} may")
+        target = rest.partition(".")[0]
+        if top == PACKAGE.name and path.is_relative_to(PACKAGE) and target not in ALLOWED[room] | {room}:
+            found.append(f"{room} imports {module}")
+    return found
+
+
+def test_every_room_has_its_rule():
+    rooms = {room_of(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+    assert rooms <= ALLOWED.keys(), "say in this file what the new room may import"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_down(path: Path):
+    if path == PACKAGE / "__init__.py":
+        assert not [name for name in imported_modules(path, path.read_text()) if name.startswith(PACKAGE.name)]
+    else:
+        assert not broken_rules(path, path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("mcore/engine.py", "from megatron_klear.rl.losses import GPPO"),
+        ("mcore/engine.py", "from ..data import packing"),
+        ("kernels/ops.py", "import megatron_klear.rl"),
+        ("rl/losses.py", "from megatron_klear import kernels"),
+        ("data/store.py", "def late():\n    from ..config import DataConfig"),
+        ("types.py", "from .config import RunConfig"),
+        ("train/sft.py", "from megatron.core import parallel_state"),
+        ("train/sft.py", "def late():\n    import vllm"),
+        ("rollout/local.py", "from megatron_klear.train import sft"),
+        ("start.py", "import megatron_klear.mcore.engine"),
+    ],
+)
+def test_the_rule_sees_an_import_that_points_up(where: str, line: str):
+    assert broken_rules(PACKAGE / where, line)
+
+
+def test_looking_at_settings_and_data_imports_no_torch():
+    program = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(f'megatron_klear.{name}')\n"
+        "    assert not {'torch', 'transformers'} & sys.modules.keys(), f'{name} imports torch or transformers'\n"
+    )
+    command = [sys.executable, "-c", program, *WITHOUT_TORCH]
+    ran = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_and_functions_stay_small(path: Path):
+    source = path.read_text()
+    assert source.count("\n") <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
