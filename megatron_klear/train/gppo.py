@@ -1,7 +1,7 @@
 """Reinforcement learning with GPPO: sample, grade, weigh, train.
 
-`train` is the loop, one rollout step an iteration, and `Step` is what an iteration does. Every rank holds the same groups
-and plans alike; only the rows it trains on are its own.
+`train` is the loop, one rollout step an iteration, and `Step` is what an iteration does. Every rank holds the same
+groups and plans alike; only the rows it trains on are its own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from megatron_klear.data.packing import RowSettings, sequence_work
 from megatron_klear.data.prompts import PromptStream
@@ -20,7 +21,8 @@ from megatron_klear.mcore import manifest
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.rl.advantages import group_advantages, keep_informative, overlong_penalty
 from megatron_klear.rl.corrections import Mismatch, corrected, mismatch
-from megatron_klear.rl_config import GPPOConfig
+from megatron_klear.rl.losses import GSPO
+from megatron_klear.rl_config import GPPOConfig, build_loss
 from megatron_klear.rollout.engine import RolloutEngine
 from megatron_klear.train.arrival import send_weights
 from megatron_klear.train.grading import Grader
@@ -60,7 +62,7 @@ def train(
         stats = []
         for batches in updates:
             with log.time("train"):
-                stats.append(engine.train_step(batches, config.loss, **step.loss_terms()))
+                stats.append(step.update(batches))
             guard.observe(stats[-1], batches, log)
         if config.train.keep_rollouts and engine.topology.rank == 0:
             write_rollouts(config.output / "rollouts", number + 1, step.all_groups, step.advantage_of)
@@ -152,13 +154,19 @@ class Step:
         scored = iter(self._with_logprobs(flat))
         return [[next(scored) for _ in update] for update in updates]
 
-    def loss_terms(self) -> dict[str, float]:
-        """What the engine adds to the policy loss."""
-        return {
-            "temperature": self._temperature(),
-            "entropy_coefficient": self.config.algorithm.entropy_coefficient,
-            "kl_coefficient": self.config.algorithm.kl_coefficient,
-        }
+    def update(self, batches: list[PackedBatch]) -> StepStats:
+        """One optimizer step. A loss with a sequence's ratio takes a pass of log-probs first."""
+        loss = build_loss(self.config.loss)
+        if isinstance(loss, GSPO):
+            present = self.engine.logprobs(batches, temperature=self._temperature())
+            batches = [_against_sequence(loss, batch, values) for batch, values in zip(batches, present, strict=True)]
+        return self.engine.train_step(
+            batches,
+            loss.token_loss() if isinstance(loss, GSPO) else loss,
+            temperature=self._temperature(),
+            entropy_coefficient=self.config.algorithm.entropy_coefficient,
+            kl_coefficient=self.config.algorithm.kl_coefficient,
+        )
 
     def summary(self, stats: Sequence[StepStats]) -> StepStats:
         """The rollout step's record: means over its updates, and what was sampled."""
@@ -232,6 +240,12 @@ class Step:
     def _temperature(self) -> float:
         """Log-probs are those of the distribution sampled from; greedy sampling has the policy's own."""
         return self.config.sampling.temperature or 1.0
+
+
+def _against_sequence(loss: GSPO, batch: PackedBatch, logprobs: Tensor) -> PackedBatch:
+    assert batch.old_logprobs is not None
+    old = loss.sequence_old_logprobs(logprobs, batch.old_logprobs, batch.weights != 0, batch.cu_seqlens)
+    return dataclasses.replace(batch, old_logprobs=old)
 
 
 def _mean(values: Sequence[float]) -> float:
