@@ -98,10 +98,10 @@ def test_a_killed_run_leaves_no_process(toml):
         leader = processes._processes[0].pid
         most: list[psutil.Process] = []
         deadline = time.monotonic() + 120
-        # The queue's manager, the writer and its own writers: caught while a save is under way.
-        while len(most) < 3 and time.monotonic() < deadline:
+        # The queue's manager and the writer (which forks more, in some versions): caught while a save is under way.
+        while len(most) < 2 and time.monotonic() < deadline:
             most = psutil.Process(leader).children(recursive=True)
         processes.kill()
         _, alive = psutil.wait_procs(most, timeout=10)
-    assert len(most) >= 3
+    assert len(most) >= 2
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
