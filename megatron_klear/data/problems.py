@@ -18,19 +18,19 @@ class ProblemSource(Protocol):
     """One entry of `prompts.sources`: files, or a generator with its settings and how many problems it makes."""
 
     @property
-    def files(self) -> Sequence[str]: ...  # noqa: D102
+    def files(self) -> Sequence[str]: ...
 
     @property
-    def generator(self) -> str | None: ...  # noqa: D102
+    def generator(self) -> str | None: ...
 
     @property
-    def settings(self) -> Mapping[str, Any]: ...  # noqa: D102
+    def settings(self) -> Mapping[str, Any]: ...
 
     @property
-    def count(self) -> int: ...  # noqa: D102
+    def count(self) -> int: ...
 
     @property
-    def weight(self) -> float: ...  # noqa: D102
+    def weight(self) -> float: ...
 
 
 def read_problems(source: ProblemSource, key: str, seed: int) -> Iterator[tuple[str, ProblemRow]]:
