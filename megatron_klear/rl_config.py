@@ -105,6 +105,8 @@ class RewardConfig(Settings):
 
     scheme: Literal["paper", "released"] = "paper"
     """`paper`: +1 right and in format, -1 else. `released`: the values of the published code."""
+    require_thinking: bool = True
+    """Responses must think inside `<think>...</think>`, and only what follows is read as the answer."""
     timeout_seconds: float = Field(default=5.0, gt=0)
     """For one response; then its worker is killed and the sample counts as `timeout`."""
     workers: int = Field(default=0, ge=0)

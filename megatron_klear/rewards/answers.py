@@ -21,6 +21,7 @@ _DOLLARS = re.compile(r"\A(?:\$([^$]+)\$|\$\$([^$]+)\$\$|\\\((.+)\\\)|\\\[(.+)\\
 _COMMAND_WITH_TEXT = re.compile(r"\\[a-z]+\s*\{[^{}]*\}")
 _PROSE = re.compile(r"[A-Za-z]{2,}[\s,]+[A-Za-z]{2,}")
 _BARE_LENGTH = 300
+_LONGEST, _DEEPEST = 3000, 60
 _TAIL = 2000  # characters of a text without a marked answer that are searched for one
 
 _SPACING = re.compile(r"\\(?:[!,;: ]|quad(?![a-z])|qquad(?![a-z])|left(?![a-z])|right(?![a-z]))")
@@ -104,6 +105,18 @@ def as_number(normalised: str) -> Fraction | None:
         denominator = int(bottom or right)
         return Fraction(int(sign + "1") * int(top or left), denominator) if denominator else None
     return None
+
+
+def too_complex(answer: str) -> bool:
+    """Whether a text is too long or too deeply nested to be an answer that a person would write."""
+    if len(answer) > _LONGEST:
+        return True
+    depth = 0
+    for letter in answer:
+        depth += (letter in "({[") - (letter in ")}]")
+        if depth > _DEEPEST:
+            return True
+    return False
 
 
 def compare(gold: str, answer: str) -> bool | None:
