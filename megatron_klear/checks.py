@@ -88,6 +88,7 @@ def check_layout(config: RunConfig, architecture: Architecture, world_size: int)
         )
     divided = [
         ("num_attention_heads", architecture.num_heads),
+        ("num_key_value_heads", architecture.num_kv_heads),  # each is held by one rank
         ("intermediate_size", architecture.ffn_hidden_size),
     ]
     errors += [
@@ -95,15 +96,6 @@ def check_layout(config: RunConfig, architecture: Architecture, world_size: int)
         for name, size in divided
         if size % tensor
     ]
-    # Megatron-Core gathers the QKV projection where there are more tensor ranks than key/value heads.
-    if architecture.num_kv_heads % tensor and tensor % architecture.num_kv_heads:
-        errors.append(
-            f"parallel.tensor {tensor} is neither a divisor nor a multiple of the model's num_key_value_heads "
-            f"{architecture.num_kv_heads}; use {_divisors(architecture.num_kv_heads, tensor)}"
-        )
-    qkv = (architecture.num_heads + 2 * architecture.num_kv_heads) * architecture.head_dim
-    if not errors and qkv % tensor:
-        errors.append(f"parallel.tensor {tensor} does not divide the model's {qkv} rows of query, key and value")
     chunks = parallel.pipeline * parallel.virtual_pipeline
     if architecture.num_layers % chunks:
         errors.append(

@@ -17,7 +17,7 @@ from megatron_klear.architecture import Architecture, read_architecture
 from megatron_klear.checks import check_files, check_layout, check_packages, check_plan, check_prompt_files, warn_run
 from megatron_klear.config import SFTConfig
 from megatron_klear.estimate import describe_plan
-from megatron_klear.settings import exit_on_bad_input, exit_with, parse_command_line
+from megatron_klear.settings import exit_on_bad_input, exit_with, load, parse_command_line
 
 if TYPE_CHECKING:
     from megatron_klear.rl_config import GPPOConfig
@@ -56,6 +56,24 @@ def start_sft(argv: Sequence[str] | None = None, *, description: str = "") -> St
     if command.dry_run:
         raise SystemExit(0)
     return Start(config=config, architecture=architecture, world_size=world_size, warnings=tuple(warnings))
+
+
+def start_with(argv: Sequence[str], *, processes: int | None, files: bool) -> Start:
+    """What a tool begins with that trains in processes of its own: `processes` of them, one model replica unless given.
+
+    `files` false does not look for the data. Exits with code 2 and every problem found.
+    """
+    with exit_on_bad_input():
+        config = load(SFTConfig, argv)
+        architecture = read_architecture(config.model.path)
+    world_size = processes or config.parallel.model_size
+    problems = [*check_plan(config, architecture, world_size), *check_packages(config)]
+    if files:
+        problems += check_files(config)
+    if problems:
+        exit_with(problems)
+    warnings = tuple(warn_run(config, architecture))
+    return Start(config=config, architecture=architecture, world_size=world_size, warnings=warnings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_klear.architecture import Architecture, read_architecture
 from megatron_klear.config import RunConfig
+from megatron_klear.errors import UserError
 from megatron_klear.mcore import checkpoint, hf
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore.head import Head
@@ -226,6 +227,13 @@ class Engine:
         """Rows in this rank's layout; with virtual stages a whole number of pipeline rounds of them."""
         multiple = self.topology.pipeline.size if self.topology.parallel.virtual_pipeline > 1 else 1
         padded = list(batches)
+        for batch in batches:
+            largest = int(torch.maximum(batch.tokens.max(), batch.targets.max()))
+            if largest >= self.architecture.vocab_size:
+                raise UserError(
+                    f"a row holds token id {largest}, and config.json of model.path {self.run.model.path} has "
+                    f"vocab_size {self.architecture.vocab_size}: tokenizer and model do not belong together"
+                )
         while not padded or len(padded) % multiple:
             padded.append(empty_batch(batches[0] if batches else None))
         return [local_row(batch, self.topology, self.inverse_frequencies) for batch in padded]

@@ -25,7 +25,7 @@ from megatron_klear.mcore.topology import Topology, world
 from megatron_klear.rl.losses import NLL
 from megatron_klear.settings import SettingsError, write_resolved
 from megatron_klear.start import Start
-from megatron_klear.train.guard import SkipGuard
+from megatron_klear.train.guard import SkipGuard, TrainingStopped
 from megatron_klear.train.log import RunLog, Throughput, open_log
 from megatron_klear.types import PackedBatch
 
@@ -34,7 +34,7 @@ def run(start: Start) -> None:
     """Train from the beginning or from the newest whole checkpoint of the run's folder, to the last step."""
     config, architecture = start.config, start.architecture
     with world(config.parallel, config.seed) as topology:
-        _prepare_folder(config, topology)
+        changed = _prepare_folder(config, topology)
         store = open_store(config.data, config.model.path, "train")
         stream = SampleStream(
             store,
@@ -42,6 +42,7 @@ def run(start: Start) -> None:
             work=sequence_work(architecture),
             aggregation=config.train.aggregation,
             seed=config.seed,
+            content=store.fingerprint,
             data_rank=topology.data.rank,
             data_size=topology.data.size,
         )
@@ -50,16 +51,22 @@ def run(start: Start) -> None:
         checkpoint = latest_valid(checkpoints_of(config), topology)
         if checkpoint is not None:
             stream.load_state_dict(engine.load(checkpoint)["data"])
+        if topology.rank == 0:
+            write_resolved(config, _resolved(config))
         device = torch.cuda.get_device_name() if topology.device.type == "cuda" else None
         throughput = Throughput.of(config, architecture, topology.size, device)
         with open_log(
             config, rank=topology.rank, resume_step=engine.step, total_steps=total_steps, throughput=throughput
         ) as log:
-            for warning in start.warnings:
+            for warning in (*start.warnings, *changed):
                 log.say(f"warning: {warning}")
             if checkpoint is not None:
                 log.say(f"resuming from {checkpoint}, step {engine.step} of {total_steps}")
-            fit(config, engine, stream, Validation.of(config, topology, engine), log, total_steps)
+            try:
+                fit(config, engine, stream, Validation.of(config, topology, engine), log, total_steps)
+            except TrainingStopped:
+                engine.close()  # a checkpoint may still be under way
+                raise
         engine.close()
         if config.checkpoint.export_hf:
             weights = engine.hf_weights()
@@ -104,6 +111,10 @@ def save(config: SFTConfig, engine: Engine, stream: SampleStream, *, blocking: b
 def checkpoints_of(config: SFTConfig) -> Path:
     """The folder of the run's checkpoints."""
     return config.output / "checkpoints"
+
+
+def _resolved(config: SFTConfig) -> Path:
+    return config.output / "config.toml"
 
 
 def mean_context(batches: Sequence[PackedBatch]) -> float:
@@ -157,16 +168,23 @@ def _row_settings(config: SFTConfig) -> RowSettings:
     )
 
 
-def _prepare_folder(config: SFTConfig, topology: Topology) -> None:
-    """Check a run that is there already, clear what a kill left half done, write the resolved settings."""
-    resolved = config.output / "config.toml"
+def _prepare_folder(config: SFTConfig, topology: Topology) -> list[str]:
+    """Check a run that is there already, make the folder, clear what a kill left half done.
+
+    Returns warnings of settings that changed since.
+    """
+    resolved = _resolved(config)
+    warnings: list[str] = []
     if resolved.exists() and manifest.steps(checkpoints_of(config)):
-        errors, _ = check_resume(resolved, config)
+        errors, warnings = check_resume(resolved, config)
         if errors:
             raise SettingsError(errors)
     topology.barrier()
     if topology.rank == 0:
-        config.output.mkdir(parents=True, exist_ok=True)
+        try:
+            config.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError([f"output {config.output} cannot be made: {error}; choose another folder"]) from error
         manifest.sweep(checkpoints_of(config))
-        write_resolved(config, resolved)
     topology.barrier()
+    return warnings
