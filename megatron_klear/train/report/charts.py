@@ -28,6 +28,8 @@ class Line:
 
 LEARNING, POLICY, OPTIMIZER, SPEED, OTHER = "Learning", "Policy", "Optimisation", "Time", "Everything else"
 SECTIONS = (LEARNING, POLICY, OPTIMIZER, SPEED, OTHER)
+SECTIONS_OF_SFT = {POLICY: LEARNING, OPTIMIZER: LEARNING}
+"""Supervised fine-tuning has too few charts of these for sections of their own."""
 LINES = (
     Line(
         metric="reward_mean",
@@ -51,7 +53,7 @@ LINES = (
         section=LEARNING,
         format="tokens",
     ),
-    Line(metric="loss", title="Loss", about="nats a token in SFT", section=LEARNING, better="lower"),
+    Line(metric="loss", title="Loss", about="over the trained tokens of a step", section=LEARNING, better="lower"),
     Line(metric="entropy", title="Entropy", about="of the policy, nats a token", section=POLICY),
     Line(
         metric="zero_advantage_share",
@@ -87,7 +89,6 @@ LINES = (
         about="over whole steps",
         section=SPEED,
         format="tokens",
-        better="higher",
     ),
     Line(metric="mfu", title="MFU", about="share of the devices' peak", section=SPEED, format="percent"),
     Line(
@@ -104,8 +105,8 @@ KEY_METRICS = {
     "sft": ("loss", "tokens_per_second", "entropy", "grad_norm"),
 }
 REGIONS = {
-    1: "1 · A < 0, ratio low (kept by GPPO)",
-    2: "2 · A ≥ 0, ratio high (kept by GPPO)",
+    1: "1 · A < 0, ratio low",
+    2: "2 · A ≥ 0, ratio high",
     3: "3 · A ≥ 0, ratio low",
     4: "4 · A < 0, ratio high",
     5: "5 · past the dual clip",
@@ -128,6 +129,8 @@ def all_charts(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
         charts += list(_stacks(run, index, where, points))
     others, notes = _other_lines(runs)
     charts += [_line_chart(runs, line, points) for line in others]
+    if all(run.kind == "sft" for run in runs):
+        charts = [chart | {"section": SECTIONS_OF_SFT.get(chart["section"], chart["section"])} for chart in charts]
     order = {section: place for place, section in enumerate(SECTIONS)}
     shown = [chart for chart in charts if chart["series"]]
     return sorted(shown, key=lambda chart: order[chart["section"]]), notes
@@ -195,7 +198,8 @@ def _line_chart(runs: Sequence[Run], line: Line, points: int) -> dict[str, Any]:
         "id": line.metric,
         "kind": "lines",
         "title": line.title,
-        "about": line.about,
+        "about": line.about + ("; dashed: validation" if any(s["name"] == "validation" for s in series) else ""),
+        "smooth": line.metric != "learning_rate",
         "section": line.section,
         "format": line.format,
         "series": series,
@@ -225,7 +229,7 @@ def _stacks(run: Run, index: int, where: str, points: int) -> Iterator[dict[str,
     names = run.names()
     regions = {match[1]: name for name in names if (match := _REGION.match(name))}
     parts = {REGIONS.get(int(code), f"region {code}"): regions[code] for code in sorted(regions)}
-    about = "share of trained tokens whose ratio the clip would touch"
+    about = "share of tokens outside of the clip; in 1 and 2 PPO stops the gradient, GPPO keeps it"
     yield _stack(run, index, parts, points) | {
         "id": f"clip_regions-{index}",
         "title": f"Clip regions{where}",

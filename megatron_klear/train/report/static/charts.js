@@ -130,7 +130,7 @@ class Chart {
     const series = this.visible();
     const isStack = this.data.kind === "stack";
     this.lines = series.map((one) => {
-      const smooths = !isStack && view.smoothing > 0 && one.name === "training" && one.x.length > 4;
+      const smooths = !isStack && view.smoothing > 0 && one.name === "training" && this.data.smooth && one.x.length > 4;
       return { ...one, raw: smooths ? one.y : null, y: smooths ? smoothed(one.y, view.smoothing) : one.y };
     });
     const all = isStack ? (series[0]?.x ?? []).map((_, at) => series.reduce((sum, part) => sum + (part.y[at] ?? 0), 0))
@@ -138,7 +138,7 @@ class Chart {
     let low = all.reduce((a, b) => Math.min(a, b), Infinity), high = all.reduce((a, b) => Math.max(a, b), -Infinity);
     if (!(low <= high)) [low, high] = [this.log ? 0.1 : 0, 1];
     if (isStack) low = 0;
-    if (low === high) [low, high] = this.log ? [low / 2, high * 2] : [low - (Math.abs(low) * 0.1 || 0.5), high + (Math.abs(high) * 0.1 || 0.5)];
+    if (high - low <= 1e-9 * Math.abs(high)) [low, high] = this.log ? [low / 2, high * 2] : [low - (Math.abs(low) * 0.1 || 0.5), high + (Math.abs(high) * 0.1 || 0.5)];
     else if (!this.log) {
       const isNearZero = low >= 0 && low < high * 0.35;
       const air = (high - low) * 0.06;

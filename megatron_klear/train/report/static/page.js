@@ -15,11 +15,11 @@ function statTile(stat, run) {
     .find((one) => one.run === run && (one.name === "validation") === stat.validation);
   const sign = { higher: 1, lower: -1 }[stat.better] ?? 0;
   const gain = sign * (stat.last - stat.first);
-  const best = stat.best === null ? null : element("span", {}, ` · best ${shown(stat.best, stat.format)} at step ${stat.bestStep}`);
+  const best = stat.best === null ? null : element("div", { class: "then" }, `best ${shown(stat.best, stat.format)} at step ${stat.bestStep}`);
   return element("div", { class: "stat" },
     element("div", { class: "label" }, stat.title),
     element("div", { class: `value ${gain > 0 ? "better" : gain < 0 ? "worse" : ""}` }, shown(stat.last, stat.format)),
-    element("div", { class: "then" }, `from ${shown(stat.first, stat.format)}`, best),
+    element("div", { class: "then" }, `from ${shown(stat.first, stat.format)}`), best,
     series ? sparkline(series.x, smoothed(series.y, stat.validation ? 0 : 0.6), runColour(run)) : null);
 }
 
