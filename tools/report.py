@@ -3,8 +3,9 @@
     python tools/report.py runs/gppo --out report.html
     python tools/report.py runs/gppo runs/ppo --out compared.html --title "GPPO against PPO" --png figures
 
-A run is its output folder: metrics.jsonl, and where they are there validation.jsonl, config.toml and rollouts/. The page
-needs no network and stays under 5 MB; long rollouts are shown without their middle. It may be written while a run is going on.
+A run is its output folder: metrics.jsonl, and where they are there validation.jsonl, config.toml and rollouts/. The
+page needs no network and stays under 5 MB; long rollouts are shown without their middle. A run that is still going on
+can be looked at too.
 """
 
 from __future__ import annotations

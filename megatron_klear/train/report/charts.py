@@ -53,12 +53,12 @@ LINES = (
         section=LEARNING,
         format="tokens",
     ),
-    Line(metric="loss", title="Loss", about="over the trained tokens of a step", section=LEARNING, better="lower"),
+    Line(metric="loss", title="Loss", about="a trained token", section=LEARNING, better="lower"),
     Line(metric="entropy", title="Entropy", about="of the policy, nats a token", section=POLICY),
     Line(
         metric="zero_advantage_share",
         title="Groups without a signal",
-        about="share of prompts whose samples all got one reward",
+        about="prompts whose samples all got one reward",
         section=POLICY,
         format="percent",
     ),
@@ -112,6 +112,7 @@ REGIONS = {
     5: "5 · past the dual clip",
 }
 VERDICTS = ("right", "wrong", "malformed", "timeout", "error")
+_SHARE = re.compile(r"accuracy|avg@|pass@|.*_share\Z")
 _REGION = re.compile(r"clip_region_(\d)(?:_share)?\Z")
 
 
@@ -213,11 +214,17 @@ def _kl_lines(runs: Sequence[Run]) -> list[Line]:
 
 def _other_lines(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
     drawn = {line.metric for line in (*LINES, *_kl_lines(runs))} | {"step"}
-    names = dict.fromkeys(name for run in runs for name in run.names())
-    names |= dict.fromkeys(name for run in runs for record in run.validation for name in record)
+    trained = dict.fromkeys(name for run in runs for name in run.names())
+    validated = dict.fromkeys(name for run in runs for record in run.validation for name in record)
     others = [
-        Line(metric=name, title=name, about="", section=OTHER)
-        for name in names
+        Line(
+            metric=name,
+            title=name,
+            about="",
+            section=OTHER if name in trained else LEARNING,
+            format="percent" if _SHARE.match(name) else "number",
+        )
+        for name in trained | validated
         if name not in drawn and not _REGION.match(name) and not name.startswith(("seconds/", "verdict/"))
     ]
     left_out = [line.metric for line in others[MAX_OTHER_CHARTS:]]
@@ -229,7 +236,7 @@ def _stacks(run: Run, index: int, where: str, points: int) -> Iterator[dict[str,
     names = run.names()
     regions = {match[1]: name for name in names if (match := _REGION.match(name))}
     parts = {REGIONS.get(int(code), f"region {code}"): regions[code] for code in sorted(regions)}
-    about = "share of tokens outside of the clip; in 1 and 2 PPO stops the gradient, GPPO keeps it"
+    about = "tokens outside; in 1 and 2 only GPPO keeps a gradient"
     yield _stack(run, index, parts, points) | {
         "id": f"clip_regions-{index}",
         "title": f"Clip regions{where}",

@@ -60,9 +60,7 @@ def report_data(runs: Sequence[Run], title: str | None, samples_per_step: int) -
                 "config": run.config_text,
                 "notes": run.notes,
                 "numbers": key_numbers(run),
-                "rollouts": [
-                    {"step": step.step, "total": step.total, "samples": step.samples} for step in rollouts
-                ],
+                "rollouts": [{"step": step.step, "total": step.total, "samples": step.samples} for step in rollouts],
             }
         )
     return {

@@ -54,7 +54,7 @@ def _draw(axes: Axes, chart: dict[str, Any], names: list[str]) -> None:
     for s in series if chart["kind"] == "lines" else []:
         is_validation = s["name"] == "validation"
         label = f"{names[s['run']]}{', validation' if is_validation else ''}"
-        style = {"linestyle": "--", "marker": "o", "markersize": 4} if is_validation else {}
+        style: dict[str, Any] = {"linestyle": "--", "marker": "o", "markersize": 4} if is_validation else {}
         axes.plot(s["x"], s["y"], label=_plain(label), color=RUN_COLOURS[s["run"] % 8], linewidth=1.4, **style)
     axes.set_title(_plain(chart["title"]), loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("step", fontsize=9)

@@ -76,7 +76,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSONL file, and how many lines were not JSON objects (a run that is killed may tear its last)."""
+    """The objects of a JSONL file, and how many lines are not JSON objects (a kill may tear the last)."""
     text = path.read_text(encoding="utf-8", errors="replace")
     parsed = [parse_object(line) for line in text.split("\n") if line.strip()]
     return [record for record in parsed if record is not None], parsed.count(None)

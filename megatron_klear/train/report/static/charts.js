@@ -110,6 +110,8 @@ class Chart {
   }
 
   draw() {
+    this.figure.hidden = !this.visible().length;
+    if (this.figure.hidden) return;
     this.width = Math.max(220, this.plot.clientWidth);
     this.height = this.plot.clientHeight || 200;
     this.svg = shape("svg", { viewBox: `0 0 ${this.width} ${this.height}`, role: "img" });
@@ -233,7 +235,7 @@ class Chart {
   }
 
   mark(step) {
-    if (!this.cross) return;
+    if (!this.cross || this.figure.hidden) return;
     this.cross.setAttribute("visibility", step === null ? "hidden" : "visible");
     if (step !== null) for (const end of ["x1", "x2"]) this.cross.setAttribute(end, this.x(step));
   }
