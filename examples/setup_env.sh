@@ -8,6 +8,7 @@
 #
 #     KLEAR_VENV=folder     where the environment lies (.venv beside this repository's README)
 #     KLEAR_PYTHON=python   the interpreter to make it with, 3.11 or 3.12 (python3.11, else python3.12)
+#     KLEAR_TORCH_INDEX=URL package index to take PyTorch's CPU build from, where pip's own does not have it
 #     KLEAR_CUDA=0|1        compile the kernels without or with their CUDA part (with it where there are a GPU and nvcc)
 
 KLEAR_SETUP="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/setup_env.sh"
@@ -24,7 +25,6 @@ VENV="${KLEAR_VENV:-$ROOT/.venv}"
 VENV_PYTHON="$VENV/bin/python"
 STAMP="$VENV/klear-stamp"
 TORCH="$(sed -n 's/^torch==//p' "$ROOT/constraints.txt")"
-CPU_TORCH_INDEX=https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore PIP_REQUIRE_VIRTUALENV=0
 
 say() { echo "setup: $*" >&2; }
@@ -101,9 +101,11 @@ install_torch() {
         return
     fi
     say "installing torch $TORCH, its CPU build"
-    pip_install -c "$ROOT/constraints.txt" "torch==$TORCH+cpu" 2>/dev/null ||
-        pip_install -c "$ROOT/constraints.txt" "torch==$TORCH+cpu" --extra-index-url "$CPU_TORCH_INDEX" ||
-        fail "cannot install torch $TORCH+cpu, neither from pip's own indexes nor from $CPU_TORCH_INDEX"
+    pip_install -c "$ROOT/constraints.txt" "torch==$TORCH+cpu" ${KLEAR_TORCH_INDEX:+--index-url "$KLEAR_TORCH_INDEX"} \
+        2>/dev/null && return
+    say "pip knows no CPU build of torch $TORCH; taking its default build, which may bring CUDA libraries of several GB" \
+        "(KLEAR_TORCH_INDEX=URL names the package index of PyTorch's CPU builds)"
+    pip_install -c "$ROOT/constraints.txt" "torch==$TORCH" || fail "cannot install torch $TORCH (pip's words above)"
 }
 
 install_package() {

@@ -1,5 +1,11 @@
 #!/usr/bin/env bash
-# The 32K supervised recipe on one node of 8 GPUs. Expects models/Qwen3-8B-Base and data/sft/*.parquet.
+# Qwen3-8B-Base on long chains of thought, one node of 8 GPUs. Data: chat rows in data/sft/*.parquet; model: a Hugging
+# Face folder in models/Qwen3-8B-Base. For several nodes see sft_32k.slurm.
+#
+#     bash examples/sft_32k.sh [--dotted.key value ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec torchrun --standalone --nproc-per-node "${GPUS:-8}" pretrain_sft.py --config examples/sft_32k.toml "$@"
+
+# What the run would take and lack, before eight GPUs are started.
+python pretrain_sft.py --config examples/sft_32k.toml --dry-run="${GPUS:-8}" "$@"
+CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc-per-node "${GPUS:-8}" pretrain_sft.py --config examples/sft_32k.toml "$@"

@@ -10,10 +10,14 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_klear.architecture import Architecture
 from megatron_klear.config import RunConfig, SFTConfig
 from megatron_klear.settings import differences
+
+if TYPE_CHECKING:
+    from megatron_klear.rl_config import GPPOConfig
 
 Importable = Callable[[str], bool]
 
@@ -84,6 +88,7 @@ def check_layout(config: RunConfig, architecture: Architecture, world_size: int)
         )
     divided = [
         ("num_attention_heads", architecture.num_heads),
+        ("num_key_value_heads", architecture.num_kv_heads),  # each is held by one rank
         ("intermediate_size", architecture.ffn_hidden_size),
     ]
     errors += [
@@ -91,15 +96,6 @@ def check_layout(config: RunConfig, architecture: Architecture, world_size: int)
         for name, size in divided
         if size % tensor
     ]
-    # Megatron-Core gathers the QKV projection where there are more tensor ranks than key/value heads.
-    if architecture.num_kv_heads % tensor and tensor % architecture.num_kv_heads:
-        errors.append(
-            f"parallel.tensor {tensor} is neither a divisor nor a multiple of the model's num_key_value_heads "
-            f"{architecture.num_kv_heads}; use {_divisors(architecture.num_kv_heads, tensor)}"
-        )
-    qkv = (architecture.num_heads + 2 * architecture.num_kv_heads) * architecture.head_dim
-    if not errors and qkv % tensor:
-        errors.append(f"parallel.tensor {tensor} does not divide the model's {qkv} rows of query, key and value")
     chunks = parallel.pipeline * parallel.virtual_pipeline
     if architecture.num_layers % chunks:
         errors.append(
@@ -185,6 +181,24 @@ def check_files(config: SFTConfig) -> list[str]:
     template = config.data.chat_template
     if template is not None and not template.is_file():
         errors.append(f"data.chat_template {template}: there is no such file; leave it out to use the tokenizer's own")
+    return errors
+
+
+def check_prompt_files(config: GPPOConfig) -> list[str]:
+    """Whether the files that a reinforcement-learning run names are there and its output folder can be written."""
+    errors = [*_check_model_folder(config), *check_output(config.output)]
+    for key, sources in (
+        ("prompts.sources", config.prompts.sources),
+        ("validation.sources", config.validation.sources),
+    ):
+        for pattern in (pattern for source in sources for pattern in source.files):
+            errors += _check_pattern(key, pattern)
+    template = config.prompts.chat_template
+    if template is not None and not template.is_file():
+        errors.append(f"prompts.chat_template {template}: there is no such file; leave it out to use the tokenizer's")
+    reference = config.algorithm.reference
+    if config.algorithm.kl_coefficient and reference is not None and not (reference / "config.json").is_file():
+        errors.append(f"algorithm.reference {reference} is not a Hugging Face model folder: it has no config.json")
     return errors
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_klear.architecture import Architecture
 from megatron_klear.config import RunConfig, SFTConfig
+
+if TYPE_CHECKING:
+    from megatron_klear.rl_config import GPPOConfig
 
 LOSS_CHUNK_TOKENS = 4096
 """Tokens whose logits the fused loss holds at once."""
@@ -261,7 +264,50 @@ def describe_plan(
     return "\n".join(lines)
 
 
-def _model_lines(config: SFTConfig, architecture: Architecture, plan: Plan) -> list[str]:
+def describe_rl_plan(
+    config: GPPOConfig, architecture: Architecture, world_size: int, *, device_memory_bytes: int | None = None
+) -> str:
+    """The plan of a reinforcement-learning run as `--dry-run` prints it; sampling's own memory comes on top."""
+    algorithm, sampling, row_tokens = config.algorithm, config.sampling, config.train.tokens_per_microbatch
+    data_parallel = max(world_size // config.parallel.model_size, 1)
+    updates = algorithm.prompts_per_step // algorithm.prompts_per_update
+    sequences = algorithm.prompts_per_update * sampling.samples_per_prompt
+    longest = config.prompts.max_tokens + sampling.max_tokens
+    batch = BatchPlan(
+        world_size=world_size,
+        data_parallel=data_parallel,
+        rows_per_step=max(-(-sequences * longest // row_tokens), data_parallel),
+        row_tokens=row_tokens,
+        microbatches=max(-(-sequences * longest // (row_tokens * data_parallel)), 1),
+        max_tokens_per_step=sequences * longest,
+        steps_per_epoch=None,
+        total_steps=config.train.steps * updates,
+    )
+    stages = range(config.parallel.pipeline)
+    plan = Plan(
+        batch=batch,
+        model_parameters=architecture.num_parameters,
+        stage_parameters=tuple(stage_parameters(config, architecture, stage) for stage in stages),
+        stage_memory=tuple(
+            stage_memory(config, architecture, stage, data_parallel, row_tokens, batch.microbatches) for stage in stages
+        ),
+    )
+    generated = algorithm.generated_prompts or algorithm.prompts_per_step
+    lines = [
+        "Rollout step",
+        _row("prompts generated, trained on", f"{generated} at a time, {algorithm.prompts_per_step}"),
+        _row("responses per prompt", f"{sampling.samples_per_prompt} of up to {sampling.max_tokens:,} tokens"),
+        _row("optimizer steps", f"{updates} of {algorithm.prompts_per_update} prompts, {sequences} responses"),
+        _row("tokens per optimizer step, at most", f"{batch.max_tokens_per_step:,}"),
+        _row("rollout steps", f"{config.train.steps:,}"),
+    ]
+    whole = [*_model_lines(config, architecture, plan), "", *lines, "", *_memory_lines(config, plan)]
+    if device_memory_bytes is not None:
+        whole.append(_row("the device has", f"{device_memory_bytes / GIB:.2f} GiB"))
+    return "\n".join(whole)
+
+
+def _model_lines(config: RunConfig, architecture: Architecture, plan: Plan) -> list[str]:
     parallel = config.parallel
     layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
     layout += f" x data {plan.batch.data_parallel}"
@@ -294,7 +340,7 @@ def _batch_lines(batch: BatchPlan) -> list[str]:
     ]
 
 
-def _memory_lines(config: SFTConfig, plan: Plan) -> list[str]:
+def _memory_lines(config: RunConfig, plan: Plan) -> list[str]:
     memory = plan.stage_memory[plan.heaviest_stage]
     sharded = "sharded" if config.optimizer.distributed else "whole"
     parts = {

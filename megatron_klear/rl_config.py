@@ -5,15 +5,41 @@ They are apart because a loss is its own table (`[loss] kind = "gppo"`), and los
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import operator
+import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, create_model, model_validator
 
 from megatron_klear.config import RunConfig, Settings
 from megatron_klear.rl.losses import CISPO, GPPO, GSPO, NLL, PPO, REINFORCE, CappedCISPO
 
-Loss = Annotated[GPPO | PPO | CISPO | CappedCISPO | REINFORCE | GSPO | NLL, Field(discriminator="kind")]
+PolicyLoss = GPPO | PPO | CISPO | CappedCISPO | REINFORCE | GSPO | NLL
+
+
+def _table(loss: type[PolicyLoss]) -> type[Settings]:
+    """`[loss]` for one loss: a strict table with the fields of its dataclass."""
+    hints = typing.get_type_hints(loss)
+    fields: dict[str, Any] = {
+        field.name: (hints[field.name], ... if field.default is dataclasses.MISSING else field.default)
+        for field in dataclasses.fields(loss)
+    }
+    table: type[Settings] = create_model(loss.__name__, __base__=Settings, __doc__=loss.__doc__, **fields)
+    return table
+
+
+_TABLES = {loss: _table(loss) for loss in typing.get_args(PolicyLoss)}
+_LOSS_OF = {table: loss for loss, table in _TABLES.items()}
+Loss: Any = Annotated[functools.reduce(operator.or_, _TABLES.values()), Field(discriminator="kind")]
+
+
+def build_loss(table: Settings) -> PolicyLoss:
+    """The loss that a `[loss]` table describes. Raises ValueError where its constants contradict each other."""
+    loss: PolicyLoss = _LOSS_OF[type(table)](**table.model_dump())
+    return loss
 
 
 class PromptSource(Settings):
@@ -79,6 +105,8 @@ class RewardConfig(Settings):
 
     scheme: Literal["paper", "released"] = "paper"
     """`paper`: +1 right and in format, -1 else. `released`: the values of the published code."""
+    require_thinking: bool = True
+    """Responses must think inside `<think>...</think>`, and only what follows is read as the answer."""
     timeout_seconds: float = Field(default=5.0, gt=0)
     """For one response; then its worker is killed and the sample counts as `timeout`."""
     workers: int = Field(default=0, ge=0)
@@ -172,12 +200,13 @@ class GPPOConfig(RunConfig):
     rollout: LocalRolloutConfig = LocalRolloutConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
-    loss: Loss = GPPO()
+    loss: Loss = _TABLES[GPPO]()  # type: ignore[valid-type]
     validation: ValidationConfig = ValidationConfig()
     train: GPPOTrainConfig = GPPOTrainConfig()
 
     @model_validator(mode="after")
     def _check(self) -> GPPOConfig:
+        build_loss(self.loss)
         longest = self.prompts.max_tokens + self.sampling.max_tokens
         if longest > self.train.tokens_per_microbatch:
             raise ValueError(

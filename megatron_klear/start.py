@@ -11,12 +11,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_klear.architecture import Architecture, read_architecture
-from megatron_klear.checks import check_files, check_packages, check_plan, warn_run
+from megatron_klear.checks import check_files, check_layout, check_packages, check_plan, check_prompt_files, warn_run
 from megatron_klear.config import SFTConfig
 from megatron_klear.estimate import describe_plan
-from megatron_klear.settings import exit_on_bad_input, exit_with, parse_command_line
+from megatron_klear.settings import exit_on_bad_input, exit_with, load, parse_command_line
+
+if TYPE_CHECKING:
+    from megatron_klear.rl_config import GPPOConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +56,54 @@ def start_sft(argv: Sequence[str] | None = None, *, description: str = "") -> St
     if command.dry_run:
         raise SystemExit(0)
     return Start(config=config, architecture=architecture, world_size=world_size, warnings=tuple(warnings))
+
+
+def start_with(argv: Sequence[str], *, processes: int | None, files: bool) -> Start:
+    """What a tool begins with that trains in processes of its own: `processes` of them, one model replica unless given.
+
+    `files` false does not look for the data. Exits with code 2 and every problem found.
+    """
+    with exit_on_bad_input():
+        config = load(SFTConfig, argv)
+        architecture = read_architecture(config.model.path)
+    world_size = processes or config.parallel.model_size
+    problems = [*check_plan(config, architecture, world_size), *check_packages(config)]
+    if files:
+        problems += check_files(config)
+    if problems:
+        exit_with(problems)
+    warnings = tuple(warn_run(config, architecture))
+    return Start(config=config, architecture=architecture, world_size=world_size, warnings=warnings)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GPPOStart:
+    """A reinforcement-learning run that nothing speaks against."""
+
+    config: GPPOConfig
+    architecture: Architecture
+    world_size: int
+
+
+def start_gppo(argv: Sequence[str] | None = None, *, description: str = "") -> GPPOStart:
+    """What `train_gppo.py` begins with; exits as `start_sft` does."""
+    from megatron_klear.estimate import describe_rl_plan
+    from megatron_klear.rl_config import GPPOConfig
+
+    command = parse_command_line(GPPOConfig, argv, description=description)
+    config = command.config
+    world_size = command.planned_processes or int(os.environ.get("WORLD_SIZE", "1"))
+    with exit_on_bad_input():
+        architecture = read_architecture(config.model.path)
+    planning = check_layout(config, architecture, world_size)
+    problems = [*planning, *check_packages(config), *check_prompt_files(config)]
+    if command.dry_run and not planning and os.environ.get("RANK", "0") == "0":
+        print(describe_rl_plan(config, architecture, world_size, device_memory_bytes=smallest_gpu_bytes()))
+    if problems:
+        exit_with(problems)
+    if command.dry_run:
+        raise SystemExit(0)
+    return GPPOStart(config=config, architecture=architecture, world_size=world_size)
 
 
 def smallest_gpu_bytes() -> int | None:

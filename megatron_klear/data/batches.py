@@ -52,7 +52,9 @@ def pack(
 
     if not samples:
         samples = [Sample(tokens=np.zeros(1, dtype=np.int32), trained=np.zeros(1, dtype=np.bool_))]
-        weights, advantages, nll_weights = [0.0], advantages and [0.0], nll_weights and [0.0]
+        weights = [0.0]
+        advantages = None if advantages is None else [0.0]
+        nll_weights = None if nll_weights is None else [0.0]
     for index, sample in enumerate(samples):
         if not len(sample.tokens) == len(sample.trained) > 0:
             raise ValueError(

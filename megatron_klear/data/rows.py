@@ -16,6 +16,10 @@ EXPECTED = (
     'expected an object with `messages` ([{"role": ..., "content": ...}, ...]), '
     "or with `prompt` (a text or messages) and `response` (a text)"
 )
+EXPECTED_PROBLEM = (
+    'expected an object with `prompt` (a text or [{"role": ..., "content": ...}, ...]), `data_source` (a text) and '
+    "`reward_model` with `ground_truth`"
+)
 RESERVED = ("\ufdd0", "\ufdd1", "\ufdd2")
 """Unicode noncharacters that the template code marks positions with; no text may hold them."""
 
@@ -72,6 +76,35 @@ def read_row(row: object) -> ChatRow:
         keys = ", ".join(sorted(key for key, value in row.items() if value is not None)) or "none"
         raise DataError(f"the row has the keys {keys}; {EXPECTED}")
     return ChatRow(tuple(messages), tuple(_read_tools(row.get("tools"))))
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemRow:
+    """One problem for reinforcement learning: the conversation so far, and what its reward needs."""
+
+    messages: tuple[Message, ...]
+    data_source: str
+    ground_truth: Any
+
+
+def read_problem(row: object) -> ProblemRow:
+    """Check a parsed row of the Klear/verl form: `prompt`, `data_source`, `reward_model.ground_truth`.
+
+    Other keys are left alone. Raises DataError that says which key is wrong; the caller adds the file and the line.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"the row is {_kind(row)}; {EXPECTED_PROBLEM}")
+    prompt, data_source, reward = (row.get(key) for key in ("prompt", "data_source", "reward_model"))
+    if prompt is None:
+        raise DataError(f"`prompt` is missing; {EXPECTED_PROBLEM}")
+    messages = _read_messages([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, "prompt")
+    if messages[-1]["role"] == "assistant":
+        raise DataError("`prompt` ends with an assistant's message, so there is nothing to answer; remove that message")
+    if not isinstance(data_source, str) or not data_source:
+        raise DataError(f"`data_source` is {_kind(data_source)}; {EXPECTED_PROBLEM}")
+    if not isinstance(reward, dict) or reward.get("ground_truth") is None:
+        raise DataError(f"`reward_model.ground_truth` is missing; {EXPECTED_PROBLEM}")
+    return ProblemRow(tuple(messages), data_source, reward["ground_truth"])
 
 
 def _read_messages(messages: object, key: str) -> list[Message]:

@@ -24,6 +24,7 @@ from megatron_klear.data.packing import (
     plan_epoch,
     work_imbalance,
 )
+from megatron_klear.data.rows import DataError
 from megatron_klear.types import PackedBatch, Sample
 
 
@@ -112,7 +113,7 @@ class _Share:
         counted = (int(self.lengths[index]), int(self.trained_counts[index]))
         found = (len(sample.tokens), num_predicted(sample))
         if counted != found:
-            raise ValueError(
+            raise DataError(
                 f"sample {index} has {found[0]} tokens, {found[1]} of them trained, where its store counted "
                 f"{counted[0]} and {counted[1]}: the token cache is damaged; remove it (data.cache) and run again"
             )
@@ -137,16 +138,20 @@ class SampleStream:
         work: Work,
         aggregation: Aggregation = "token_mean",
         seed: int = 0,
+        content: str = "",
         data_rank: int = 0,
         data_size: int = 1,
     ) -> None:
-        """Plan the first epoch. Raises ValueError where ranks do not divide the rows or the store has no samples."""
+        """Plan the first epoch; `content` names what the samples are, for a saved position.
+
+        Raises ValueError where ranks do not divide the rows or the store has no samples.
+        """
         if not len(store.lengths):
             raise ValueError(
                 "there are no samples to train on: data.train is empty or all of it was held out or dropped"
             )
         self._share = _Share(store, settings, work, data_rank, data_size)
-        self._settings, self._seed = settings, seed
+        self._settings, self._seed, self._content = settings, seed, content
         self._aggregation: Aggregation = aggregation
         self._epoch = self._step = 0
         self._num_steps: dict[int, int] = {}
@@ -182,12 +187,12 @@ class SampleStream:
         return {"epoch": self._epoch, "step_in_epoch": self._step, "made_with": self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. Raises ValueError where data or settings would not make the same steps again."""
+        """Go to a saved position. Raises DataError where data or settings would not make the same steps again."""
         here = self._identity()
         changed = [key for key in here if state["made_with"].get(key) != here[key]]
         if changed:
             told = ", ".join(f"{key} was {state['made_with'].get(key)} and is {here[key]}" for key in changed)
-            raise ValueError(
+            raise DataError(
                 f"the checkpoint's position in the data does not fit this run: {told}; restore these settings, or "
                 "start a new run from the checkpoint's weights (model.checkpoint)"
             )
@@ -205,6 +210,7 @@ class SampleStream:
             "seed": self._seed,
             "num_samples": len(lengths),
             "checksum_of_lengths": zlib.crc32(lengths.tobytes()),
+            "content": self._content,
         }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .rows import EXPECTED, ChatRow, DataError, read_row
+from .rows import ChatRow, DataError, read_row
 
 _CHUNK_BYTES = 1 << 20
 _CHUNK_ROWS = 512
@@ -64,12 +64,15 @@ def resolve_files(patterns: Sequence[str], key: str) -> list[Path]:
     return files
 
 
-def read_chunks(path: Path) -> Iterator[Chunk]:
-    """Stream a file as chunks of about a megabyte, or of 512 rows.
+SUPERVISED_COLUMNS = ("messages", "prompt", "response", "tools")
+
+
+def read_chunks(path: Path, columns: Sequence[str] = SUPERVISED_COLUMNS) -> Iterator[Chunk]:
+    """Stream a file as chunks of about a megabyte, or of 512 rows; of a Parquet file only `columns` are read.
 
     Raises DataError where a Parquet file cannot be read.
     """
-    return _parquet_chunks(path) if path.suffix == ".parquet" else _jsonl_chunks(path)
+    return _parquet_chunks(path, columns) if path.suffix == ".parquet" else _jsonl_chunks(path)
 
 
 def parse_chunk(chunk: Chunk) -> Iterator[tuple[int, ChatRow]]:
@@ -77,9 +80,20 @@ def parse_chunk(chunk: Chunk) -> Iterator[tuple[int, ChatRow]]:
 
     Raises DataError with file and line where a row is malformed.
     """
+    for number, row in raw_rows(chunk):
+        try:
+            yield number, read_row(row)
+        except DataError as error:
+            raise DataError(f"{chunk.where(number)}: {error}") from None
+
+
+def raw_rows(chunk: Chunk) -> Iterator[tuple[int, object]]:
+    """Decoded rows of a chunk before any check of their keys, each with its line or row number.
+
+    Raises DataError with file and line where one is not JSON.
+    """
     if chunk.lines is None:
-        for number, row in enumerate(_table_rows(chunk.table), chunk.first):
-            yield number, _located(chunk, number, row)
+        yield from enumerate(_table_rows(chunk.table), chunk.first)
         return
     for number, line in enumerate(chunk.lines, chunk.first):
         if not line.strip():
@@ -87,8 +101,8 @@ def parse_chunk(chunk: Chunk) -> Iterator[tuple[int, ChatRow]]:
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{chunk.where(number)}: not valid JSON ({error}); {EXPECTED}") from None
-        yield number, _located(chunk, number, row)
+            raise DataError(f"{chunk.where(number)}: not valid JSON ({error})") from None
+        yield number, row
 
 
 def file_digest(path: Path, memo: Path) -> str:
@@ -131,13 +145,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def _located(chunk: Chunk, number: int, row: object) -> ChatRow:
-    try:
-        return read_row(row)
-    except DataError as error:
-        raise DataError(f"{chunk.where(number)}: {error}") from None
-
-
 def _jsonl_chunks(path: Path) -> Iterator[Chunk]:
     lines: list[bytes] = []
     size, first = 0, 1
@@ -154,17 +161,17 @@ def _jsonl_chunks(path: Path) -> Iterator[Chunk]:
         yield Chunk(str(path), first, lines, num_bytes=size)
 
 
-def _parquet_chunks(path: Path) -> Iterator[Chunk]:
+def _parquet_chunks(path: Path, columns: Sequence[str]) -> Iterator[Chunk]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in ("messages", "prompt", "response", "tools")]
+            present = [name for name in file.schema_arrow.names if name in columns]
             rows = max(file.metadata.num_rows, 1)
             per_row = path.stat().st_size / rows
             first = 1
-            for batch in file.iter_batches(batch_size=_CHUNK_ROWS // 2, columns=columns):
+            for batch in file.iter_batches(batch_size=_CHUNK_ROWS // 2, columns=present):
                 buffer = io.BytesIO()
                 with pa.ipc.new_stream(buffer, batch.schema) as writer:
                     writer.write_batch(batch)

@@ -99,6 +99,13 @@ class TokenStore:
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of data files, tokenizer, template and settings; unlike `key` it outlives an upgrade of libraries."""
+        description = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        content = {name: value for name, value in description["content"].items() if name != "libraries"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
     def origin(self, index: int) -> str:
         """The file and line (row, in Parquet) that a sample comes from."""
         files = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))["files"]
@@ -171,7 +178,10 @@ def _build_once(
     description: dict[str, Any],
 ) -> None:
     """Build a store unless another process does; return when it is there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"data.cache {folder.parent} cannot be made: {error}; choose another folder") from error
     with _lock(folder.with_name(f"{folder.name}.lock")) as alone:
         if alone:
             _clear_remains(folder)

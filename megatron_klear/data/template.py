@@ -83,13 +83,19 @@ class ChatTemplate:
         self._stop = re.compile("|".join(map(re.escape, texts))) if texts else None
 
     def render(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] = (),
+        *,
+        generation_prompt: bool = False,
+        thinking: bool | None = None,
     ) -> str:
         """The text of `messages`, with the header of an assistant turn to come where `generation_prompt` is true.
 
+        `thinking` is what the template knows as `enable_thinking`; None leaves it to the template.
         Raises DataError with the template's own words where it refuses them.
         """
-        marked = self._render(messages, tools, generation_prompt=generation_prompt)
+        marked = self._render(messages, tools, generation_prompt=generation_prompt, thinking=thinking)
         return marked.replace(_START, "").replace(_END, "")
 
     def mark(self, row: ChatRow, turns: Turns) -> MarkedText:
@@ -105,8 +111,14 @@ class ChatTemplate:
         return self._mark_by_prefix(messages, row.tools, turns)
 
     def _render(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        *,
+        generation_prompt: bool = False,
+        thinking: bool | None = None,
     ) -> str:
+        flags = {} if thinking is None else {"enable_thinking": thinking}
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
@@ -114,6 +126,7 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=generation_prompt,
                 **self._special_tokens,
+                **flags,
             )
         except (jinja2.TemplateError, TypeError, AttributeError, KeyError, ValueError) as error:
             raise DataError(f"{self.name} refuses the conversation: {error}") from None

@@ -19,13 +19,17 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore import manifest
@@ -49,6 +53,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # noqa
 )
 
 _PR_SET_PDEATHSIG = 1
+_ERRORS = (Exception, CheckpointException)  # torch derives its own from BaseException
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +72,7 @@ class Saver:
     def __init__(self, *, asynchronous: bool) -> None:
         self._asynchronous = asynchronous
         self._queue: Any = AsyncCallsQueue(persistent=False) if asynchronous else None
-        self._pending: Path | None = None
+        self._pending: tuple[Path, Path] | None = None  # hidden folder being written, where it will appear
 
     def save(self, path: Path, state: TrainingState, topology: Topology, model_folder: Path) -> None:
         """Write `state` at `path`; the folder appears when it is complete.
@@ -82,22 +87,22 @@ class Saver:
                 _publish(hidden, path, topology)
                 return
             request.finalize_fns.append(lambda: _publish(hidden, path, topology))
-            self._queue.schedule_async_request(request)
-            self._pending = path
-        except Exception as error:
+            self._queue.schedule_async_request(request._replace(async_fn=_ending_with_parent(request.async_fn)))
+            self._pending = (hidden, path)
+        except _ERRORS as error:
             raise _failure(hidden, path, error) from error
 
     def finish(self, *, blocking: bool) -> None:
         """Publish a background save that has been written, or with `blocking` wait for it."""
         if self._pending is None:
             return
-        path = self._pending
+        hidden, path = self._pending
         try:
             if self._queue.maybe_finalize_async_calls(blocking=blocking):
                 self._pending = None
-        except Exception as error:
+        except _ERRORS as error:
             self._pending = None
-            raise _failure(None, path, error) from error
+            raise _failure(hidden, path, error) from error
 
     def close(self) -> None:
         """Wait for a background save and stop its processes."""
@@ -141,6 +146,7 @@ def latest_valid(checkpoints: Path, topology: Topology) -> Path | None:
     """The newest checkpoint whose files are all there and have the hashes of the manifest, None where there is none.
 
     Ranks divide the hashing. A damaged checkpoint is passed over with a loud message.
+    Raises CheckpointError where there are some and none is whole: starting anew is for a person to decide.
     """
     found: list[list[int]] = [manifest.steps(checkpoints)]
     dist.broadcast_object_list(found, src=0)
@@ -153,6 +159,10 @@ def latest_valid(checkpoints: Path, topology: Topology) -> Path | None:
             return path
         if topology.rank == 0:
             manifest.warn(f"checkpoint {path} is damaged and passed over: {'; '.join(problems)}")
+    if found[0]:
+        raise CheckpointError(
+            f"every checkpoint in {checkpoints} is damaged; restore one, or choose another output to start anew"
+        )
     return None
 
 
@@ -213,10 +223,10 @@ def _read(path: Path, sharded: dict[str, Any], topology: Topology) -> dict[str, 
         strategy = FullyParallelLoadStrategyWrapper(strategy, topology.data_context.group)
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(path), strategy)
-    except Exception as error:
+    except _ERRORS as error:
         raise CheckpointError(
-            f"{path} could not be read into this model: {error}; it may be damaged (tools/inspect_checkpoint.py "
-            "verifies it) or of another model than model.path"
+            f"{path} could not be read into this model: {_cause(error)}; it may be damaged "
+            "(tools/inspect_checkpoint.py verifies it) or of another model than model.path"
         ) from error
     return loaded
 
@@ -249,13 +259,21 @@ def _hidden_folder(path: Path, topology: Topology) -> Path:
     return hidden
 
 
-def _failure(hidden: Path | None, path: Path, error: Exception) -> CheckpointError:
-    if hidden is not None:
-        shutil.rmtree(hidden, ignore_errors=True)
+def _failure(hidden: Path, path: Path, error: BaseException) -> CheckpointError:
+    shutil.rmtree(hidden, ignore_errors=True)
+    free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.is_dir() else 0.0
     return CheckpointError(
-        f"checkpoint {path} could not be written: {error}; earlier checkpoints are as they were. Check the free space "
-        "and the permissions of the output folder, then start the run again: it resumes"
+        f"checkpoint {path} could not be written: {_cause(error)}; earlier checkpoints are as they were. Check the "
+        f"free space ({free:.1f} GiB now) and the permissions of the output folder, then start the run again: it "
+        "resumes"
     )
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, without the tracebacks of all ranks that torch's exception carries in its text."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(dict.fromkeys(str(failure[0]) for failure in error.failures.values())) or "on another rank"
+    return str(error)
 
 
 def _rng_states(topology: Topology) -> list[dict[str, Any]]:
@@ -293,10 +311,26 @@ def _fork_result_queue() -> None:
     if getattr(filesystem_async, "_results_queue", "absent") is not None:
         return
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(initializer=_end_with_parent)
+    manager.start(initializer=_end_with_parent, initargs=(os.getpid(),))
     filesystem_async._results_queue = manager.Queue()
 
 
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _ending_with_parent(write: Callable[..., None] | None) -> Callable[..., None] | None:
+    """`write` for a forked process that must not outlive this one: a resumed run would meet it in the same folder."""
+    return None if write is None else partial(_write_while_parent_lives, os.getpid(), write)
+
+
+def _write_while_parent_lives(parent: int, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    own = os.getpid()
+    os.register_at_fork(after_in_child=lambda: _end_with_parent(own))  # it forks one process a file
+    _end_with_parent(parent)
+    write(*args, **kwargs)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, which forked it, ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

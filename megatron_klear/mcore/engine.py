@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_klear.architecture import Architecture, read_architecture
 from megatron_klear.config import RunConfig
+from megatron_klear.errors import UserError
 from megatron_klear.mcore import checkpoint, hf
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore.head import Head
@@ -30,7 +31,8 @@ from megatron_klear.types import PackedBatch, StepStats, TokenLoss
 
 device_shim.install()
 
-from megatron.core.distributed import (  # noqa: E402  (the shim must come first)
+from megatron.core import parallel_state  # noqa: E402  (the shim must come first)
+from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
@@ -64,6 +66,7 @@ class Engine:
         self.optimizer = build_optimizer(run, self.chunks, self.overlap)
         self.head = Head(run.model, self.architecture, topology)
         self.inverse_frequencies = inverse_frequencies(self.architecture)[0].to(topology.device)
+        self._reference: list[Tensor] | None = None
         self._saver = checkpoint.Saver(asynchronous=run.checkpoint.asynchronous)
         config = self.models[0].config
         config.grad_scale_func = self.optimizer.scale_loss
@@ -72,18 +75,34 @@ class Engine:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
-    def train_step(self, batches: Sequence[PackedBatch], loss: TokenLoss, *, temperature: float = 1.0) -> StepStats:
+    def train_step(
+        self,
+        batches: Sequence[PackedBatch],
+        loss: TokenLoss,
+        *,
+        temperature: float = 1.0,
+        entropy_coefficient: float = 0.0,
+        kl_coefficient: float = 0.0,
+    ) -> StepStats:
         """Take one optimizer step over this data rank's micro-batches.
 
-        `loss` maps log-probs to per-token losses; it sees only its own tokens. A step whose loss or gradient norm is
-        not finite leaves weights and optimizer alone and says so in `skipped`.
+        `loss` maps log-probs to per-token losses; it sees only its own tokens. `kl_coefficient` weighs the k3 KL to the
+        rows' `ref_logprobs`. A step whose loss or gradient norm is not finite leaves weights and optimizer alone and
+        says so in `skipped`.
         """
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         rows = self._rows(batches)
-        sums = self._reduce(self._run(rows, partial(self.head.loss, loss=loss, temperature=temperature)))
+        compute = partial(
+            self.head.loss,
+            loss=loss,
+            temperature=temperature,
+            entropy_coefficient=entropy_coefficient,
+            kl_coefficient=kl_coefficient,
+        )
+        sums = self._reduce(self._run(rows, compute))
         total = sums.pop("loss")
         rate = learning_rate(self.run.optimizer, self.step, self.total_steps)
         set_rates(self.optimizer, rate, self.run.optimizer.weight_decay)
@@ -122,6 +141,29 @@ class Engine:
         results = self._run(rows, partial(self.head.logprobs, temperature=temperature), forward_only=True)
         whole = [self._whole(row, result) for row, result in zip(rows, results or [None] * len(rows), strict=True)]
         return whole[: len(batches)]
+
+    def keep_reference(self, folder: Path | None = None) -> None:
+        """Keep a frozen copy of the model in host memory: of the weights in `folder`, or of the present ones.
+
+        To be called before the first step and before a checkpoint is loaded.
+        """
+        present = [parameter.detach().clone() for model in self.models for parameter in model.parameters()]
+        if folder is not None:
+            hf.load_hf_weights(self.models, self.architecture, folder, self.topology)
+        self._reference = [parameter.detach().cpu() for model in self.models for parameter in model.parameters()]
+        self._put(present)
+
+    def reference_logprobs(self, batches: Sequence[PackedBatch], *, temperature: float = 1.0) -> list[Tensor]:
+        """`logprobs` under the reference that `keep_reference` kept."""
+        if self._reference is None:
+            raise RuntimeError("there is no reference model: call keep_reference first")
+        self._gather_parameters()
+        present = [parameter.detach().clone() for model in self.models for parameter in model.parameters()]
+        self._put(self._reference)
+        try:
+            return self.logprobs(batches, temperature=temperature)
+        finally:
+            self._put(present)
 
     def evaluate(self, batches: Sequence[PackedBatch], loss: TokenLoss) -> float:
         """The weighted loss over the batches of all data ranks, without a gradient."""
@@ -166,6 +208,12 @@ class Engine:
         """Wait for background writing to end."""
         self._saver.close()
 
+    @torch.no_grad()
+    def _put(self, weights: list[Tensor]) -> None:
+        parameters = [parameter for model in self.models for parameter in model.parameters()]
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.copy_(weight)
+
     def _load_initial_weights(self) -> None:
         model = self.run.model
         if model.checkpoint is not None:
@@ -179,6 +227,13 @@ class Engine:
         """Rows in this rank's layout; with virtual stages a whole number of pipeline rounds of them."""
         multiple = self.topology.pipeline.size if self.topology.parallel.virtual_pipeline > 1 else 1
         padded = list(batches)
+        for batch in batches:
+            largest = int(torch.maximum(batch.tokens.max(), batch.targets.max()))
+            if largest >= self.architecture.vocab_size:
+                raise UserError(
+                    f"a row holds token id {largest}, and config.json of model.path {self.run.model.path} has "
+                    f"vocab_size {self.architecture.vocab_size}: tokenizer and model do not belong together"
+                )
         while not padded or len(padded) % multiple:
             padded.append(empty_batch(batches[0] if batches else None))
         return [local_row(batch, self.topology, self.inverse_frequencies) for batch in padded]
@@ -258,7 +313,15 @@ def _wrap(models: list[PolicyModel], run: RunConfig, overlap: bool) -> list[Dist
     ]
     for chunk in chunks:
         chunk.broadcast_params()
+        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1:
+            # Nobody to sum with or gather from; gloo would copy all gradients twice and all parameters once a step.
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group.start_grad_sync = group.start_param_sync = _nothing
     return chunks
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 def _sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:

@@ -35,7 +35,15 @@ class Head:
         }
 
     def loss(
-        self, model: PolicyModel, row: LocalRow, hidden: Tensor, *, loss: TokenLoss, temperature: float
+        self,
+        model: PolicyModel,
+        row: LocalRow,
+        hidden: Tensor,
+        *,
+        loss: TokenLoss,
+        temperature: float,
+        entropy_coefficient: float = 0.0,
+        kl_coefficient: float = 0.0,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The row's summed loss, in Megatron's form: (loss, unused token count, sums to log)."""
         weight, values = model.head_weight, row.per_token
@@ -49,6 +57,9 @@ class Head:
             advantages=values.get("advantages"),
             nll_weights=values.get("nll_weights"),
             temperature=temperature,
+            entropy_coefficient=entropy_coefficient,
+            ref_logprobs=values.get("ref_logprobs"),
+            kl_coefficient=kl_coefficient,
             main_grad=weight.main_grad,  # type: ignore[attr-defined]  # Megatron's DDP puts it there
             # A head that is also this chunk's embedding gets a second gradient through autograd.
             weight_grad="main_grad_tied" if model.head_is_embedding else "main_grad",

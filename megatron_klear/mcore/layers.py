@@ -96,9 +96,36 @@ class PackedAttention(MegatronModule):
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary embedding in the half-split form of Hugging Face models, in fp32: x [T, heads, d], angles [T, d]."""
+    out: Tensor = _Rotation.apply(x, cosine[:, None], sine[:, None])  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation, whose gradient is the rotation back; it keeps the angles alone and makes no copy of the halves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _turn_fast(x, cosine, sine, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _turn_fast(gradients[0], cosine, sine, -1), None, None
+
+
+def _turn(x: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x * cosine[:, None] + turned * sine[:, None]).to(x.dtype)
+    sine = sine.chunk(2, dim=-1)[0]
+    out = x * cosine
+    out_first, out_second = out.chunk(2, dim=-1)
+    out_first.addcmul_(second, sine, value=-direction)
+    out_second.addcmul_(first, sine, value=direction)
+    return out.to(x.dtype)
+
+
+# One pass over memory on a GPU, where the fp32 intermediates would be most of a layer's traffic outside its products.
+_turn_fast = torch.compile(_turn, dynamic=True) if torch.cuda.is_available() else _turn
 
 
 def attention_function(name: str, half: bool) -> VarlenAttention:
@@ -122,15 +149,23 @@ def attention_function(name: str, half: bool) -> VarlenAttention:
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, row: RowParams, scale: float) -> Tensor:
     """One SDPA call per piece: the reference, and the CPU's way."""
+    lengths = [q_end - q_start for q_start, q_end, _, _ in row.pieces]
+    queries = torch.split(query, lengths)  # one concatenation in the backward pass; a slice each would write whole rows
+    if row.key_runs is None:
+        return torch.cat(
+            [
+                _sdpa(q, k, v, scale, None)
+                for q, k, v in zip(queries, torch.split(key, lengths), torch.split(value, lengths), strict=True)
+            ]
+        )
     outputs = []
-    for q_start, q_end, k_start, k_end in row.pieces:
-        q = query[q_start:q_end]
+    for q, (_, _, k_start, k_end) in zip(queries, row.pieces, strict=True):
         k, v = key[k_start:k_end], value[k_start:k_end]
-        if q_end - q_start == k_end - k_start:
+        if len(q) == len(k):
             outputs.append(_sdpa(q, k, v, scale, None))
             continue
-        skipped = (k_end - k_start) - (q_end - q_start)
-        for start in range(0, q_end - q_start, _SDPA_BLOCK):
+        skipped = len(k) - len(q)
+        for start in range(0, len(q), _SDPA_BLOCK):
             block = q[start : start + _SDPA_BLOCK]
             seen = skipped + start + len(block)
             mask = torch.ones(len(block), seen, dtype=torch.bool, device=q.device).tril(seen - len(block))

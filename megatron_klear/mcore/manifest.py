@@ -103,7 +103,7 @@ def damage(path: Path, share: int = 0, shares: int = 1, *, hashes: bool = True) 
     """
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{path / MANIFEST} cannot be read: {error}"]
     problems = []
     for name in sorted(files)[share::shares]:

@@ -26,7 +26,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # no
 
 
 class TorchDistributedOptimizer(DistributedOptimizer):
-    """DistributedOptimizer whose inner optimizer is torch's AdamW, with `step` kept right through save and load."""
+    """DistributedOptimizer over torch's AdamW: `step` is kept right through save and load, and one kernel does a step.
+
+    torch's default goes over memory a dozen times a step, and on CUDA makes temporaries as large as all parameters.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -34,12 +37,16 @@ class TorchDistributedOptimizer(DistributedOptimizer):
             self._create_state()
 
     def _create_state(self) -> None:
-        """Give AdamW its state now: Megatron's state_dict reads it, and AdamW makes it at the first step."""
+        """Give AdamW its state now: Megatron's state_dict reads it, and AdamW makes it at the first step.
+
+        The fused kernel wants `step` on the device of the parameter.
+        """
         for group in self.optimizer.param_groups:
+            group["fused"] = True
             for parameter in group["params"]:
                 if not self.optimizer.state[parameter]:
                     self.optimizer.state[parameter] = {
-                        "step": torch.tensor(0.0),
+                        "step": torch.zeros((), device=parameter.device),
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
@@ -55,9 +62,9 @@ class TorchDistributedOptimizer(DistributedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load, then give every parameter a `step` of its own; Megatron shares one, counted up once a parameter."""
         super().load_state_dict(state_dict)
-        for state in self.optimizer.state.values():
+        for parameter, state in self.optimizer.state.items():
             if "step" in state:
-                state["step"] = state["step"].clone()
+                state["step"] = state["step"].to(parameter.device, copy=True)
 
 
 def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel], overlap: bool) -> Any:

@@ -6,6 +6,7 @@ starting a further set of processes takes a second and not ten. On a machine wit
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import shutil
@@ -42,7 +43,7 @@ class Processes:
                 'CUDA_VISIBLE_DEVICES="" to run it on the CPU'
             )
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, "megatron_klear.mcore.engine"])
+        context.set_forkserver_preload([__name__, "megatron_klear.mcore.engine", function.__module__])
         self._folder = Path(tempfile.mkdtemp(prefix="klear-ranks-"))
         self._processes = [
             context.Process(target=_process, args=(rank, size, str(self._folder), function, args))
@@ -60,13 +61,21 @@ class Processes:
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def kill(self) -> None:
-        """Send SIGKILL to all and wait until they are gone."""
-        for process in self._processes:
+    def kill(self, rank: int | None = None) -> None:
+        """Send SIGKILL to all, or to one, and wait until they are gone."""
+        doomed = self._processes if rank is None else [self._processes[rank]]
+        for process in doomed:
             if process.is_alive():
                 process.kill()
-        for process in self._processes:
+        for process in doomed:
             process.join()
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Whether all have ended, well or not, within the time."""
+        deadline = time.monotonic() + timeout_seconds
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return not any(process.is_alive() for process in self._processes)
 
     def results(self, timeout_seconds: float | None = None) -> list[Any] | None:
         """What the function returned, by rank; None where the time ran out first. A process's error is raised here."""
@@ -105,6 +114,7 @@ def _error(folder: Path, exit_code: int) -> BaseException:
 
 
 def _process(rank: int, size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    gc.freeze()  # Megatron collects garbage at every save; what was imported before the fork never is any
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     cuda = torch.cuda.is_available()
     if cuda:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -82,6 +83,14 @@ class Topology:
             dist.all_reduce(tensor, op=op, group=axis.group if axis else None)
         return [float(value) for value in tensor.tolist()]
 
+    def gather_arrays(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The arrays [n] of all data-parallel ranks, end to end in rank order."""
+        if self.data.size == 1:
+            return values
+        shares: list[npt.NDArray[np.float32]] = [values] * self.data.size
+        dist.all_gather_object(shares, values, group=self.data.group)
+        return np.concatenate(shares)
+
     def barrier(self) -> None:
         """Wait for every process."""
         if self.size > 1:
@@ -95,24 +104,38 @@ def world(parallel: ParallelConfig, seed: int = 1234) -> Iterator[Topology]:
     Uses the process group that exists, if one does, and then leaves it standing.
     Raises TopologyError when the number of processes does not fit, naming the numbers.
     """
+    with process_group(parallel) as target:
+        _check_size(parallel, dist.get_world_size())
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallel.tensor,
+                pipeline_model_parallel_size=parallel.pipeline,
+                virtual_pipeline_model_parallel_size=parallel.virtual_pipeline
+                if parallel.virtual_pipeline > 1
+                else None,
+                context_parallel_size=parallel.context,
+                distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
+                create_gloo_process_groups=False,
+            )
+            seed_everything(seed)
+            yield _read(parallel, target)
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+@contextlib.contextmanager
+def process_group(parallel: ParallelConfig) -> Iterator[torch.device]:
+    """Start torch.distributed unless it is, and yield this process's device; what was started is taken down again.
+
+    For tools that go through several worlds, one after the other, in the same processes.
+    """
     target = _device(parallel)
     started = not dist.is_initialized()
     if started:
         _start(target, parallel)
     try:
-        _check_size(parallel, dist.get_world_size())
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-            context_parallel_size=parallel.context,
-            distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
-            create_gloo_process_groups=False,
-        )
-        seed_everything(seed)
-        yield _read(parallel, target)
+        yield target
     finally:
-        parallel_state.destroy_model_parallel()
         if started:
             dist.destroy_process_group()
 

@@ -1,1 +1,1 @@
-"""Verifiable rewards."""
+"""Verifiable rewards: what a response is worth, decided in worker processes that can be killed."""

@@ -17,7 +17,6 @@ from megatron_klear.config import DataConfig, SFTConfig
 from megatron_klear.data.packing import RowSettings, sequence_work
 from megatron_klear.data.sft import SampleStream, held_out_steps
 from megatron_klear.data.store import TokenStore, open_store
-from megatron_klear.errors import UserError
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.checkpoint import latest_valid
 from megatron_klear.mcore.convert import export_hf
@@ -26,19 +25,16 @@ from megatron_klear.mcore.topology import Topology, world
 from megatron_klear.rl.losses import NLL
 from megatron_klear.settings import SettingsError, write_resolved
 from megatron_klear.start import Start
+from megatron_klear.train.guard import SkipGuard, TrainingStopped
 from megatron_klear.train.log import RunLog, Throughput, open_log
-from megatron_klear.types import PackedBatch, StepStats
-
-
-class TrainingStopped(UserError, RuntimeError):
-    """The run gave up: too many steps in a row whose loss or gradient was not finite."""
+from megatron_klear.types import PackedBatch
 
 
 def run(start: Start) -> None:
     """Train from the beginning or from the newest whole checkpoint of the run's folder, to the last step."""
     config, architecture = start.config, start.architecture
     with world(config.parallel, config.seed) as topology:
-        _prepare_folder(config, topology)
+        changed = _prepare_folder(config, topology)
         store = open_store(config.data, config.model.path, "train")
         stream = SampleStream(
             store,
@@ -46,6 +42,7 @@ def run(start: Start) -> None:
             work=sequence_work(architecture),
             aggregation=config.train.aggregation,
             seed=config.seed,
+            content=store.fingerprint,
             data_rank=topology.data.rank,
             data_size=topology.data.size,
         )
@@ -54,16 +51,22 @@ def run(start: Start) -> None:
         checkpoint = latest_valid(checkpoints_of(config), topology)
         if checkpoint is not None:
             stream.load_state_dict(engine.load(checkpoint)["data"])
+        if topology.rank == 0:
+            write_resolved(config, _resolved(config))
         device = torch.cuda.get_device_name() if topology.device.type == "cuda" else None
         throughput = Throughput.of(config, architecture, topology.size, device)
         with open_log(
             config, rank=topology.rank, resume_step=engine.step, total_steps=total_steps, throughput=throughput
         ) as log:
-            for warning in start.warnings:
+            for warning in (*start.warnings, *changed):
                 log.say(f"warning: {warning}")
             if checkpoint is not None:
                 log.say(f"resuming from {checkpoint}, step {engine.step} of {total_steps}")
-            fit(config, engine, stream, Validation.of(config, topology, engine), log, total_steps)
+            try:
+                fit(config, engine, stream, Validation.of(config, topology, engine), log, total_steps)
+            except TrainingStopped:
+                engine.close()  # a checkpoint may still be under way
+                raise
         engine.close()
         if config.checkpoint.export_hf:
             weights = engine.hf_weights()
@@ -110,6 +113,10 @@ def checkpoints_of(config: SFTConfig) -> Path:
     return config.output / "checkpoints"
 
 
+def _resolved(config: SFTConfig) -> Path:
+    return config.output / "config.toml"
+
+
 def mean_context(batches: Sequence[PackedBatch]) -> float:
     """Tokens that a token of these rows attends to on average."""
     lengths = np.concatenate([np.diff(batch.cu_seqlens.numpy()) for batch in batches]).astype(np.float64)
@@ -152,33 +159,6 @@ class Validation:
         log.validation(self.engine.step, {"loss": loss})
 
 
-class SkipGuard:
-    """Watches for steps that were skipped: keeps what led to them, and gives up after `limit` in a row."""
-
-    def __init__(self, folder: Path, limit: int, rank: int) -> None:
-        self.folder, self.limit, self.rank, self.in_a_row = folder, limit, rank, 0
-
-    def observe(self, stats: StepStats, batches: Sequence[PackedBatch], log: RunLog) -> None:
-        """Count a step. Raises TrainingStopped at the limit; a skipped step's rows are dumped first."""
-        if not stats.skipped:
-            self.in_a_row = 0
-            return
-        self.in_a_row += 1
-        self.folder.mkdir(parents=True, exist_ok=True)
-        dump = self.folder / f"step-{stats.step:08d}-rank-{self.rank}.pt"
-        torch.save({"stats": stats, "batches": list(batches)}, dump)
-        log.say(
-            f"step {stats.step} was skipped: loss {stats.loss}, gradient norm {stats.grad_norm}; weights are as "
-            f"before, its rows are in {dump}"
-        )
-        if self.in_a_row >= self.limit:
-            raise TrainingStopped(
-                f"{self.in_a_row} steps in a row had a loss or gradient that is not finite (the last one: step "
-                f"{stats.step}, loss {stats.loss}, gradient norm {stats.grad_norm}). Its rows are in {self.folder}; "
-                "lower optimizer.learning_rate, or raise train.max_skipped_steps to let the run go on"
-            )
-
-
 def _row_settings(config: SFTConfig) -> RowSettings:
     return RowSettings(
         tokens_per_row=config.data.tokens_per_microbatch,
@@ -188,16 +168,23 @@ def _row_settings(config: SFTConfig) -> RowSettings:
     )
 
 
-def _prepare_folder(config: SFTConfig, topology: Topology) -> None:
-    """Check a run that is there already, clear what a kill left half done, write the resolved settings."""
-    resolved = config.output / "config.toml"
+def _prepare_folder(config: SFTConfig, topology: Topology) -> list[str]:
+    """Check a run that is there already, make the folder, clear what a kill left half done.
+
+    Returns warnings of settings that changed since.
+    """
+    resolved = _resolved(config)
+    warnings: list[str] = []
     if resolved.exists() and manifest.steps(checkpoints_of(config)):
-        errors, _ = check_resume(resolved, config)
+        errors, warnings = check_resume(resolved, config)
         if errors:
             raise SettingsError(errors)
     topology.barrier()
     if topology.rank == 0:
-        config.output.mkdir(parents=True, exist_ok=True)
+        try:
+            config.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError([f"output {config.output} cannot be made: {error}; choose another folder"]) from error
         manifest.sweep(checkpoints_of(config))
-        write_resolved(config, resolved)
     topology.barrier()
+    return warnings

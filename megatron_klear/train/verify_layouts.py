@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 from megatron_klear.config import ParallelConfig, SFTConfig
 from megatron_klear.data.batches import loss_weights, num_predicted, pack
+from megatron_klear.data.sft import SampleStore
+from megatron_klear.errors import UserError
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
 from megatron_klear.rl.losses import GPPO, NLL
@@ -47,8 +49,8 @@ class Layout:
         """Processes the layout takes."""
         return self.tensor * self.pipeline * self.context * self.data
 
-    def apply(self, config: SFTConfig) -> SFTConfig:
-        """The run's settings in this layout."""
+    def lay_out(self, config: SFTConfig) -> SFTConfig:
+        """The run's settings laid over processes in this way, all else as it is."""
         parallel = ParallelConfig(
             tensor=self.tensor,
             pipeline=self.pipeline,
@@ -58,6 +60,10 @@ class Layout:
             device=config.parallel.device,
             timeout_minutes=config.parallel.timeout_minutes,
         )
+        return config.model_copy(update={"parallel": parallel})
+
+    def apply(self, config: SFTConfig) -> SFTConfig:
+        """The run's settings in this layout, with a constant learning rate."""
         optimizer = config.optimizer.model_copy(
             update={"overlap": self.overlap, "decay": "constant", "warmup_steps": 0}
         )
@@ -65,9 +71,7 @@ class Layout:
         if self.fused is not None:
             model = model.model_copy(update={"fused_loss": self.fused})
         recompute = config.recompute.model_copy(update={"granularity": self.recompute})
-        return config.model_copy(
-            update={"parallel": parallel, "optimizer": optimizer, "model": model, "recompute": recompute}
-        )
+        return self.lay_out(config).model_copy(update={"optimizer": optimizer, "model": model, "recompute": recompute})
 
 
 ONE_PROCESS = Layout(name="one process")
@@ -92,6 +96,15 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(name="PP2 VPP2 DP2 overlap", pipeline=2, virtual_pipeline=2, data=2, overlap=True),
     Layout(name="TP2 PP2 CP2 SP", tensor=2, pipeline=2, context=2, sequence=True),
 )
+
+
+def layouts_named(names: Sequence[str]) -> list[Layout]:
+    """The layouts of these names. Raises UserError that lists the names there are."""
+    known = {layout.name: layout for layout in LAYOUTS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"there is no layout {unknown[0]!r}; known: {', '.join(known)}")
+    return [known[name] for name in names]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +144,17 @@ def ragged_samples(vocab_size: int, longest: int, count: int = 12, seed: int = 0
     return samples
 
 
+def stored_samples(store: SampleStore, longest: int, count: int = 12) -> list[Sample]:
+    """The shortest and the longest sample of a store that fit, and its first ones, `count` in all."""
+    lengths = np.asarray(store.lengths)
+    fitting = np.flatnonzero(lengths <= longest)
+    if not len(fitting):
+        raise UserError(f"no sample of data.train fits {longest} tokens (data.max_length)")
+    ends = [int(fitting[lengths[fitting].argmin()]), int(fitting[lengths[fitting].argmax()])]
+    chosen = list(dict.fromkeys([*ends, *(int(index) for index in fitting[: count + 2])]))[:count]
+    return [store[index] for index in chosen]
+
+
 def measure(
     config: SFTConfig, layout: Layout, samples: Sequence[Sample], steps: int, loss_name: LossName = "nll"
 ) -> LayoutResult:
@@ -138,7 +162,7 @@ def measure(
     laid_out = layout.apply(config)
     with world(laid_out.parallel, laid_out.seed) as topology:
         engine = Engine(laid_out, topology)
-        rows = _rows(samples, layout.sequences_per_row)
+        rows = _rows(samples, layout.sequences_per_row, config.data.tokens_per_microbatch)
         mine = range(topology.data.rank, len(rows), topology.data.size)
         batches = _batches(samples, [rows[index] for index in mine], loss_name)
         logprobs = [values.numpy() for values in engine.logprobs(batches)]
@@ -174,11 +198,17 @@ def compare(result: LayoutResult, reference: LayoutResult, samples: Sequence[Sam
     )
 
 
-def _rows(samples: Sequence[Sample], sequences_per_row: int) -> list[list[int]]:
-    return [
-        list(range(start, min(start + sequences_per_row, len(samples))))
-        for start in range(0, len(samples), sequences_per_row)
-    ]
+def _rows(samples: Sequence[Sample], sequences_per_row: int, tokens_per_row: int) -> list[list[int]]:
+    """Samples in their order, at most so many and so long together in a row."""
+    rows: list[list[int]] = []
+    size = tokens_per_row
+    for index, sample in enumerate(samples):
+        size += len(sample.tokens)
+        if size > tokens_per_row or len(rows[-1]) == sequences_per_row:
+            rows.append([])
+            size = len(sample.tokens)
+        rows[-1].append(index)
+    return rows
 
 
 def _batches(samples: Sequence[Sample], rows: Sequence[Sequence[int]], loss_name: LossName) -> list[PackedBatch]:

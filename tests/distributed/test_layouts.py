@@ -25,7 +25,7 @@ def case(request, tmp_path_factory, ranks):
         output=folder / "run",
         model=ModelConfig(path=folder / "model", weights="random", dtype="fp32"),
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        data=DataConfig(train=("unused",), max_length=64, tokens_per_microbatch=64),
+        data=DataConfig(train=("unused",), max_length=64, tokens_per_microbatch=128),
         checkpoint=CheckpointConfig(asynchronous=False),
     )
     samples = ragged_samples(shape.vocab_size, longest=64)

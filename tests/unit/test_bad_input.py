@@ -123,6 +123,12 @@ MODEL = [
 
 LAYOUT = [
     Mistake("heads", flags("--parallel.tensor", "8"), ("parallel.tensor 8", "num_attention_heads 4"), world_size=8),
+    Mistake(
+        "key/value heads",
+        flags("--parallel.tensor", "4"),
+        ("parallel.tensor 4", "num_key_value_heads 2; use 1, 2"),
+        world_size=4,
+    ),
     Mistake("world size", flags("--parallel.tensor", "2"), ("3 processes", "a multiple of 2"), world_size=3),
     Mistake("layers", flags("--parallel.pipeline", "3"), ("num_hidden_layers 4", "parallel.pipeline 3"), world_size=3),
     Mistake("rows over ranks", flags("--train.rows_per_step", "3"), ("rows_per_step 3", "use 2 or 4"), world_size=2),

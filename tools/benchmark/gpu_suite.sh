@@ -48,5 +48,8 @@ if [ "${SANITIZE:-1}" = 1 ] && command -v compute-sanitizer >/dev/null; then
 fi
 # shellcheck disable=SC2086
 step benchmark "$PYTHON" tools/benchmark/policy_loss.py --sizes ${SIZES:-4k 8k 32k}
+if "$PYTHON" -c 'import megatron.core, transformers, pydantic' 2>/dev/null; then
+    PYTORCH_ALLOC_CONF=expandable_segments:True step sft "$PYTHON" tools/benchmark/sft.py --out "$OUT/sft_cuda.json"
+fi
 printf '\n%s steps failed; results in %s\n' "$failed" "$OUT" | tee -a "$OUT/gpu_suite.log"
 exit "$failed"

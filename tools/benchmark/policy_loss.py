@@ -16,7 +16,6 @@ import gc
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -45,7 +44,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Result:
-    """What one contender did at one size; times are the median of the repeats."""
+    """What one contender did at one size; times are the fastest of the repeats."""
 
     size: str
     name: str
@@ -68,7 +67,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(prepare: Callable[[], object], run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median milliseconds of `run`, each time after `prepare`, which is not counted."""
+    """Milliseconds of the fastest `run`, each after `prepare`, which is not counted.
+
+    The fastest, since what a shared machine adds to a time is never negative.
+    """
     samples = []
     for repeat in range(repeats + (3 if device.type == "cuda" else 1)):
         prepare()
@@ -80,7 +82,7 @@ def timed(prepare: Callable[[], object], run: Callable[[], object], device: torc
         del kept
         if repeat >= (3 if device.type == "cuda" else 1):
             samples.append(elapsed)
-    return statistics.median(samples)
+    return min(samples)
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:

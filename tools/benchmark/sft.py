@@ -98,6 +98,7 @@ class Case:
 
     model: dict[str, Any]
     median_tokens: int
+    """Where it is the cap, every sample has this length."""
     cap_tokens: int
     """Longest sample, and tokens of a packed row."""
     rows_per_step: int
@@ -114,17 +115,23 @@ CASES = {
         model=SMOLLM2_135M, median_tokens=160, cap_tokens=512, rows_per_step=3, sequences_per_batch=4, dtype="fp32"
     ),
     **{
-        f"qwen3_0.6b_{thousands}k": Case(
+        f"qwen3_0.6b_{name}": Case(
             model=QWEN3_0_6B,
-            median_tokens=6144,
-            cap_tokens=thousands * 1024,
+            median_tokens=median,
+            cap_tokens=cap,
             rows_per_step=2,
             sequences_per_batch=2,
             dtype="bf16",
             cuda=True,
             recompute=recompute,
         )
-        for thousands, recompute in ((16, "none"), (32, "selective"), (64, "full"))
+        for name, median, cap, recompute in (
+            ("16k", 6144, 16384, "none"),
+            ("32k", 6144, 32768, "none"),
+            ("64k", 6144, 65536, "full"),
+            ("16k_whole", 16384, 16384, "none"),  # one sequence a row, as the published figures have it
+            ("64k_whole", 65536, 65536, "full"),
+        )
     },
 }
 
@@ -148,7 +155,8 @@ def long_cot_steps(case: Case, steps: int, seed: int = 0) -> list[StepRows]:
     """Rows of samples for each step: log-normal lengths, the ones above the cap drawn again; prompts not trained."""
     generator = np.random.default_rng(seed)
     count = (steps + 2) * case.rows_per_step * max(2, 2 * case.cap_tokens // case.median_tokens)
-    lengths = np.ceil(generator.lognormal(np.log(case.median_tokens), 0.8, 2 * count)).astype(np.int32)
+    spread = 0.8 if case.median_tokens < case.cap_tokens else 0.0
+    lengths = np.round(generator.lognormal(np.log(case.median_tokens), spread, 2 * count)).astype(np.int32)
     lengths = lengths[lengths <= case.cap_tokens][:count]
     rows = RowSettings(tokens_per_row=case.cap_tokens, segment_multiple=1, rows_per_step=case.rows_per_step)
     plan = plan_epoch(lengths, rows, seed=seed, epoch=0)

@@ -1,0 +1,130 @@
+"""Wiring of a reinforcement-learning run: the rooms are opened here, the loop is in `gppo.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from megatron_klear.architecture import Architecture
+from megatron_klear.checks import check_resume
+from megatron_klear.data.prompts import PromptStream
+from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_klear.mcore import manifest
+from megatron_klear.mcore.checkpoint import latest_valid
+from megatron_klear.mcore.convert import export_hf
+from megatron_klear.mcore.engine import Engine
+from megatron_klear.mcore.model import DTYPES, inverse_frequencies
+from megatron_klear.mcore.topology import Topology, world
+from megatron_klear.rl_config import GPPOConfig
+from megatron_klear.rollout.decoder import Decoder
+from megatron_klear.rollout.engine import RolloutEngine
+from megatron_klear.rollout.local import LocalEngine
+from megatron_klear.settings import SettingsError, write_resolved
+from megatron_klear.start import GPPOStart
+from megatron_klear.train.gppo import train
+from megatron_klear.train.grading import Grader
+from megatron_klear.train.log import Throughput, open_log
+from megatron_klear.train.validation import Validator
+from megatron_klear.types import Prompt
+
+
+def run(start: GPPOStart) -> None:
+    """Train from the beginning or from the newest whole checkpoint of the run's folder, to the last rollout step."""
+    config, architecture = start.config, start.architecture
+    with world(config.parallel, config.seed) as topology:
+        _prepare_folder(config, topology)
+        tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
+        validator = _validator(config, tokenizer)
+        prompts = PromptStream(
+            config.prompts.sources,
+            tokenizer,
+            max_tokens=config.prompts.max_tokens,
+            seed=config.seed,
+            thinking=config.prompts.thinking,
+            exclude=frozenset(prompt.id for prompt in validator.prompts),
+        )
+        updates = config.algorithm.prompts_per_step // config.algorithm.prompts_per_update
+        engine = Engine(config, topology, total_steps=config.train.steps * updates, architecture=architecture)
+        if config.algorithm.kl_coefficient:
+            engine.keep_reference(config.algorithm.reference)
+        rollouts = build_rollouts(config, architecture, tokenizer, topology)
+        sources = prompts.data_sources | {prompt.data_source for prompt in validator.prompts}
+        first = 0
+        checkpoint = latest_valid(config.output / "checkpoints", topology)
+        if checkpoint is not None:
+            extra = engine.load(checkpoint)
+            prompts.load_state_dict(extra["prompts"])
+            first = int(extra["rollout_step"])
+        device = torch.cuda.get_device_name() if topology.device.type == "cuda" else None
+        throughput = Throughput.of(config, architecture, topology.size, device)
+        with (
+            Grader(config.reward, sources, topology.rank) as grader,
+            open_log(
+                config, rank=topology.rank, resume_step=first, total_steps=config.train.steps, throughput=throughput
+            ) as log,
+        ):
+            if checkpoint is not None:
+                log.say(f"resuming from {checkpoint}, rollout step {first} of {config.train.steps}")
+            train(config, engine, rollouts, prompts, grader, validator, log, start=first)
+        engine.close()
+        if config.checkpoint.export_hf:
+            weights = engine.hf_weights()
+            export_hf(weights, architecture, config.model.path, config.output / "hf", writer=topology.rank == 0)
+
+
+def build_rollouts(
+    config: GPPOConfig, architecture: Architecture, tokenizer: ChatTokenizer, topology: Topology
+) -> RolloutEngine:
+    """The rollout engine that `[rollout]` names."""
+    frequencies, scaling = inverse_frequencies(architecture)
+    dtype = torch.float32 if config.rollout.dtype == "fp32" else DTYPES[config.model.dtype]
+    return LocalEngine(
+        Decoder(architecture, frequencies, scaling, dtype, topology.device),
+        decode=tokenizer.decode,
+        stop_token_ids=end_token_ids(config.model.path, tokenizer),
+        max_sequences=config.rollout.max_sequences,
+    )
+
+
+def _validator(config: GPPOConfig, tokenizer: ChatTokenizer) -> Validator:
+    """The held-out problems; training leaves them out wherever they come from."""
+    held_out: list[Prompt] = []
+    if config.validation.sources:
+        stream = PromptStream(
+            config.validation.sources,
+            tokenizer,
+            max_tokens=config.prompts.max_tokens,
+            seed=config.seed + 1,
+            thinking=config.prompts.thinking,
+            key="validation.sources",
+        )
+        held_out = stream.all
+    return Validator(config=config.validation, prompts=held_out)
+
+
+def end_token_ids(model_folder: Path, tokenizer: ChatTokenizer) -> Iterable[int]:
+    """Ends of a response: the tokenizer's end of sequence and those of generation_config.json."""
+    ends = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    generation = model_folder / "generation_config.json"
+    if generation.is_file():
+        named = json.loads(generation.read_text()).get("eos_token_id")
+        ends |= set(named if isinstance(named, list) else [] if named is None else [named])
+    return sorted(ends)
+
+
+def _prepare_folder(config: GPPOConfig, topology: Topology) -> None:
+    """Check a run that is there already, clear what a kill left half done, write the resolved settings."""
+    resolved, checkpoints = config.output / "config.toml", config.output / "checkpoints"
+    if resolved.exists() and manifest.steps(checkpoints):
+        errors, _ = check_resume(resolved, config)
+        if errors:
+            raise SettingsError(errors)
+    topology.barrier()
+    if topology.rank == 0:
+        config.output.mkdir(parents=True, exist_ok=True)
+        manifest.sweep(checkpoints)
+        write_resolved(config, resolved)
+    topology.barrier()

@@ -1,0 +1,43 @@
+"""Accuracy on held-out problems: avg@k, with sampling settings of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_klear.rl_config import ValidationConfig
+from megatron_klear.rollout.engine import RolloutEngine
+from megatron_klear.train.grading import Grader
+from megatron_klear.train.log import RunLog
+from megatron_klear.types import Prompt, Verdict
+
+_SEED = 20_250_811
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Validator:
+    """Samples every held-out problem k times and reports how often the answer is right."""
+
+    config: ValidationConfig
+    prompts: list[Prompt]
+
+    def report(self, rollouts: RolloutEngine, grader: Grader, log: RunLog, *, step: int) -> float | None:
+        """Log avg@k and pass@k (any of the k right) after rollout step `step`; None without problems."""
+        if not self.prompts:
+            return None
+        graded = grader.grade(rollouts.generate(self.prompts, self.config.sampling, _SEED))
+        right = [[score.verdict is Verdict.RIGHT for score in group.scores or ()] for group in graded.groups]
+        accuracy = float(np.mean([np.mean(of_prompt) for of_prompt in right]))
+        lengths = [int(sample.trained.sum()) for group in graded.groups for sample in group.samples]
+        log.validation(
+            step,
+            {
+                "accuracy": accuracy,
+                "pass_at_k": float(np.mean([any(of_prompt) for of_prompt in right])),
+                "samples_per_prompt": self.config.sampling.samples_per_prompt,
+                "num_prompts": len(self.prompts),
+                "response_length_mean": float(np.mean(lengths)),
+            },
+        )
+        return accuracy

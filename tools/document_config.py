@@ -1,0 +1,80 @@
+"""Write docs/settings.md, the table of every setting, from the declarations in config.py.
+
+python tools/document_config.py            # write it
+python tools/document_config.py --check    # exit code 1 where it is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from itertools import groupby
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pydantic import BaseModel
+
+from megatron_klear.config import SFTConfig
+from megatron_klear.schema import Key, keys_of, tables_in
+from megatron_klear.toml_writer import write_text_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "settings.md"
+RUNS: dict[str, type[BaseModel]] = {"pretrain_sft.py": SFTConfig}
+HEADER = """\
+# Every setting
+
+Made by `python tools/document_config.py` from `megatron_klear/config.py`; how settings are given is in
+[configuration.md](configuration.md).
+"""
+
+
+def table_doc(cls: type[BaseModel], name: str) -> str:
+    """The docstring of the class behind the table `name`, without the table's own name in front."""
+    (table,) = tables_in(cls.model_fields[name].annotation)
+    doc = " ".join((inspect.getdoc(table) or "").split())
+    return doc.removeprefix(f"`[{name}]`: ")
+
+
+def cell(text: str) -> str:
+    """Text as it can stand in a Markdown table."""
+    return text.replace("|", "\\|")
+
+
+def row_of(key: Key) -> str:
+    """One line of a table."""
+    name = key.name.rsplit(".", 1)[-1]
+    return f"| `{name}` | {cell(key.words)} | `{cell(key.default_text)}` | {cell(key.doc)} |"
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [HEADER]
+    for script, cls in RUNS.items():
+        lines += [f"## `{script}`", "", " ".join((inspect.getdoc(cls) or "").split()), ""]
+        for table, keys in groupby(keys_of(cls).values(), key=lambda key: key.name.rpartition(".")[0]):
+            if table:
+                doc = table_doc(cls, table)
+                lines += [f"### `[{table}]`", "", doc[:1].upper() + doc[1:], ""]
+            lines += ["| key | value | default | |", "| --- | --- | --- | --- |", *map(row_of, keys), ""]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the page or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page is out of date")
+    options = parser.parse_args(arguments)
+    if not options.check:
+        write_text_atomically(PAGE, page())
+        print(f"wrote {PAGE.relative_to(ROOT)}")
+    elif not PAGE.is_file() or PAGE.read_text() != page():
+        print(f"{PAGE.relative_to(ROOT)} is out of date: python tools/document_config.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
