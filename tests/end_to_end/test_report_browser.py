@@ -83,11 +83,11 @@ def test_rl_page_draws_its_charts_and_answers_to_the_reader(tmp_path: Path):
     for name in ("clip_regions-0", "seconds-0", "verdicts-0"):
         assert charts[name].count('class="area"') == 5, name
     assert "NaN" not in "".join(charts.values())
-    assert page.with_suffix(".png").stat().st_size > 50_000
     tip, crosses, step, shaded, plain, current, raw, axes = (attribute(dom, "probe") or "").split("|")
-    assert tip.startswith("step 4")
+    hovered = int(re.match(r"step (\d+)", tip)[1])
+    assert 30 < hovered < 50
     assert int(crosses) == len(charts)
-    assert step == "step 40"
+    assert abs(int(step.removeprefix("step ")) - hovered) <= 2, "the reader is at the kept step next to the one clicked"
     assert int(shaded) > 5
     assert (plain, current, raw, axes) == ("0", "1", "0", "log differs")
 
@@ -95,6 +95,7 @@ def test_rl_page_draws_its_charts_and_answers_to_the_reader(tmp_path: Path):
 def test_pages_of_compared_and_of_empty_runs_have_no_script_error(tmp_path: Path):
     runs = [make_rl_run(tmp_path / name, steps=12, loss=name) for name in ("gppo", "ppo")]
     dom = browse(write_report(runs, tmp_path / "compared.html"), tmp_path)
+    assert (tmp_path / "compared.png").stat().st_size > 50_000, "a blank screen is much smaller"
     assert (attribute(dom, "error"), attribute(dom, "ready")) == (None, "yes")
     assert drawn_charts(dom)["reward_mean"].count('class="line training"') == 2
     (tmp_path / "empty").mkdir()

@@ -76,7 +76,7 @@ function nearest(xs, x) {
   return x - xs[low] <= xs[high] - x ? low : high;
 }
 
-const view = { hidden: new Set(), smoothing: 0, charts: [], steps: [0, 1], onPick: null };
+const view = { hidden: new Set(), smoothing: 0, charts: [], steps: [0, 1], step: null, onPick: null };
 const runColour = (run) => `var(--run-${run % 8})`;
 const partColour = (chart, part, index) => (chart.verdicts ? `var(--${part.name})` : `var(--part-${index % 8})`);
 
@@ -125,6 +125,7 @@ class Chart {
     this.svg.addEventListener("mouseleave", leave);
     this.svg.addEventListener("click", () => view.onPick && this.step !== undefined && view.onPick(this.data.series[0].run, this.step));
     this.plot.replaceChildren(this.svg);
+    this.mark(view.step);
   }
 
   /* Settle what is drawn and the scales of both axes. */
@@ -215,6 +216,7 @@ class Chart {
     const steps = this.lines.filter((line) => line.x.length).map((line) => line.x[nearest(line.x, wanted)]);
     if (!steps.length) return;
     this.step = steps.reduce((a, b) => (Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a));
+    view.step = this.step;
     for (const chart of view.charts) chart.mark(this.step);
     const rows = (this.data.kind === "stack" ? [...this.lines].reverse() : this.lines).map((line) => this.row(line));
     const table = element("table", {}, ...rows.filter(Boolean));
@@ -243,6 +245,7 @@ class Chart {
 
 function leave() {
   document.getElementById("tooltip").hidden = true;
+  view.step = null;
   for (const chart of view.charts) chart.mark(null);
 }
 
