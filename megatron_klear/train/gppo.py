@@ -22,7 +22,7 @@ from megatron_klear.mcore import manifest
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.rl.advantages import advantages, keep_informative, penalise_overlong
 from megatron_klear.rl.corrections import importance_weights, measure_mismatch
-from megatron_klear.rl.losses import GSPO
+from megatron_klear.rl.losses import SequenceLoss
 from megatron_klear.rl_config import AlgorithmConfig, GPPOConfig, build_loss
 from megatron_klear.rollout.engine import RolloutEngine
 from megatron_klear.train.arrival import send_weights
@@ -158,13 +158,16 @@ class Step:
 
     def update(self, batches: list[PackedBatch]) -> StepStats:
         """One optimizer step. A loss with a sequence's ratio takes a pass of log-probs first."""
-        loss = build_loss(self.config.loss)
-        if isinstance(loss, GSPO):
+        chosen = build_loss(self.config.loss)
+        if isinstance(chosen, SequenceLoss):
             present = self.engine.logprobs(batches, temperature=self._temperature())
-            batches = [_against_sequence(loss, batch, values) for batch, values in zip(batches, present, strict=True)]
+            batches = [_against_sequence(chosen, batch, values) for batch, values in zip(batches, present, strict=True)]
+            loss = chosen.token_loss()
+        else:
+            loss = chosen
         return self.engine.train_step(
             batches,
-            loss.token_loss() if isinstance(loss, GSPO) else loss,
+            loss,
             temperature=self._temperature(),
             entropy_coefficient=self.config.algorithm.entropy_coefficient,
             kl_coefficient=self.config.algorithm.kl_coefficient,
@@ -256,7 +259,7 @@ class Step:
         return self.config.sampling.temperature or 1.0
 
 
-def _against_sequence(loss: GSPO, batch: PackedBatch, logprobs: Tensor) -> PackedBatch:
+def _against_sequence(loss: SequenceLoss, batch: PackedBatch, logprobs: Tensor) -> PackedBatch:
     assert batch.old_logprobs is not None
     old = loss.sequence_old_logprobs(logprobs, batch.old_logprobs, batch.weights != 0, batch.cu_seqlens)
     return dataclasses.replace(batch, old_logprobs=old)
