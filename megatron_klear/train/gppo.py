@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ from megatron_klear.train.grading import Grader
 from megatron_klear.train.guard import SkipGuard
 from megatron_klear.train.log import RunLog
 from megatron_klear.train.rollout_files import write_rollouts
+from megatron_klear.train.run_folder import checkpoints_of
 from megatron_klear.train.updates import cut_into_updates, pack_update
 from megatron_klear.train.validation import Validator
 from megatron_klear.types import Group, PackedBatch, StepStats, Verdict
@@ -44,10 +45,9 @@ def train(
     validator: Validator,
     log: RunLog,
     *,
-    decode: Callable[[Sequence[int]], str],
     start: int = 0,
 ) -> None:
-    """Run rollout steps `start` to `config.train.steps`; `decode` turns tokens into text for the kept samples."""
+    """Run rollout steps `start` to `config.train.steps`."""
     guard = SkipGuard(config.output / "skipped", config.train.max_skipped_steps, engine.topology.rank)
     if start == 0:
         send_weights(engine, rollouts, version=0)
@@ -67,7 +67,7 @@ def train(
                 stats.append(step.update(batches))
             guard.observe(stats[-1], batches, log)
         if config.train.keep_rollouts and engine.topology.rank == 0:
-            write_rollouts(config.output / "rollouts", number + 1, step.all_groups, step.advantage_of, decode)
+            write_rollouts(config.output / "rollouts", number + 1, step.all_groups, step.advantage_of)
         log.step(step.summary(stats))
         last = number + 1 == config.train.steps
         if last or (config.validation.every and (number + 1) % config.validation.every == 0):
@@ -82,7 +82,7 @@ def train(
 
 def save(config: GPPOConfig, engine: Engine, prompts: PromptStream, rollout_step: int, *, blocking: bool) -> None:
     """Write a checkpoint after a rollout step and let the oldest go."""
-    checkpoints = config.output / "checkpoints"
+    checkpoints = checkpoints_of(config)
     extra = {"rollout_step": rollout_step, "prompts": prompts.state_dict()}
     engine.save(manifest.step_folder(checkpoints, rollout_step), extra)
     if blocking:

@@ -42,7 +42,9 @@ def test_a_loss_is_a_table_of_its_own(tmp_path: Path):
     run = config(tmp_path, '[loss]\nkind = "ppo"\nclip_low = 0.1\nclip_high = 0.3\n')
     assert build_loss(run.loss) == PPO(clip_low=0.1, clip_high=0.3)
     assert isinstance(build_loss(config(tmp_path, '[loss]\nkind = "gspo"\n').loss), GSPO)
-    assert build_loss(config(tmp_path, "", "--loss.kind", "gppo", "--loss.clip_high", "0.5").loss) == GPPO(clip_high=0.5)
+    assert build_loss(config(tmp_path, "", "--loss.kind", "gppo", "--loss.clip_high", "0.5").loss) == GPPO(
+        clip_high=0.5
+    )
 
 
 def test_a_loss_of_ones_own(tmp_path: Path):
