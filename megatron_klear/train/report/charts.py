@@ -112,7 +112,7 @@ REGIONS = {
     5: "5 · past the dual clip",
 }
 VERDICTS = ("right", "wrong", "malformed", "timeout", "error")
-_SHARE = re.compile(r"accuracy|avg@|pass@|.*_share\Z")
+_SHARE = re.compile(r"accuracy|avg|pass|.*_share\Z")
 _REGION = re.compile(r"clip_region_(\d)(?:_share)?\Z")
 
 
@@ -208,7 +208,7 @@ def _line_chart(runs: Sequence[Run], line: Line, points: int) -> dict[str, Any]:
 
 
 def _kl_lines(runs: Sequence[Run]) -> list[Line]:
-    names = dict.fromkeys(name for run in runs for name in run.names() if re.match(r"kl(_|/|\Z)", name))
+    names = dict.fromkeys(name for run in runs for name in run.names() if re.match(r"(mismatch_)?kl(_|/|\Z)", name))
     return [Line(metric=name, title=f"KL ({name})", about="nats a token", section=POLICY) for name in names]
 
 
@@ -221,7 +221,7 @@ def _other_lines(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
             metric=name,
             title=name,
             about="",
-            section=OTHER if name in trained else LEARNING,
+            section=LEARNING if name not in trained and _SHARE.match(name) else OTHER,
             format="percent" if _SHARE.match(name) else "number",
         )
         for name in trained | validated
