@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,9 +44,10 @@ def train(
     validator: Validator,
     log: RunLog,
     *,
+    decode: Callable[[Sequence[int]], str],
     start: int = 0,
 ) -> None:
-    """Run rollout steps `start` to `config.train.steps`."""
+    """Run rollout steps `start` to `config.train.steps`; `decode` turns tokens into text for the kept samples."""
     guard = SkipGuard(config.output / "skipped", config.train.max_skipped_steps, engine.topology.rank)
     if start == 0:
         send_weights(engine, rollouts, version=0)
@@ -66,7 +67,7 @@ def train(
                 stats.append(step.update(batches))
             guard.observe(stats[-1], batches, log)
         if config.train.keep_rollouts and engine.topology.rank == 0:
-            write_rollouts(config.output / "rollouts", number + 1, step.all_groups, step.advantage_of)
+            write_rollouts(config.output / "rollouts", number + 1, step.all_groups, step.advantage_of, decode)
         log.step(step.summary(stats))
         last = number + 1 == config.train.steps
         if last or (config.validation.every and (number + 1) % config.validation.every == 0):
