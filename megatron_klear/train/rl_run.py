@@ -71,7 +71,7 @@ def run(start: GPPOStart) -> None:
                 log.say(f"warning: {warning}")
             if checkpoint is not None:
                 log.say(f"resuming from {checkpoint}, rollout step {first} of {config.train.steps}")
-            train(config, engine, rollouts, prompts, grader, validator, log, decode=tokenizer.decode, start=first)
+            train(config, engine, rollouts, prompts, grader, validator, log, start=first)
         engine.close()
         if config.checkpoint.export_hf:
             weights = engine.hf_weights()
