@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_klear.types import Score, Verdict
 
-from .answers import Answer, compare, read_answer
+from .answers import Answer, compare, read_answer, too_complex
 from .base import Scheme
 from .format import Thinking, split_thinking
 
@@ -62,6 +62,8 @@ def grade(gold: str, text: str) -> tuple[Verdict, str]:
         gold_forms = _parse(expected)
         if not gold_forms:
             return Verdict.ERROR, f"the ground truth {gold[:_SHOWN]!r} holds no answer"
+        if too_complex(answer.text):
+            return Verdict.MALFORMED, f"an answer of {len(answer.text)} characters, too long or too deeply nested"
         forms = _parse(answer)
         if not forms:
             return Verdict.MALFORMED, "no answer"

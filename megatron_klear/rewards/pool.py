@@ -19,8 +19,9 @@ from typing import Any
 from megatron_klear.types import Score, Verdict
 
 from .base import SCHEMES, RewardError, RewardSettings, check_sources
-from .worker import LENGTH, READY, Request, WorkerJob, pack
+from .worker import LENGTH, READY, TIMED_OUT, Request, WorkerJob, pack
 
+_KILL_AFTER_SECONDS = 0.5  # past the limit: first the worker may stop by itself, which is quicker than a new one
 _START_SECONDS = 120.0  # imports on a busy machine
 _MAX_FAILED_STARTS = 3
 _READ_BYTES = 1 << 16
@@ -85,7 +86,7 @@ class GradingPool:
             for worker in self._workers:
                 if waiting and worker.ready and worker.task is None:
                     task = waiting.popleft()
-                    worker.begin(task, requests[task], self._job.timeout_seconds)
+                    worker.begin(task, requests[task], self._job.timeout_seconds + _KILL_AFTER_SECONDS)
                     self._watch(worker)
             self._step(done)
         return [done[task] for task in range(len(requests))]
@@ -130,7 +131,11 @@ class GradingPool:
             return
         if worker.task is None:
             return
-        done[worker.task] = message if isinstance(message, Score) else self.failure(Verdict.ERROR, str(message))
+        if isinstance(message, Score):
+            done[worker.task] = message
+        else:
+            failed = self.failure(Verdict.ERROR, str(message))
+            done[worker.task] = self._timed_out() if message == TIMED_OUT else failed
         worker.task = worker.deadline = None
 
     def _overdue(self, worker: _Worker, done: dict[int, Score]) -> None:
@@ -220,9 +225,9 @@ class _Worker:
         self.unwritten = memoryview(pack(job))
         self._unread = bytearray()
 
-    def begin(self, task: int, request: Request, timeout_seconds: float) -> None:
+    def begin(self, task: int, request: Request, seconds: float) -> None:
         """Give the worker something to do; its time runs from now."""
-        self.task, self.deadline = task, time.monotonic() + timeout_seconds
+        self.task, self.deadline = task, time.monotonic() + seconds
         self.unwritten = memoryview(pack(request))
 
     def write(self) -> None:

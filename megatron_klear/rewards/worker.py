@@ -20,7 +20,8 @@ from megatron_klear.types import Score, Verdict
 from .base import Reward, RewardError, RewardSettings, resolve
 
 LENGTH = struct.Struct("<Q")
-_ORPHAN_SECONDS = 2.0  # past the parent's own limit: only a worker whose parent is gone lives to see it
+_ORPHAN_SECONDS = 5  # of computing past the limit: only a worker whose parent is gone lives to see it
+TIMED_OUT = "timed out"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +45,10 @@ class Request:
 
 
 READY = "ready"
+
+
+class _TimeIsUpError(BaseException):
+    """Raised into a reward that takes too long; no `except Exception` of a library stops it."""
 
 
 def pack(value: object) -> bytes:
@@ -73,12 +78,7 @@ def serve() -> None:
         _send(answers, READY)
         while True:
             request: Request = _receive(requests)
-            # The kernel ends this process if the reward neither returns nor its parent is there to kill it: no Python
-            # code could, since one multiplication of large integers can hold the interpreter for hours.
-            signal.setitimer(signal.ITIMER_REAL, job.timeout_seconds + _ORPHAN_SECONDS)
-            score = _grade(request, rewards, job.settings)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            _send(answers, score)
+            _send(answers, _grade_in_time(request, rewards, job))
 
 
 def limit_memory(memory_bytes: int) -> None:
@@ -87,6 +87,31 @@ def limit_memory(memory_bytes: int) -> None:
     limit = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _grade_in_time(request: Request, rewards: dict[str, Reward], job: WorkerJob) -> Score | str:
+    """Grade under two clocks of the worker's own, besides the parent's that kills it.
+
+    The first raises an exception, which spares a new process where Python code is running. One multiplication of large
+    integers can hold the interpreter for hours, so that no exception gets in: then the parent's kill ends it, or the
+    kernel's limit on computing time where the parent is gone.
+    """
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(usage.ru_utime + usage.ru_stime + job.timeout_seconds) + _ORPHAN_SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    try:
+        signal.signal(signal.SIGALRM, _raise_time_is_up)
+        signal.setitimer(signal.ITIMER_REAL, job.timeout_seconds)
+        try:
+            return _grade(request, rewards, job.settings)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except _TimeIsUpError:
+        return TIMED_OUT
+
+
+def _raise_time_is_up(*_: object) -> None:
+    raise _TimeIsUpError
 
 
 def _grade(request: Request, rewards: dict[str, Reward], settings: RewardSettings) -> Score | str:

@@ -1,67 +1,111 @@
-"""Group-relative advantages, and what of the sampled groups there is to learn from. Pure functions over rewards."""
+"""From rewards to advantages, group by group: pure functions over scored groups."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_klear.errors import UserError
 from megatron_klear.types import Group
 
-_EPSILON = 1e-6
+Advantage = Literal["mean_std", "mean"]
+_STD_FLOOR = 1e-6
 
 
-class RewardNotFinite(ValueError):
-    """A reward that is NaN or infinite; the message names the prompt."""
+class RewardValueError(UserError, ValueError):
+    """A group whose rewards cannot be used; the message names the prompt."""
 
 
-def group_advantages(rewards: npt.ArrayLike, kind: Literal["mean_std", "mean"]) -> npt.NDArray[np.float64]:
+def checked_rewards(group: Group) -> npt.NDArray[np.float64]:
+    """The rewards of a group [samples].
+
+    Raises RewardValueError, with the prompt's name, where there are none or one is not finite.
+    """
+    name = f"prompt {group.prompt.id} (data_source {group.prompt.data_source})"
+    if not group.samples:
+        raise RewardValueError(f"{name} has no samples: the rollout engine returned an empty group")
+    if group.scores is None or len(group.scores) != len(group.samples):
+        raise RewardValueError(f"{name} has {len(group.samples)} samples but {len(group.scores or ())} scores")
+    rewards = group.rewards
+    bad = np.flatnonzero(~np.isfinite(rewards))
+    if bad.size:
+        raise RewardValueError(
+            f"{name}: the reward of sample {int(bad[0])} is {rewards[bad[0]]}; mend the reward of this data_source"
+        )
+    return rewards
+
+
+def group_advantages(rewards: npt.ArrayLike, kind: Advantage) -> npt.NDArray[np.float64]:
     """Advantages [n] of one group's rewards [n].
 
-    mean_std: (R - mean) / (std + 1e-6) with the unbiased deviation, as GRPO's published code has it (arXiv 2402.03300;
-    arXiv 2508.07629 section 2.1). mean: R - mean (Dr. GRPO, arXiv 2503.20783). A group of one has advantage 0.
+    `mean_std`: (r - mean) / (std + 1e-6) with the unbiased standard deviation (GRPO, arXiv 2402.03300, section 4.1.2).
+    `mean`: r - mean (Dr. GRPO, arXiv 2503.20783). A single sample has nothing to be compared with: its advantage is its
+    reward, as in plain REINFORCE.
     """
     values = np.asarray(rewards, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise RewardNotFinite(f"rewards {values.tolist()} are not all finite")
-    if len(values) < 2:
-        return np.zeros(len(values))
+    if len(values) == 1 or is_uninformative(values):
+        return values.copy() if len(values) == 1 else np.zeros(len(values))
     centred: npt.NDArray[np.float64] = values - values.mean()
-    if kind == "mean":
-        return centred
-    scaled: npt.NDArray[np.float64] = centred / (values.std(ddof=1) + _EPSILON)
-    return scaled
+    if kind == "mean_std":
+        centred /= values.std(ddof=1) + _STD_FLOOR
+    return centred
+
+
+def advantages(groups: Sequence[Group], kind: Advantage) -> list[npt.NDArray[np.float64]]:
+    """Advantages of every group's samples. Raises RewardValueError where a group's rewards cannot be used."""
+    return [group_advantages(checked_rewards(group), kind) for group in groups]
+
+
+def is_uninformative(rewards: npt.ArrayLike) -> bool:
+    """Whether all of several rewards are equal, so that every advantage is 0."""
+    values = np.asarray(rewards)
+    return len(values) > 1 and bool((values == values[0]).all())
 
 
 def keep_informative(groups: Sequence[Group]) -> list[Group]:
-    """Groups whose rewards differ; where all are equal every advantage is 0 and there is no gradient.
+    """The groups whose rewards are not all equal; a group of one sample is kept.
 
-    Raises RewardNotFinite naming the prompt of a reward that is not a number, ValueError for a group without samples.
+    Raises RewardValueError where a group's rewards cannot be used.
     """
-    kept = []
-    for group in groups:
-        if not group.samples:
-            raise ValueError(f"the group of prompt {group.prompt.id} ({group.prompt.data_source}) has no samples")
-        rewards = group.rewards
-        if not np.isfinite(rewards).all():
-            raise RewardNotFinite(
-                f"prompt {group.prompt.id} ({group.prompt.data_source}) has rewards {rewards.tolist()}; "
-                "a reward function must return finite numbers"
-            )
-        if rewards.max() > rewards.min():
-            kept.append(group)
-    return kept
+    return [group for group in groups if not is_uninformative(checked_rewards(group))]
 
 
-def overlong_penalty(
-    lengths: npt.ArrayLike, max_tokens: int, *, buffer_tokens: int, factor: float
+def response_lengths(group: Group) -> npt.NDArray[np.int64]:
+    """Tokens of each response [samples]."""
+    return np.array([int(sample.trained.sum()) for sample in group.samples], dtype=np.int64)
+
+
+def overlong_penalties(
+    lengths: npt.ArrayLike, *, max_tokens: int, buffer_tokens: int, factor: float = 1.0
 ) -> npt.NDArray[np.float64]:
-    """What is added to the rewards of responses of `lengths` [n] tokens: 0 down to -factor at the cap.
+    """What is added to the rewards of long responses [n]: 0 up to `max_tokens - buffer_tokens`, then linearly to
+    -factor at `max_tokens` and beyond (DAPO, arXiv 2503.14476, Eq. 13).
 
-    The soft punishment of DAPO (arXiv 2503.14476, Eq. 13): linear over the last `buffer_tokens` before `max_tokens`.
+    Raises ValueError where the buffer is not between 1 and `max_tokens`.
     """
-    over = np.asarray(lengths, dtype=np.float64) - (max_tokens - buffer_tokens)
-    penalty: npt.NDArray[np.float64] = -factor * np.clip(over / buffer_tokens, 0.0, 1.0)
-    return penalty
+    if not 0 < buffer_tokens <= max_tokens:
+        raise ValueError(
+            f"algorithm.overlong_penalty.buffer_tokens {buffer_tokens} must be from 1 to sampling.max_tokens, "
+            f"which is {max_tokens}"
+        )
+    excess = np.asarray(lengths, dtype=np.float64) - (max_tokens - buffer_tokens)
+    return -factor * np.clip(excess / buffer_tokens, 0.0, 1.0)
+
+
+def penalise_overlong(group: Group, *, max_tokens: int, buffer_tokens: int, factor: float = 1.0) -> Group:
+    """A copy of a scored group with the soft penalty of DAPO added to its rewards; verdicts stay."""
+    penalties = overlong_penalties(
+        response_lengths(group), max_tokens=max_tokens, buffer_tokens=buffer_tokens, factor=factor
+    )
+    rewards = checked_rewards(group) + penalties
+    scores = [replace(s, reward=float(r)) for s, r in zip(group.scores or (), rewards, strict=True)]
+    return replace(group, scores=scores)
+
+
+def overlong(groups: Sequence[Group]) -> npt.NDArray[np.bool_]:
+    """Which samples [all samples of all groups, in order] were cut at the length cap; see `weights.drop_overlong`."""
+    return np.array([sample.finish == "length" for group in groups for sample in group.samples], dtype=np.bool_)

@@ -1,111 +1,98 @@
-"""The sampler is not quite the trainer's policy: how far apart they are, and what is done about it.
+"""Train/sampler mismatch: the two compute the same log-probs differently, so samples are slightly off-policy.
 
-With p the trainer's old log-prob of a sampled token and q the sampler's, the importance ratio of the two is exp(p - q).
+r = exp(logprobs - sampler_logprobs) is the importance ratio of a token, trainer over sampler, both of the same weights.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_klear.types import PackedBatch
-
 Correction = Literal["none", "truncated", "masked"]
-Gather = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
-_MAX_LOG_RATIO = 20.0
+PERCENTILES = (1, 50, 99)
+
+
+def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, correction: Correction, cap: float = 2.0) -> Tensor:
+    """What each token's loss is multiplied by [T], without a gradient.
+
+    `truncated`: min(r, cap). `masked`: r where 1/cap <= r <= cap, else 0. `none`: 1.
+    Raises ValueError where shapes differ, `cap` is not above 1, or a log-prob is NaN or positive infinity.
+    """
+    if logprobs.shape != sampler_logprobs.shape:
+        raise ValueError(f"log-probs of shapes {tuple(logprobs.shape)} and {tuple(sampler_logprobs.shape)}")
+    if not cap > 1:
+        raise ValueError(f"the cap {cap} must be above 1")
+    if correction == "none":
+        return torch.ones_like(logprobs)
+    log_ratio = (logprobs - sampler_logprobs).detach().float()
+    if torch.isnan(log_ratio).any():
+        token = int(torch.isnan(log_ratio).nonzero()[0, 0])
+        raise ValueError(
+            f"token {token}: log-probs {float(logprobs[token])} of the trainer and {float(sampler_logprobs[token])} of "
+            "the sampler have no ratio"
+        )
+    bound = math.log(cap)
+    ratio = log_ratio.clamp(max=bound).exp()  # clamped before exp: a ratio must not overflow
+    if correction == "truncated":
+        return ratio
+    if correction == "masked":
+        return torch.where(log_ratio.abs() <= bound, ratio, 0.0)
+    raise ValueError(f"unknown correction {correction!r}: none, truncated or masked")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mismatch:
-    """How far the sampler's log-probs are from the trainer's, over all trained tokens of a step."""
+    """How far the trainer's log-probs lie from the sampler's, over trained tokens."""
 
+    tokens: int
     mean: float
-    """Mean absolute difference in nats."""
+    """Mean |difference| of log-probs."""
     max: float
-    ratio_p1: float
-    """First percentile of exp(trainer - sampler)."""
-    ratio_p99: float
+    """Largest |difference|."""
+    ratio_percentiles: dict[int, float]
+    """Percentiles of r: 1, 50, 99."""
     kl_k1: float
-    """Mean of sampler - trainer: the plain estimate of KL(sampler || trainer)."""
+    """KL(sampler || trainer), estimated by the mean of -log r: unbiased, of either sign."""
     kl_k3: float
-    """Mean of exp(d) - d - 1 with d = trainer - sampler: the same, never negative (Schulman, 2020)."""
-    clipped_share: float
-    """Share of tokens whose ratio the correction touches."""
-
-    @classmethod
-    def nothing(cls) -> Mismatch:
-        """Of no tokens."""
-        return cls(mean=0.0, max=0.0, ratio_p1=1.0, ratio_p99=1.0, kl_k1=0.0, kl_k3=0.0, clipped_share=0.0)
+    """The same KL by the mean of r - 1 - log r: unbiased, never negative, of lower variance (J. Schulman, 2020)."""
 
     def metrics(self) -> dict[str, float]:
-        """As a step's record names them."""
+        """Flat names and values for a log."""
+        percentiles = {f"mismatch_ratio_p{name:02d}": value for name, value in self.ratio_percentiles.items()}
         return {
             "mismatch_mean": self.mean,
             "mismatch_max": self.max,
-            "mismatch_ratio_p1": self.ratio_p1,
-            "mismatch_ratio_p99": self.ratio_p99,
             "mismatch_kl_k1": self.kl_k1,
             "mismatch_kl_k3": self.kl_k3,
-            "correction_clipped_share": self.clipped_share,
+            **percentiles,
         }
 
 
-def mismatch(
-    old_logprobs: Sequence[Tensor],
-    batches: Sequence[PackedBatch],
-    gather: Gather,
-    *,
-    correction: Correction = "none",
-    cap: float = 2.0,
-) -> Mismatch:
-    """Compare the trainer's log-probs [T] with the sampler's on trained tokens; `gather` joins those of all ranks.
+def measure_mismatch(logprobs: Tensor, sampler_logprobs: Tensor, trained: Tensor) -> Mismatch:
+    """Statistics over the tokens where `trained` [T] is true; all zero (ratios one) where there are none.
 
-    Rows without sampler log-probs are left out.
+    A log-prob that is not finite shows as an infinite or NaN statistic: nothing is left out.
     """
-    differences = [
-        (old - batch.sampler_logprobs)[batch.weights != 0].numpy()
-        for old, batch in zip(old_logprobs, batches, strict=True)
-        if batch.sampler_logprobs is not None
-    ]
-    own = np.concatenate([*differences, np.zeros(0, dtype=np.float32)]).astype(np.float32)
-    every = gather(own).astype(np.float64)
-    if not len(every):
-        return Mismatch.nothing()
-    clamped = np.clip(every, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-    ratio = np.exp(clamped)
-    touched = np.zeros(len(every), dtype=np.bool_)
-    if correction != "none":
-        touched = (ratio > cap) | ((ratio < 1 / cap) if correction == "masked" else False)
+    if not logprobs.shape == sampler_logprobs.shape == trained.shape:
+        shapes = [tuple(tensor.shape) for tensor in (logprobs, sampler_logprobs, trained)]
+        raise ValueError(f"trainer's log-probs, sampler's log-probs and mask have the shapes {shapes}")
+    keep = trained.bool()
+    difference = (logprobs.detach()[keep].double() - sampler_logprobs.detach()[keep].double()).cpu()
+    if not len(difference):
+        ones = dict.fromkeys(PERCENTILES, 1.0)
+        return Mismatch(tokens=0, mean=0.0, max=0.0, ratio_percentiles=ones, kl_k1=0.0, kl_k3=0.0)
+    ratio, size = difference.exp(), difference.abs()
+    ordered = ratio.sort().values
+    nearest = {p: max(0, math.ceil(p / 100 * len(ordered)) - 1) for p in PERCENTILES}  # torch.quantile has a size limit
     return Mismatch(
-        mean=float(np.abs(every).mean()),
-        max=float(np.abs(every).max()),
-        ratio_p1=float(np.percentile(ratio, 1)),
-        ratio_p99=float(np.percentile(ratio, 99)),
-        kl_k1=float(-every.mean()),
-        kl_k3=float((np.expm1(clamped) - clamped).mean()),
-        clipped_share=float(touched.mean()),
+        tokens=len(difference),
+        mean=float(size.mean()),
+        max=float(size.max()),
+        ratio_percentiles={p: float(ordered[place]) for p, place in nearest.items()},
+        kl_k1=float(-difference.mean()),
+        kl_k3=float((difference.expm1() - difference).mean()),
     )
-
-
-def corrected(batch: PackedBatch, old_logprobs: Tensor, correction: Correction, cap: float) -> PackedBatch:
-    """The row with its policy weights multiplied by the importance ratio of trainer to sampler.
-
-    truncated: min(ratio, cap) (TIS). masked: the ratio where it lies in [1 / cap, cap], 0 elsewhere (IcePop's form).
-    The NLL term is not a policy gradient and stays as it is.
-    """
-    if correction == "none" or batch.sampler_logprobs is None:
-        return batch
-    ratio = (old_logprobs - batch.sampler_logprobs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
-    if correction == "truncated":
-        ratio = ratio.clamp(max=cap)
-    else:
-        ratio = torch.where((ratio >= 1 / cap) & (ratio <= cap), ratio, torch.zeros_like(ratio))
-    weights = torch.where(batch.weights != 0, batch.weights * ratio, torch.zeros_like(ratio))
-    return dataclasses.replace(batch, weights=weights)

@@ -13,22 +13,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from megatron_klear.data.packing import RowSettings, sequence_work
 from megatron_klear.data.prompts import PromptStream
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.engine import Engine
-from megatron_klear.rl.advantages import group_advantages, keep_informative, overlong_penalty
-from megatron_klear.rl.corrections import Mismatch, corrected, mismatch
-from megatron_klear.rl.losses import GSPO
-from megatron_klear.rl_config import GPPOConfig, build_loss
+from megatron_klear.rl.advantages import advantages, keep_informative, penalise_overlong
+from megatron_klear.rl.corrections import importance_weights, measure_mismatch
+from megatron_klear.rl.losses import SequenceLoss
+from megatron_klear.rl_config import AlgorithmConfig, GPPOConfig, build_loss
 from megatron_klear.rollout.engine import RolloutEngine
 from megatron_klear.train.arrival import send_weights
 from megatron_klear.train.grading import Grader
 from megatron_klear.train.guard import SkipGuard
 from megatron_klear.train.log import RunLog
 from megatron_klear.train.rollout_files import write_rollouts
+from megatron_klear.train.run_folder import checkpoints_of
 from megatron_klear.train.updates import cut_into_updates, pack_update
 from megatron_klear.train.validation import Validator
 from megatron_klear.types import Group, PackedBatch, StepStats, Verdict
@@ -80,7 +82,7 @@ def train(
 
 def save(config: GPPOConfig, engine: Engine, prompts: PromptStream, rollout_step: int, *, blocking: bool) -> None:
     """Write a checkpoint after a rollout step and let the oldest go."""
-    checkpoints = config.output / "checkpoints"
+    checkpoints = checkpoints_of(config)
     extra = {"rollout_step": rollout_step, "prompts": prompts.state_dict()}
     engine.save(manifest.step_folder(checkpoints, rollout_step), extra)
     if blocking:
@@ -102,7 +104,7 @@ class Step:
         self.advantage_of: dict[int, npt.NDArray[np.float64]] = {}  # by the identity of the group
         self.num_informative = 0
         self.verdicts: Counter[Verdict] = Counter()
-        self.mismatch: Mismatch | None = None
+        self.mismatch: dict[str, float] = {}
 
     def collect(self, rollouts: RolloutEngine, prompts: PromptStream, grader: Grader, log: RunLog) -> list[Group]:
         """Sample and grade until there are enough groups with unequal rewards, at most so many rounds."""
@@ -130,8 +132,8 @@ class Step:
     def prepare(self, groups: Sequence[Group]) -> list[list[PackedBatch]]:
         """This rank's rows of every update, with the old log-probs and the correction of what the sampler saw."""
         config, topology = self.config, self.engine.topology
-        advantages = [group_advantages(group.rewards, config.algorithm.advantage) for group in groups]
-        self.advantage_of = {id(group): values for group, values in zip(groups, advantages, strict=True)}
+        of_groups = advantages(groups, config.algorithm.advantage)
+        self.advantage_of = {id(group): values for group, values in zip(groups, of_groups, strict=True)}
         updates = [
             pack_update(
                 update,
@@ -146,7 +148,7 @@ class Step:
                 data_rank=topology.data.rank,
                 data_size=topology.data.size,
             )
-            for update in cut_into_updates(groups, advantages, config.algorithm.prompts_per_update)
+            for update in cut_into_updates(groups, of_groups, config.algorithm.prompts_per_update)
         ]
         flat = [batch for update in updates for batch in update]
         if not flat:
@@ -156,13 +158,16 @@ class Step:
 
     def update(self, batches: list[PackedBatch]) -> StepStats:
         """One optimizer step. A loss with a sequence's ratio takes a pass of log-probs first."""
-        loss = build_loss(self.config.loss)
-        if isinstance(loss, GSPO):
+        chosen = build_loss(self.config.loss)
+        if isinstance(chosen, SequenceLoss):
             present = self.engine.logprobs(batches, temperature=self._temperature())
-            batches = [_against_sequence(loss, batch, values) for batch, values in zip(batches, present, strict=True)]
+            batches = [_against_sequence(chosen, batch, values) for batch, values in zip(batches, present, strict=True)]
+            loss = chosen.token_loss()
+        else:
+            loss = chosen
         return self.engine.train_step(
             batches,
-            loss.token_loss() if isinstance(loss, GSPO) else loss,
+            loss,
             temperature=self._temperature(),
             entropy_coefficient=self.config.algorithm.entropy_coefficient,
             kl_coefficient=self.config.algorithm.kl_coefficient,
@@ -190,7 +195,7 @@ class Step:
             touched = sum(step.metrics.get(f"clip_region_{region}_tokens", 0.0) for step in stats)
             metrics[f"clip_region_{region}"] = touched / trained
         metrics |= {f"verdict/{verdict.value}": float(self.verdicts[verdict]) for verdict in Verdict}
-        metrics |= self.mismatch.metrics() if self.mismatch else Mismatch.nothing().metrics()
+        metrics |= self.mismatch or self._measure([], [])
         return StepStats(
             step=self.number + 1,
             loss=_mean([step.loss for step in stats]),
@@ -206,17 +211,14 @@ class Step:
     def _penalised(self, group: Group) -> Group:
         """The group with the soft penalty on responses close to the length cap, where one is configured."""
         penalty = self.config.algorithm.overlong_penalty
-        if penalty is None or group.scores is None:
+        if penalty is None:
             return group
-        lengths = np.array([int(sample.trained.sum()) for sample in group.samples])
-        taken = overlong_penalty(
-            lengths, self.config.sampling.max_tokens, buffer_tokens=penalty.buffer_tokens, factor=penalty.factor
+        return penalise_overlong(
+            group,
+            max_tokens=self.config.sampling.max_tokens,
+            buffer_tokens=penalty.buffer_tokens,
+            factor=penalty.factor,
         )
-        scores = [
-            dataclasses.replace(score, reward=score.reward + float(value))
-            for score, value in zip(group.scores, taken, strict=True)
-        ]
-        return dataclasses.replace(group, scores=scores)
 
     def _with_logprobs(self, batches: list[PackedBatch]) -> list[PackedBatch]:
         algorithm, temperature = self.config.algorithm, self._temperature()
@@ -224,10 +226,9 @@ class Step:
             old = self.engine.logprobs(batches, temperature=temperature)
         else:
             old = [batch.weights * 0 if batch.sampler_logprobs is None else batch.sampler_logprobs for batch in batches]
-        form, cap = algorithm.correction, algorithm.correction_cap
-        self.mismatch = mismatch(old, batches, self.engine.topology.gather_arrays, correction=form, cap=cap)
+        self.mismatch = self._measure(old, batches)
         done = [
-            dataclasses.replace(corrected(batch, values, form, cap), old_logprobs=values)
+            dataclasses.replace(_corrected(batch, values, algorithm), old_logprobs=values)
             for batch, values in zip(batches, old, strict=True)
         ]
         if algorithm.kl_coefficient:
@@ -237,15 +238,39 @@ class Step:
             ]
         return done
 
+    def _measure(self, old_logprobs: Sequence[Tensor], batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """Train/sampler mismatch over the trained tokens of all ranks."""
+        pairs = [
+            torch.stack([old, batch.sampler_logprobs], dim=1)[batch.weights != 0]
+            for old, batch in zip(old_logprobs, batches, strict=True)
+            if batch.sampler_logprobs is not None
+        ]
+        own = torch.cat([*pairs, torch.zeros(0, 2)]).numpy()
+        trainer, sampler = torch.from_numpy(self.engine.topology.gather_arrays(own)).unbind(dim=1)
+        found = measure_mismatch(trainer, sampler, torch.ones_like(trainer, dtype=torch.bool)).metrics()
+        algorithm = self.config.algorithm
+        weights = importance_weights(trainer, sampler, algorithm.correction, algorithm.correction_cap)
+        changed = (weights - (trainer - sampler).exp()).abs() > 1e-6
+        touched = float(changed.float().mean()) if len(changed) and algorithm.correction != "none" else 0.0
+        return found | {"correction_clipped_share": touched}
+
     def _temperature(self) -> float:
         """Log-probs are those of the distribution sampled from; greedy sampling has the policy's own."""
         return self.config.sampling.temperature or 1.0
 
 
-def _against_sequence(loss: GSPO, batch: PackedBatch, logprobs: Tensor) -> PackedBatch:
+def _against_sequence(loss: SequenceLoss, batch: PackedBatch, logprobs: Tensor) -> PackedBatch:
     assert batch.old_logprobs is not None
     old = loss.sequence_old_logprobs(logprobs, batch.old_logprobs, batch.weights != 0, batch.cu_seqlens)
     return dataclasses.replace(batch, old_logprobs=old)
+
+
+def _corrected(batch: PackedBatch, old_logprobs: Tensor, algorithm: AlgorithmConfig) -> PackedBatch:
+    """The row with its policy weights multiplied by the importance weights of trainer over sampler."""
+    if batch.sampler_logprobs is None or algorithm.correction == "none":
+        return batch
+    factors = importance_weights(old_logprobs, batch.sampler_logprobs, algorithm.correction, algorithm.correction_cap)
+    return dataclasses.replace(batch, weights=torch.where(batch.weights != 0, batch.weights * factors, 0.0))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.processes import Processes
 from megatron_klear.start import Start
-from megatron_klear.train import sft
+from megatron_klear.train import run_folder, sft
 
 _MOMENTS: tuple[Literal["start", "step", "save"], ...] = ("step", "save", "step", "save", "start")
 _POLL_SECONDS = 0.002
@@ -131,7 +131,7 @@ def run_killed(start: Start, kills: Sequence[Kill], pace: Pace, told: Callable[[
 
 def run_in_layout(start: Start, earlier: Path) -> None:
     """Go on from a copy of the checkpoint folder `earlier` in the layout of `start`, to the end."""
-    checkpoints = sft.checkpoints_of(start.config)
+    checkpoints = run_folder.checkpoints_of(start.config)
     checkpoints.mkdir(parents=True)
     shutil.copytree(earlier, checkpoints / earlier.name)
     run_whole(start)
@@ -190,7 +190,7 @@ def _wait_for(kill: Kill, start: Start, before: _Seen, pace: Pace, processes: Pr
 
 
 def _inspect(kill: Kill, start: Start, during_save: bool) -> Killed:
-    checkpoints = sft.checkpoints_of(start.config)
+    checkpoints = run_folder.checkpoints_of(start.config)
     published = manifest.steps(checkpoints)
     damage = [problem for step in published for problem in manifest.damage(manifest.step_folder(checkpoints, step))]
     return Killed(
@@ -204,7 +204,7 @@ def _inspect(kill: Kill, start: Start, during_save: bool) -> Killed:
 
 def _being_saved(start: Start) -> frozenset[str]:
     """Names of checkpoint folders that are not complete yet."""
-    checkpoints = sft.checkpoints_of(start.config)
+    checkpoints = run_folder.checkpoints_of(start.config)
     if not checkpoints.is_dir():
         return frozenset()
     return frozenset(entry.name for entry in os.scandir(checkpoints) if entry.name.startswith(".saving-"))
