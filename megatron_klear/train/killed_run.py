@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.processes import Processes
 from megatron_klear.start import GPPOStart, Start
-from megatron_klear.train import sft
+from megatron_klear.train import run_folder, sft
 
 _MOMENTS: tuple[Literal["start", "step", "save"], ...] = ("step", "save", "step", "save", "start")
 _POLL_SECONDS = 0.002
@@ -135,7 +135,7 @@ def run_killed(start: AnyStart, kills: Sequence[Kill], pace: Pace, told: Callabl
 
 def run_in_layout(start: AnyStart, earlier: Path) -> None:
     """Go on from a copy of the checkpoint folder `earlier` in the layout of `start`, to the end."""
-    checkpoints = checkpoints_of(start)
+    checkpoints = run_folder.checkpoints_of(start.config)
     checkpoints.mkdir(parents=True)
     shutil.copytree(earlier, checkpoints / earlier.name)
     run_whole(start)
@@ -144,11 +144,6 @@ def run_in_layout(start: AnyStart, earlier: Path) -> None:
 def at_output(start: _Start, output: Path) -> _Start:
     """The same run in another folder."""
     return replace(start, config=start.config.model_copy(update={"output": output}))
-
-
-def checkpoints_of(start: AnyStart) -> Path:
-    """The folder of the run's checkpoints."""
-    return start.config.output / "checkpoints"
 
 
 def read_metrics(start: AnyStart) -> list[dict[str, Any]]:
@@ -204,7 +199,7 @@ def _wait_for(kill: Kill, start: AnyStart, before: _Seen, pace: Pace, processes:
 
 
 def _inspect(kill: Kill, start: AnyStart, during_save: bool) -> Killed:
-    checkpoints = checkpoints_of(start)
+    checkpoints = run_folder.checkpoints_of(start.config)
     published = manifest.steps(checkpoints)
     damage = [problem for step in published for problem in manifest.damage(manifest.step_folder(checkpoints, step))]
     return Killed(
@@ -218,7 +213,7 @@ def _inspect(kill: Kill, start: AnyStart, during_save: bool) -> Killed:
 
 def _being_saved(start: AnyStart) -> frozenset[str]:
     """Names of checkpoint folders that are not complete yet."""
-    checkpoints = checkpoints_of(start)
+    checkpoints = run_folder.checkpoints_of(start.config)
     if not checkpoints.is_dir():
         return frozenset()
     return frozenset(entry.name for entry in os.scandir(checkpoints) if entry.name.startswith(".saving-"))

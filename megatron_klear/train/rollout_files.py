@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,7 @@ def rollout_file(folder: Path, step: int) -> Path:
 
 
 def write_rollouts(
-    folder: Path,
-    step: int,
-    groups: Sequence[Group],
-    advantage_of: Mapping[int, npt.NDArray[np.float64]],
-    decode: Callable[[Sequence[int]], str],
+    folder: Path, step: int, groups: Sequence[Group], advantage_of: Mapping[int, npt.NDArray[np.float64]]
 ) -> None:
     """Write a step's groups; `advantage_of` has those trained on, by the identity of the group."""
     lines = []
@@ -41,7 +37,6 @@ def write_rollouts(
                         "prompt": group.prompt.text,
                         "response": text,
                         "token_ids": sample.tokens[head:].tolist(),
-                        "tokens": [decode([token]) for token in sample.tokens[head:].tolist()],
                         "logprobs": None
                         if sample.logprobs is None
                         else [round(float(value), 4) for value in sample.logprobs[head:]],

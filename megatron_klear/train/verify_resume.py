@@ -19,7 +19,7 @@ from megatron_klear.config import SFTConfig
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.compare_checkpoints import compare_checkpoints
 from megatron_klear.start import Start
-from megatron_klear.train import sft
+from megatron_klear.train import run_folder
 from megatron_klear.train.killed_run import (
     Killed,
     at_output,
@@ -87,7 +87,7 @@ def verify_resume(
         *check_state(_final(whole, steps), _final(killed, steps)),
         check_metrics(read_metrics(whole), read_metrics(killed), steps),
     ]
-    published = manifest.steps(sft.checkpoints_of(whole.config))
+    published = manifest.steps(run_folder.checkpoints_of(whole.config))
     middle = published[(len(published) - 1) // 2]
     for layout in layouts:
         checks.append(_check_layout(whole, layout, middle, work, tolerance, told))
@@ -118,7 +118,7 @@ def _keeping_all(start: Start) -> Start:
 
 
 def _final(start: Start, step: int) -> Path:
-    return manifest.step_folder(sft.checkpoints_of(start.config), step)
+    return manifest.step_folder(run_folder.checkpoints_of(start.config), step)
 
 
 def _check_kills(happened: Sequence[Killed], planned: int) -> Check:

@@ -4,7 +4,8 @@ import pytest
 from tiny_rl_run import start, write_run
 
 from megatron_klear.mcore import manifest
-from megatron_klear.train.killed_run import at_output, checkpoints_of, plan_kills, read_metrics, run_killed, run_whole
+from megatron_klear.train.killed_run import at_output, plan_kills, read_metrics, run_killed, run_whole
+from megatron_klear.train.run_folder import checkpoints_of
 from megatron_klear.train.verify_resume import check_metrics, check_state
 
 
@@ -17,7 +18,7 @@ def whole(tmp_path_factory):
 
 
 def final(run):
-    return manifest.step_folder(checkpoints_of(run), run.config.train.steps)
+    return manifest.step_folder(checkpoints_of(run.config), run.config.train.steps)
 
 
 def rollouts(run) -> dict[str, str]:

@@ -11,7 +11,7 @@ from megatron_klear.mcore import manifest
 from megatron_klear.mcore.compare_checkpoints import compare_checkpoints
 from megatron_klear.mcore.processes import Processes
 from megatron_klear.train.killed_run import plan_kills
-from megatron_klear.train.sft import checkpoints_of
+from megatron_klear.train.run_folder import checkpoints_of
 from megatron_klear.train.verify_layouts import layouts_named
 from megatron_klear.train.verify_resume import verify_resume
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from synthetic_runs import make_rl_run, make_sft_run, write_lines
+from tokenizers import Tokenizer
 
 from megatron_klear.train.report import ReportError, write_report
 from megatron_klear.train.report.charts import all_charts, thin
@@ -202,6 +203,26 @@ def test_numbers_that_do_not_match_the_tokens_are_not_shown(tmp_path: Path):
     data = report([folder], tmp_path)
     assert data["runs"][0]["rollouts"][0]["samples"][0]["logprobs"] is None
     assert any("step-00000004.jsonl" in note for note in data["runs"][0]["notes"])
+
+
+def test_token_ids_become_texts_by_the_tokenizer_of_the_model(tmp_path: Path):
+    folder = make_rl_run(tmp_path / "run", steps=4)
+    path = folder / "rollouts" / "step-00000004.jsonl"
+    tokenizer = Tokenizer.from_file(str(ROOT / "examples" / "tiny_tokenizer" / "tokenizer.json"))
+    response = "<think>\n12 + 30 = 42, so π ≈ 🙂</think> done"
+    ids = tokenizer.encode(response, add_special_tokens=False).ids
+    rollout = json.loads(path.read_text().splitlines()[0]) | {"response": response, "token_ids": ids, "ratio": None}
+    write_lines(path, [{k: v for k, v in rollout.items() if k != "tokens"} | {"logprobs": [-0.5] * len(ids)}])
+    (folder / "config.toml").write_text(f'[model]\npath = "{ROOT / "examples" / "tiny_tokenizer"}"\n')
+    sample = report([folder], tmp_path)["runs"][0]["rollouts"][0]["samples"][0]
+    assert "".join(sample["tokens"]) == response
+    assert len(sample["tokens"]) == len(sample["logprobs"]) == len(ids)
+    (folder / "config.toml").write_text('[model]\npath = "moved/away"\n')
+    data = report([folder], tmp_path)["runs"][0]
+    sample = data["rollouts"][0]["samples"][0]
+    assert "tokens" not in sample
+    assert sample["response"] == response
+    assert any("moved/away" in note for note in data["notes"])
 
 
 def test_long_runs_are_thinned(tmp_path: Path):

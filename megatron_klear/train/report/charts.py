@@ -112,7 +112,7 @@ REGIONS = {
     5: "5 · past the dual clip",
 }
 VERDICTS = ("right", "wrong", "malformed", "timeout", "error")
-_SHARE = re.compile(r"accuracy|avg@|pass@|.*_share\Z")
+_SHARE = re.compile(r"accuracy|avg|pass|.*_share\Z")
 _REGION = re.compile(r"clip_region_(\d)(?:_share)?\Z")
 
 
@@ -142,7 +142,7 @@ def key_numbers(run: Run) -> list[dict[str, Any]]:
     known = {line.metric: line for line in LINES}
     found = []
     for metric in KEY_METRICS[run.kind]:
-        for validation in (True, False):
+        for validation in (True, False) if known[metric].better else (False,):
             pairs = run.curve(metric, validation=validation).finite()
             if not pairs:
                 continue
@@ -195,11 +195,12 @@ def _line_chart(runs: Sequence[Run], line: Line, points: int) -> dict[str, Any]:
                         "y": [rounded(value) for value in short.values],
                     }
                 )
+    dashed = "dashed: validation" if any(s["name"] == "validation" for s in series) else ""
     return {
         "id": line.metric,
         "kind": "lines",
         "title": line.title,
-        "about": line.about + ("; dashed: validation" if any(s["name"] == "validation" for s in series) else ""),
+        "about": "; ".join(filter(None, [line.about, dashed])),
         "smooth": line.metric != "learning_rate",
         "section": line.section,
         "format": line.format,
@@ -208,12 +209,12 @@ def _line_chart(runs: Sequence[Run], line: Line, points: int) -> dict[str, Any]:
 
 
 def _kl_lines(runs: Sequence[Run]) -> list[Line]:
-    names = dict.fromkeys(name for run in runs for name in run.names() if re.match(r"kl(_|/|\Z)", name))
+    names = dict.fromkeys(name for run in runs for name in run.names() if re.match(r"(mismatch_)?kl(_|/|\Z)", name))
     return [Line(metric=name, title=f"KL ({name})", about="nats a token", section=POLICY) for name in names]
 
 
 def _other_lines(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
-    drawn = {line.metric for line in (*LINES, *_kl_lines(runs))} | {"step"}
+    drawn = {line.metric for line in (*LINES, *_kl_lines(runs))} | {"step", "samples_per_prompt", "num_prompts"}
     trained = dict.fromkeys(name for run in runs for name in run.names())
     validated = dict.fromkeys(name for run in runs for record in run.validation for name in record)
     others = [
@@ -221,7 +222,7 @@ def _other_lines(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
             metric=name,
             title=name,
             about="",
-            section=OTHER if name in trained else LEARNING,
+            section=LEARNING if name not in trained and _SHARE.match(name) else OTHER,
             format="percent" if _SHARE.match(name) else "number",
         )
         for name in trained | validated

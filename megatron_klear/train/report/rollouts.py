@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_klear.train.report.runs import Run, parse_object
+from megatron_klear.train.report.token_texts import Decoder, open_tokenizer, token_texts
 
 MAX_STEPS, MAX_PARSED = 40, 64
 HEAD_TOKENS, TAIL_TOKENS = 700, 500
@@ -50,7 +51,11 @@ def read_rollouts(run: Run, samples_per_step: int, budget_bytes: int) -> list[St
     chosen = _evenly(paths, MAX_STEPS)
     if len(chosen) < len(paths):
         run.notes.append(f"Rollouts of {len(chosen)} of {len(paths)} steps are shown.")
-    steps = [_read_step(path, samples_per_step, run.notes) for path in chosen]
+    tokenizer = open_tokenizer(run)
+    steps = [_read_step(path, samples_per_step, tokenizer, run.notes) for path in chosen]
+    if any("tokens" not in sample for step in steps for sample in step.samples):
+        where = run.settings.get("model.path", "unknown, without config.toml")
+        run.notes.append(f"Responses are not cut into tokens: the model's tokenizer.json is not there ({where}).")
     waves = zip_longest(*([(step, sample) for sample in step.samples] for step in steps))
     kept: dict[int, list[dict[str, Any]]] = {step.step: [] for step in steps}
     spent = 0
@@ -65,13 +70,13 @@ def read_rollouts(run: Run, samples_per_step: int, budget_bytes: int) -> list[St
     return [StepRollouts(step=s.step, total=s.total, samples=kept[s.step]) for s in steps if kept[s.step]]
 
 
-def _read_step(path: Path, samples_per_step: int, notes: list[str]) -> StepRollouts:
+def _read_step(path: Path, samples_per_step: int, tokenizer: Decoder | None, notes: list[str]) -> StepRollouts:
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     records = [record for line in _evenly(lines, MAX_PARSED) if (record := parse_object(line)) is not None]
     if len(records) < min(len(lines), MAX_PARSED):
         notes.append(f"Some lines of {path.name} are not readable and were left out.")
     step = int(re.sub(r"\D", "", path.stem) or 0)
-    samples = [_shorten(record) for record in _varied(records)[:samples_per_step]]
+    samples = [_shorten(record, tokenizer) for record in _varied(records)[:samples_per_step]]
     return StepRollouts(step=step, total=len(lines), samples=samples)
 
 
@@ -84,19 +89,20 @@ def _varied(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record for record in turns if record is not None]
 
 
-def _shorten(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample for the page: numbers of a few digits, long responses without their middle."""
-    tokens = record.get("tokens")
-    tokens = [str(token) for token in tokens] if isinstance(tokens, list) else []
-    response = str(record.get("response", ""))
-    count = len(tokens)
+def _shorten(record: Mapping[str, Any], tokenizer: Decoder | None) -> dict[str, Any]:
+    """A sample for the page: numbers of a few digits, long responses without their middle.
+
+    It has `tokens` where the record has them or the tokenizer makes them of its `token_ids`, else `response`.
+    """
+    ids, tokens = record.get("token_ids"), record.get("tokens")
+    whole = tokens if isinstance(tokens, list) else ids if isinstance(ids, list) else []
+    count = len(whole)
     cut = count > HEAD_TOKENS + TAIL_TOKENS
     left_out = (HEAD_TOKENS, count - TAIL_TOKENS) if cut else (count, count)
-    sample = {
+    sample: dict[str, Any] = {
         "promptId": _text(record, "prompt_id"),
         "source": _text(record, "data_source"),
         "prompt": _middle_out(_text(record, "prompt")),
-        "tokens": tokens[: left_out[0]] + tokens[left_out[1] :],
         "logprobs": _numbers(record.get("logprobs"), count, left_out),
         "ratio": _numbers(record.get("ratio"), count, left_out),
         "numTokens": count,
@@ -107,8 +113,15 @@ def _shorten(record: Mapping[str, Any]) -> dict[str, Any]:
         "note": _middle_out(_text(record, "note")),
         "finish": _text(record, "finish"),
         "version": _number(record.get("weight_version")),
+        "wanted": _middle_out(_text(record, "ground_truth")),
     }
-    if response != "".join(tokens):
+    head, tail = whole[: left_out[0]], whole[left_out[1] :]
+    if isinstance(tokens, list):
+        sample["tokens"] = [str(token) for token in head + tail]
+    elif tokenizer is not None and whole:
+        sample["tokens"] = token_texts(tokenizer, head) + token_texts(tokenizer, tail)
+    response = _text(record, "response")
+    if cut or response != "".join(sample.get("tokens", ())):
         sample["response"] = _middle_out(response)
     return sample
 

@@ -78,7 +78,8 @@ class Reader {
     this.stepName.textContent = `step ${this.step.step}`;
     this.list.replaceChildren(...samples.map((one, index) => element("li", {}, this.entry(one, index, one === sample))),
       element("li", { class: "missing" }, `${samples.length} of ${this.step.total} samples of this step`));
-    const has = { ratio: Boolean(sample?.ratio), logprobs: Boolean(sample?.logprobs), advantage: sample?.advantage != null, none: true };
+    const tokens = Boolean(sample?.tokens);
+    const has = { ratio: tokens && Boolean(sample.ratio), logprobs: tokens && Boolean(sample.logprobs), advantage: tokens && sample.advantage !== null, none: true };
     const shade = has[this.state.shade] ? this.state.shade : "none";
     for (const button of this.shades) {
       button.disabled = !has[button.dataset.shade];
@@ -92,14 +93,14 @@ class Reader {
   entry(sample, index, isCurrent) {
     const line = element("div", { class: "line" }, verdictMark(sample.verdict),
       element("span", {}, sample.reward === null ? "" : `reward ${compact(sample.reward)}`), element("span", {}, `${sample.numTokens} tok`));
-    const start = element("div", { class: "start" }, (sample.promptId ? `${sample.promptId} · ` : "") + sample.prompt.slice(-160));
+    const start = element("div", { class: "start" }, sample.prompt.replace(/<\|[^|]*\|>(system|user|assistant)?/g, " ").trim().slice(-160) || sample.promptId);
     return element("button", { type: "button", "aria-current": isCurrent, onclick: () => this.set({ sample: index }) }, line, start);
   }
 
   describe(sample, shade) {
     const fact = (name, value) => (value === null || value === "" ? null : element("span", {}, `${name} `, element("b", {}, typeof value === "number" ? compact(value) : value)));
     const facts = element("div", { class: "facts" }, verdictMark(sample.verdict), fact("reward", sample.reward), fact("advantage", sample.advantage),
-      fact("tokens", sample.numTokens), fact("ended by", sample.finish), fact("source", sample.source), fact("prompt", sample.promptId), fact("weights", sample.version));
+      fact("tokens", sample.numTokens), fact("ended by", sample.finish), fact("wanted", sample.wanted), fact("source", sample.source), fact("prompt", sample.promptId), fact("weights", sample.version));
     const why = sample.note ? element("div", { class: "why" }, sample.note) : null;
     if (why) why.style.setProperty("--colour", `var(--${knownVerdict(sample.verdict)})`);
     return [facts, why, element("h4", {}, "Prompt"), element("div", { class: "prompt" }, sample.prompt || "(not kept)"),
@@ -108,8 +109,8 @@ class Reader {
 
   response(sample, shade) {
     const box = element("div", { class: "response" });
-    if (!sample.tokens.length || (shade === "none" && sample.response !== undefined && sample.cutAt === null)) {
-      box.textContent = sample.response ?? sample.tokens.join("");
+    if (!sample.tokens || (shade === "none" && sample.response !== undefined && sample.cutAt === null)) {
+      box.textContent = sample.response ?? (sample.tokens ?? []).join("");
       return box;
     }
     sample.tokens.forEach((token, at) => {
