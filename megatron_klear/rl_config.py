@@ -38,7 +38,8 @@ def _table(loss: type[PolicyLoss]) -> type[Settings]:
         field.name: (hints[field.name], ... if field.default is dataclasses.MISSING else field.default)
         for field in dataclasses.fields(loss)
     }
-    table: type[Settings] = create_model(loss.__name__, __base__=Settings, __doc__=loss.__doc__, **fields)
+    table: type[Settings] = create_model(f"{loss.__name__}Table", __base__=Settings, __doc__=loss.__doc__, **fields)
+    globals()[table.__name__] = table  # found by name, so that settings travel to other processes
     return table
 
 

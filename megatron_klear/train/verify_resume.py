@@ -84,8 +84,8 @@ def verify_resume(
     checks = [
         _check_kills(happened, kills),
         _check_published(happened),
-        *_check_state(_final(whole, steps), _final(killed, steps)),
-        _check_metrics(read_metrics(whole), read_metrics(killed), steps),
+        *check_state(_final(whole, steps), _final(killed, steps)),
+        check_metrics(read_metrics(whole), read_metrics(killed), steps),
     ]
     published = manifest.steps(run_folder.checkpoints_of(whole.config))
     middle = published[(len(published) - 1) // 2]
@@ -140,7 +140,8 @@ def _check_published(happened: Sequence[Killed]) -> Check:
     )
 
 
-def _check_state(whole: Path, killed: Path) -> list[Check]:
+def check_state(whole: Path, killed: Path) -> list[Check]:
+    """Two checkpoints, bitwise: their tensors, and what lies beside them."""
     found = compare_checkpoints(whole, killed)
     tensors = found.unequal_tensors
     return [
@@ -159,7 +160,7 @@ def _check_state(whole: Path, killed: Path) -> list[Check]:
     ]
 
 
-def _check_metrics(whole: list[dict[str, Any]], killed: list[dict[str, Any]], steps: int) -> Check:
+def check_metrics(whole: list[dict[str, Any]], killed: list[dict[str, Any]], steps: int) -> Check:
     """Each step once, and computed from the same tokens with the same result."""
     problems = []
     for name, records in (("uninterrupted", whole), ("killed", killed)):
