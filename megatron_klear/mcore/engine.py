@@ -150,7 +150,9 @@ class Engine:
         present = [parameter.detach().clone() for model in self.models for parameter in model.parameters()]
         if folder is not None:
             hf.load_hf_weights(self.models, self.architecture, folder, self.topology)
-        self._reference = [parameter.detach().cpu() for model in self.models for parameter in model.parameters()]
+        self._reference = [
+            parameter.detach().to("cpu", copy=True) for model in self.models for parameter in model.parameters()
+        ]
         self._put(present)
 
     def reference_logprobs(self, batches: Sequence[PackedBatch], *, temperature: float = 1.0) -> list[Tensor]:
