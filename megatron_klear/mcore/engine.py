@@ -150,7 +150,7 @@ class Engine:
         present = [parameter.detach().clone() for model in self.models for parameter in model.parameters()]
         if folder is not None:
             hf.load_hf_weights(self.models, self.architecture, folder, self.topology)
-        self._reference = [
+        self._reference = [  # a copy on the CPU as well, where .cpu() would be the very weights in training
             parameter.detach().to("cpu", copy=True) for model in self.models for parameter in model.parameters()
         ]
         self._put(present)

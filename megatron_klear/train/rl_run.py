@@ -69,6 +69,12 @@ def run(start: GPPOStart) -> None:
         ):
             for warning in changed:
                 log.say(f"warning: {warning}")
+            taken = config.algorithm.generated_prompts or config.algorithm.prompts_per_step
+            if len(prompts) < taken:
+                log.say(
+                    f"warning: prompts.sources hold {len(prompts)} prompts and a step takes {taken}: some are sampled "
+                    "more than once in a step"
+                )
             if checkpoint is not None:
                 log.say(f"resuming from {checkpoint}, rollout step {first} of {config.train.steps}")
             train(config, engine, rollouts, prompts, grader, validator, log, start=first)
