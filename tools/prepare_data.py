@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_klear.data.arithmetic import arithmetic_rows
+from megatron_klear.data.arithmetic import INSTRUCTION, arithmetic_rows
 from megatron_klear.data.prepare import gsm8k_rows, math_rows, write_rows
 
 
@@ -31,17 +31,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             command.add_argument("--seed", type=int, default=0)
             command.add_argument("--terms", type=int, default=3, help="most numbers in a problem")
             command.add_argument("--digits", type=int, default=2, help="most digits of a number")
-            command.add_argument("--exclude", type=Path, help="rows to hold out: sums in them are left out, in any wording")
+            command.add_argument("--operators", default="+-*", help="those of a problem's first step")
+            command.add_argument("--slip-share", type=float, default=0.0, help="steps worked out wrongly")
+            command.add_argument("--exclude", type=Path, help="rows to hold out: their sums are left out, however asked")
         else:
             command.add_argument("--input", type=Path, required=True, help="raw file")
             command.add_argument("--limit", type=int, default=None, help="take only the first rows")
     return parser.parse_args(arguments)
 
 
-def responses(path: Path) -> frozenset[str]:
-    """The worked answers in a file of arithmetic rows; a sum has the same one however it is asked."""
+def expressions(path: Path) -> frozenset[str]:
+    """The expressions in a file of arithmetic rows."""
     with path.open(encoding="utf-8") as file:
-        return frozenset(json.loads(line)["response"] for line in file)
+        return frozenset(expression(json.loads(line)["prompt"]) for line in file)
+
+
+def expression(prompt: list[dict[str, str]]) -> str:
+    """What is to be worked out, however it is asked."""
+    question = prompt[0]["content"].removesuffix(INSTRUCTION)
+    return "".join(letter for letter in question if letter in "0123456789+-*")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,9 +57,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         if options.kind == "arithmetic":
-            rows = arithmetic_rows(options.count, seed=options.seed, terms=options.terms, digits=options.digits)
-            held_out = responses(options.exclude) if options.exclude else frozenset()
-            kept = (row for row in rows if row["response"] not in held_out)
+            held_out = expressions(options.exclude) if options.exclude else frozenset()
+            rows = arithmetic_rows(
+                options.count,
+                seed=options.seed,
+                terms=options.terms,
+                digits=options.digits,
+                operators=options.operators,
+                slip_share=options.slip_share,
+            )
+            kept = (row for row in rows if expression(row["prompt"]) not in held_out)
             count = write_rows(kept, options.output, force=options.force)
         else:
             reader = gsm8k_rows if options.kind == "gsm8k" else math_rows
