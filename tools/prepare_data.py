@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_klear.data.arithmetic import INSTRUCTION, arithmetic_rows
+from megatron_klear.data.arithmetic import arithmetic_rows
 from megatron_klear.data.prepare import gsm8k_rows, math_rows, write_rows
 
 
@@ -33,23 +33,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             command.add_argument("--digits", type=int, default=2, help="most digits of a number")
             command.add_argument("--operators", default="+-*", help="those of a problem's first step")
             command.add_argument("--slip-share", type=float, default=0.0, help="steps worked out wrongly")
-            command.add_argument("--exclude", type=Path, help="rows to hold out: their sums are left out, however asked")
+            command.add_argument("--exclude", type=Path, help="rows to hold out: their prompts are left out")
         else:
             command.add_argument("--input", type=Path, required=True, help="raw file")
             command.add_argument("--limit", type=int, default=None, help="take only the first rows")
     return parser.parse_args(arguments)
 
 
-def expressions(path: Path) -> frozenset[str]:
-    """The expressions in a file of arithmetic rows."""
+def contents(path: Path) -> frozenset[str]:
+    """The prompts in a file of rows."""
     with path.open(encoding="utf-8") as file:
-        return frozenset(expression(json.loads(line)["prompt"]) for line in file)
-
-
-def expression(prompt: list[dict[str, str]]) -> str:
-    """What is to be worked out, however it is asked."""
-    question = prompt[0]["content"].removesuffix(INSTRUCTION)
-    return "".join(letter for letter in question if letter in "0123456789+-*")
+        return frozenset(json.loads(line)["prompt"][0]["content"] for line in file)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         if options.kind == "arithmetic":
-            held_out = expressions(options.exclude) if options.exclude else frozenset()
+            held_out = contents(options.exclude) if options.exclude else frozenset()
             rows = arithmetic_rows(
                 options.count,
                 seed=options.seed,
@@ -66,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
                 operators=options.operators,
                 slip_share=options.slip_share,
             )
-            kept = (row for row in rows if expression(row["prompt"]) not in held_out)
+            kept = (row for row in rows if row["prompt"][0]["content"] not in held_out)
             count = write_rows(kept, options.output, force=options.force)
         else:
             reader = gsm8k_rows if options.kind == "gsm8k" else math_rows
