@@ -1,6 +1,6 @@
 """Both stages of examples/quickstart.sh, then what the second one added, as summary.json and report.html.
 
-    python examples/quickstart.py --seed 0 --seconds-before 90
+python examples/quickstart.py --seed 0 --seconds-before 90
 """
 
 from __future__ import annotations
