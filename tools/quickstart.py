@@ -1,6 +1,6 @@
 """Both stages of examples/quickstart.sh, then what the second one added, as summary.json and report.html.
 
-python examples/quickstart.py --seed 0 --seconds-before 90
+python tools/quickstart.py --seed 0 --seconds-before 90
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_klear.errors import exit_on_error
 from megatron_klear.toml_writer import write_text_atomically
 from megatron_klear.train.report import write_report
 
+ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs/quickstart")
 STAGES = (
     ("pretrain_sft.py", "--config", "examples/quickstart_sft.toml"),
