@@ -1,6 +1,6 @@
 """Reinforcement learning with GPPO on verifiable problems, on Megatron-Core.
 
-python train_gppo.py --config examples/gppo_tiny_cpu.toml                           # one process, no GPU
+python train_gppo.py --config examples/quickstart_gppo.toml                        # one process, no GPU
 torchrun --nproc-per-node 8 train_gppo.py --config examples/gppo_32k.toml --optimizer.learning_rate 5e-7
 """
 

@@ -8,6 +8,7 @@ python tools/prepare_data.py arithmetic --count 5000 --digits 3 --output runs/da
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -30,10 +31,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             command.add_argument("--seed", type=int, default=0)
             command.add_argument("--terms", type=int, default=3, help="most numbers in a problem")
             command.add_argument("--digits", type=int, default=2, help="most digits of a number")
+            command.add_argument("--operators", default="+-*", help="those of a problem's first step")
+            command.add_argument("--slip-share", type=float, default=0.0, help="steps worked out wrongly")
+            command.add_argument("--exclude", type=Path, help="rows to hold out: their prompts are left out")
         else:
             command.add_argument("--input", type=Path, required=True, help="raw file")
             command.add_argument("--limit", type=int, default=None, help="take only the first rows")
     return parser.parse_args(arguments)
+
+
+def contents(path: Path) -> frozenset[str]:
+    """The prompts in a file of rows."""
+    with path.open(encoding="utf-8") as file:
+        return frozenset(json.loads(line)["prompt"][0]["content"] for line in file)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,8 +51,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         if options.kind == "arithmetic":
-            rows = arithmetic_rows(options.count, seed=options.seed, terms=options.terms, digits=options.digits)
-            count = write_rows(rows, options.output, force=options.force)
+            held_out = contents(options.exclude) if options.exclude else frozenset()
+            rows = arithmetic_rows(
+                options.count,
+                seed=options.seed,
+                terms=options.terms,
+                digits=options.digits,
+                operators=options.operators,
+                slip_share=options.slip_share,
+            )
+            kept = (row for row in rows if row["prompt"][0]["content"] not in held_out)
+            count = write_rows(kept, options.output, force=options.force)
         else:
             reader = gsm8k_rows if options.kind == "gsm8k" else math_rows
             count = write_rows(reader(options.input), options.output, force=options.force, limit=options.limit)

@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 
 from megatron_klear.config import SFTConfig
+from megatron_klear.rl_config import GPPOConfig
 from megatron_klear.schema import keys_of
 from megatron_klear.settings import load
 
 ROOT = Path(__file__).resolve().parents[2]
-SFT_CONFIGS = sorted((ROOT / "examples").glob("sft_*.toml"))
+# The two stages of the quickstart have a script between them, and the run to look at is the second one's.
+QUICKSTART = {"quickstart_sft": "quickstart_sft", "quickstart_gppo": "quickstart"}
+SFT_CONFIGS = sorted((ROOT / "examples").glob("*sft*.toml"))
+GPPO_CONFIGS = sorted((ROOT / "examples").glob("*gppo*.toml"))
+CONFIGS = [*((path, SFTConfig) for path in SFT_CONFIGS), *((path, GPPOConfig) for path in GPPO_CONFIGS)]
 SCRIPTS = sorted([*(ROOT / "examples").glob("*.sh"), *(ROOT / "examples").glob("*.slurm"), ROOT / "tests" / "run.sh"])
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"])
 
@@ -24,16 +29,27 @@ def test_settings_page_is_up_to_date():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", SFT_CONFIGS, ids=lambda path: path.name)
-def test_example_settings_are_valid(path: Path):
-    config = load(SFTConfig, ["--config", str(path)])
-    assert config.output == Path("runs") / path.stem
+@pytest.mark.parametrize(("path", "schema"), CONFIGS, ids=lambda value: getattr(value, "name", ""))
+def test_example_settings_are_valid(path: Path, schema: type[SFTConfig | GPPOConfig]):
+    config = load(schema, ["--config", str(path)])
+    assert config.output == Path("runs") / QUICKSTART.get(path.stem, path.stem)
 
 
-@pytest.mark.parametrize("path", SFT_CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path, _ in CONFIGS], ids=lambda path: path.name)
 def test_every_example_is_in_the_table(path: Path):
-    assert path.with_suffix(".sh").is_file()
-    assert f"`{path.stem}`" in (ROOT / "examples" / "README.md").read_text()
+    name = "quickstart" if path.stem in QUICKSTART else path.stem
+    assert path.with_name(f"{name}.sh").is_file()
+    assert f"`{name}`" in (ROOT / "examples" / "README.md").read_text()
+
+
+def test_the_recipe_is_that_of_the_paper():
+    config = load(GPPOConfig, ["--config", str(ROOT / "examples" / "gppo_32k.toml")])
+    algorithm, sampling, optimizer = config.algorithm, config.sampling, config.optimizer
+    assert (optimizer.learning_rate, optimizer.warmup_steps, optimizer.weight_decay) == (1e-6, 10, 0.1)
+    assert (algorithm.prompts_per_step, algorithm.generated_prompts, algorithm.prompts_per_update) == (128, 256, 16)
+    assert (sampling.samples_per_prompt, sampling.max_tokens, sampling.temperature) == (8, 32768, 1.0)
+    assert (config.loss.clip_low, config.loss.clip_high, algorithm.nll_coefficient) == (0.2, 0.28, 0.1)
+    assert (config.validation.sampling.temperature, config.validation.sampling.top_p) == (0.6, 0.95)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -41,7 +57,7 @@ def test_scripts_are_sound_bash(path: Path):
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("path", [*PAGES, *SCRIPTS, *SFT_CONFIGS], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*PAGES, *SCRIPTS, *SFT_CONFIGS, *GPPO_CONFIGS], ids=lambda path: path.name)
 def test_files_and_flags_that_are_named_exist(path: Path):
     text = path.read_text()
     files = re.findall(
@@ -49,9 +65,10 @@ def test_files_and_flags_that_are_named_exist(path: Path):
         text,
     )
     assert [name for name in files if not (ROOT / name).exists()] == []
-    tables = {name.split(".")[0] for name in keys_of(SFTConfig)}
+    known = {*keys_of(SFTConfig), *keys_of(GPPOConfig)}
+    tables = {name.split(".")[0] for name in known}
     flags = [flag for flag in re.findall(r"--([a-z]+\.[a-z_0-9.]+)", text) if flag.split(".")[0] in tables]
-    assert [flag for flag in flags if flag not in keys_of(SFTConfig)] == []
+    assert [flag for flag in flags if flag not in known] == []
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

@@ -174,3 +174,24 @@ def test_inspect_refuses_with_exit_code_one(capsys: pytest.CaptureFixture[str]) 
     ):
         assert inspect(arguments) == 1
         assert words in capsys.readouterr().err
+
+
+def test_slips_change_worked_answers_and_nothing_else() -> None:
+    true, slipped = (list(arithmetic_rows(400, seed=3, slip_share=share)) for share in (0.0, 0.4))
+    assert [row["prompt"] for row in true] == [row["prompt"] for row in slipped]
+    assert [row["reward_model"] for row in true] == [row["reward_model"] for row in slipped]
+    wrong = [f"\\boxed{{{row['reward_model']['ground_truth']}}}" not in row["response"] for row in slipped]
+    assert 0.4 < sum(wrong) / len(wrong) < 0.7  # two or three numbers: 0.4 or up to 0.64
+
+
+def test_excluded_prompts_are_left_out(tmp_path: Path) -> None:
+    held_out, kept = tmp_path / "held_out.jsonl", tmp_path / "kept.jsonl"
+    prepare = tool("prepare_data").main
+    common = ["arithmetic", "--terms", "2", "--digits", "1", "--operators=+-"]
+    assert prepare([*common, "--count", "50", "--seed", "1", "--output", str(held_out)]) == 0
+    assert prepare([*common, "--count", "2000", "--output", str(kept), "--exclude", str(held_out)]) == 0
+    prompts = [{json.loads(line)["prompt"][0]["content"] for line in path.open()} for path in (held_out, kept)]
+    assert len(prompts[0]) > 30
+    assert len(prompts[1]) > 400
+    assert not prompts[0] & prompts[1]
+    assert not any("*" in prompt for prompt in prompts[1])

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# GPPO on mathematics with responses of up to 32K tokens, one node of 8 GPUs. Not yet run. Data: problems in data/rl/
+# (docs/data.md); model: the Hugging Face folder of a fine-tuned Qwen3-8B in models/Qwen3-8B-SFT.
+#
+#     bash examples/gppo_32k.sh [--dotted.key value ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# What the run would take and lack, before eight GPUs are started.
+python train_gppo.py --config examples/gppo_32k.toml --dry-run="${GPUS:-8}" "$@"
+CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc-per-node "${GPUS:-8}" train_gppo.py --config examples/gppo_32k.toml "$@"
