@@ -65,13 +65,21 @@ class Planted(LocalEngine):
         return groups
 
 
-def planted(toml: Path, output: Path, fault: str = "", *flags: str) -> str:
+def edited(toml: Path, folder: Path, old: str, new: str) -> Path:
+    """The settings with a line changed, in a file of `folder`."""
+    text = toml.read_text()
+    assert text.count(old) == 1
+    (folder / "edited.toml").write_text(text.replace(old, new))
+    return folder / "edited.toml"
+
+
+def planted(toml: Path, modules: Path, output: Path, fault: str = "", *flags: str) -> str:
     """Train with the fault; what the run printed."""
     from megatron_klear.train import rl_run
 
     Planted.fault = fault
     rl_run.LocalEngine = Planted
-    os.environ["PYTHONPATH"] = str(toml.parent)
+    os.environ["PYTHONPATH"] = str(modules)
     return train(start(toml, "--output", str(output), "--train.steps", "2", *flags))
 
 
@@ -85,7 +93,7 @@ def records(output: Path) -> list[dict]:
 )
 def test_wrong_weights_stop_the_run_with_the_tensor_s_name(toml, tmp_path, ranks, fault: str, tensor: str):
     with pytest.raises(WeightsNotArrived) as info:
-        ranks(1, planted, toml, tmp_path / "run", fault)
+        ranks(1, planted, toml, tmp_path, tmp_path / "run", fault)
     assert tensor in str(info.value)
     assert ("1 tensors differ" in str(info.value)) == (fault == "corrupted")
 
@@ -99,9 +107,10 @@ def test_wrong_weights_stop_the_run_with_the_tensor_s_name(toml, tmp_path, ranks
     ],
 )
 def test_rewards_that_fail_stop_the_run(toml, tmp_path, ranks, function: str, words: str):
-    functions = f'{{"arithmetic" = "planted_rewards:{function}"}}'
+    functions = f'workers = 1\nfunctions = {{"arithmetic" = "planted_rewards:{function}"}}'
+    config = edited(toml, tmp_path, "workers = 1", functions)
     with pytest.raises(UserError) as info:
-        ranks(1, planted, toml, tmp_path / "run", "", "--reward.functions", functions)
+        ranks(1, planted, config, toml.parent, tmp_path / "run")
     assert "12 of 12 responses could not be graded" in str(info.value)
     assert "reward.max_error_share" in str(info.value)
     assert words in str(info.value)
@@ -109,7 +118,7 @@ def test_rewards_that_fail_stop_the_run(toml, tmp_path, ranks, function: str, wo
 
 def test_an_empty_group_stops_the_run_with_the_prompt_s_name(toml, tmp_path, ranks):
     with pytest.raises(RewardValueError, match=r"prompt \S+ \(data_source arithmetic\) has no samples"):
-        ranks(1, planted, toml, tmp_path / "run", "empty")
+        ranks(1, planted, toml, tmp_path, tmp_path / "run", "empty")
 
 
 def test_equal_rewards_are_told_and_leave_the_weights_alone(toml, tmp_path, ranks):
@@ -117,7 +126,7 @@ def test_equal_rewards_are_told_and_leave_the_weights_alone(toml, tmp_path, rank
     from megatron_klear.mcore.compare_checkpoints import compare_checkpoints
 
     output = tmp_path / "run"
-    told = ranks(1, planted, toml, output, "", "--algorithm.overlong_penalty.factor", "1e-300")[0]
+    told = ranks(1, planted, toml, tmp_path, output, "", "--algorithm.overlong_penalty.factor", "1e-300")[0]
     assert told.count("every group has equal rewards") == 2
     assert [record["step"] for record in records(output)] == [1, 2]
     for record in records(output):
@@ -129,7 +138,7 @@ def test_equal_rewards_are_told_and_leave_the_weights_alone(toml, tmp_path, rank
 
 
 def test_fewer_prompts_than_a_step_takes_are_told(toml, tmp_path, ranks):
-    sources = '[{generator = "arithmetic", count = 3, settings = {seed = 1, terms = 2, digits = 1}}]'
-    told = ranks(1, planted, toml, tmp_path / "run", "", "--prompts.sources", sources)[0]
+    config = edited(toml, tmp_path, "count = 40", "count = 3")
+    told = ranks(1, planted, config, tmp_path, tmp_path / "run")[0]
     assert "prompts.sources hold 3 prompts" in told
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
