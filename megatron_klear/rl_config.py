@@ -15,7 +15,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, create_model, model_validator
 
 from megatron_klear.config import RunConfig, Settings
-from megatron_klear.rl.losses import CISPO, GPPO, GSPO, NLL, PPO, REINFORCE, CappedCISPO
+from megatron_klear.rl.losses import (
+    CISPO,
+    GPPO,
+    GSPO,
+    NLL,
+    PPO,
+    REINFORCE,
+    CappedCISPO,
+    SequenceLoss,
+    resolve_loss,
+)
+from megatron_klear.types import TokenLoss
 
 PolicyLoss = GPPO | PPO | CISPO | CappedCISPO | REINFORCE | GSPO | NLL
 
@@ -27,17 +38,33 @@ def _table(loss: type[PolicyLoss]) -> type[Settings]:
         field.name: (hints[field.name], ... if field.default is dataclasses.MISSING else field.default)
         for field in dataclasses.fields(loss)
     }
-    table: type[Settings] = create_model(loss.__name__, __base__=Settings, __doc__=loss.__doc__, **fields)
+    table: type[Settings] = create_model(f"{loss.__name__}Table", __base__=Settings, __doc__=loss.__doc__, **fields)
+    globals()[table.__name__] = table  # found by name, so that settings travel to other processes
     return table
+
+
+class CustomLoss(Settings):
+    """`[loss] kind = "custom"`: a loss of your own; it runs in two phases, with one more matrix product."""
+
+    kind: Literal["custom"] = "custom"
+    path: str
+    """Dotted path, `my_module:MyLoss`: a class or function called with (logprobs, old_logprobs, advantages)."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Given to the class."""
 
 
 _TABLES = {loss: _table(loss) for loss in typing.get_args(PolicyLoss)}
 _LOSS_OF = {table: loss for loss, table in _TABLES.items()}
-Loss: Any = Annotated[functools.reduce(operator.or_, _TABLES.values()), Field(discriminator="kind")]
+Loss: Any = Annotated[functools.reduce(operator.or_, _TABLES.values(), CustomLoss), Field(discriminator="kind")]
 
 
-def build_loss(table: Settings) -> PolicyLoss:
-    """The loss that a `[loss]` table describes. Raises ValueError where its constants contradict each other."""
+def build_loss(table: Settings) -> TokenLoss | SequenceLoss:
+    """The loss that a `[loss]` table describes.
+
+    Raises ValueError where its constants contradict each other or its path cannot be resolved.
+    """
+    if isinstance(table, CustomLoss):
+        return resolve_loss(table.path, table.arguments)
     loss: PolicyLoss = _LOSS_OF[type(table)](**table.model_dump())
     return loss
 

@@ -260,6 +260,7 @@ def config_problems(path: Path, findings: dict[str, Finding], processes: int | N
     from megatron_klear.architecture import read_architecture
     from megatron_klear.config import SFTConfig
     from megatron_klear.errors import UserError
+    from megatron_klear.rl_config import GPPOConfig
 
     try:
         config = read_config(path)
@@ -272,7 +273,8 @@ def config_problems(path: Path, findings: dict[str, Finding], processes: int | N
             config = config.model_copy(update={"parallel": on_cpu})
         problems += checks.check_packages(config, lambda module: works(module, findings))
         sft = config if isinstance(config, SFTConfig) else None
-        problems += checks.check_files(sft) if sft else checks.check_output(config.output)
+        problems += checks.check_prompt_files(config) if isinstance(config, GPPOConfig) else []
+        problems += checks.check_files(sft) if sft else []
         if config.model.path.is_dir():
             world_size = processes or config.parallel.model_size
             shape = read_architecture(config.model.path)

@@ -17,12 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pydantic import BaseModel
 
 from megatron_klear.config import SFTConfig
+from megatron_klear.rl_config import GPPOConfig
 from megatron_klear.schema import Key, keys_of, tables_in
 from megatron_klear.toml_writer import write_text_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "settings.md"
-RUNS: dict[str, type[BaseModel]] = {"pretrain_sft.py": SFTConfig}
+RUNS: dict[str, type[BaseModel]] = {"pretrain_sft.py": SFTConfig, "train_gppo.py": GPPOConfig}
 HEADER = """\
 # Every setting
 
@@ -31,10 +32,20 @@ Made by `python tools/document_config.py` from `megatron_klear/config.py`; how s
 """
 
 
-def table_doc(cls: type[BaseModel], name: str) -> str:
-    """The docstring of the class behind the table `name`, without the table's own name in front."""
-    (table,) = tables_in(cls.model_fields[name].annotation)
-    doc = " ".join((inspect.getdoc(table) or "").split())
+def classes_of(cls: type[BaseModel], name: str) -> list[type[BaseModel]]:
+    """The classes behind the dotted table `name`: several where it is a choice."""
+    classes = [cls]
+    for part in name.split("."):
+        classes = tables_in(classes[0].model_fields[part].annotation)
+    return classes
+
+
+def table_doc(classes: list[type[BaseModel]], name: str) -> str:
+    """The docstring of a table's class without the table's own name in front, or what there is to choose from."""
+    if len(classes) > 1:
+        kinds = ", ".join(f"`{table.model_fields['kind'].default}`" for table in classes)
+        return f"One of {kinds}, chosen by `kind`; a key belongs to the kinds that have it."
+    doc = " ".join((inspect.getdoc(classes[0]) or "").split())
     return doc.removeprefix(f"`[{name}]`: ")
 
 
@@ -52,11 +63,18 @@ def row_of(key: Key) -> str:
 def page() -> str:
     """The whole page."""
     lines = [HEADER]
+    shown: set[type[BaseModel]] = set()
     for script, cls in RUNS.items():
         lines += [f"## `{script}`", "", " ".join((inspect.getdoc(cls) or "").split()), ""]
+        if shown:
+            lines += ["Tables that the runs above have are as there.", ""]
         for table, keys in groupby(keys_of(cls).values(), key=lambda key: key.name.rpartition(".")[0]):
             if table:
-                doc = table_doc(cls, table)
+                classes = classes_of(cls, table)
+                if shown >= set(classes):
+                    continue
+                shown |= set(classes)
+                doc = table_doc(classes, table)
                 lines += [f"### `[{table}]`", "", doc[:1].upper() + doc[1:], ""]
             lines += ["| key | value | default | |", "| --- | --- | --- | --- |", *map(row_of, keys), ""]
     return "\n".join(lines).rstrip("\n") + "\n"

@@ -1,9 +1,12 @@
-"""Prove on this machine, with this model, that layouts agree and that a resumed run is the uninterrupted one.
+"""Prove on this machine, with this model, that layouts agree, that a resumed run is the uninterrupted one, and that
+the rollout engine samples from the policy in training.
 
 python tools/verify.py layouts --config run.toml                       # a table, exit code 1 on a breach
 python tools/verify.py layouts --config run.toml --batch data --loss gppo --fused both --processes 4
 torchrun --nproc-per-node 8 tools/verify.py layouts --config run.toml  # within these 8 processes
 python tools/verify.py resume --config run.toml --kills 5 --steps 12   # SIGKILL at random instants
+python tools/verify.py weights --config gppo.toml                      # do the weights reach the rollout engine
+python tools/verify.py mismatch --config gppo.toml                     # why sampler and trainer disagree, if they do
 
 Settings are overridden as for the training script: --model.dtype fp32.
 """
@@ -22,14 +25,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_klear.errors import exit_on_error
-from megatron_klear.start import start_with
+from megatron_klear.start import start_gppo, start_with
 from megatron_klear.toml_writer import write_text_atomically
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verification: 0 when all is equal, 1 on a breach or an error, 2 on bad settings."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"layouts": layouts, "resume": resume}
+    commands = {"layouts": layouts, "resume": resume, "weights": weights, "mismatch": mismatch}
     if not words or words[0] not in commands:
         print(__doc__.strip(), file=sys.stderr)
         return 0 if words and words[0] in ("--help", "-h") else 2
@@ -113,6 +116,35 @@ def resume(words: Sequence[str]) -> int:
     return _finish(
         options.json, ("check", "verdict", "found"), rows, verdict, report.passed, dataclasses.asdict(report)
     )
+
+
+def weights(words: Sequence[str]) -> int:
+    """Send the weights to the rollout engine and compare, print the table."""
+    return _rollouts("weights", "send the weights to the rollout engine, compare checksums, echo one row", words)
+
+
+def mismatch(words: Sequence[str]) -> int:
+    """Compare log-probs of sampler and trainer, print a verdict on every cause."""
+    return _rollouts("mismatch", "sample a few prompts and say why sampler and trainer disagree, if they do", words)
+
+
+def _rollouts(command: str, description: str, words: Sequence[str]) -> int:
+    parser = _parser(command, description)
+    parser.add_argument("--tolerance", type=float, help="mean difference of log-probs, nats (default by model.dtype)")
+    if command == "mismatch":
+        parser.add_argument("--prompts", type=_count, default=4, help="prompts to sample (default 4)")
+    options, settings = parser.parse_known_args(words)
+    start = start_gppo(settings)
+
+    from megatron_klear.train.verify_rollouts import verify_mismatch, verify_weights
+
+    if command == "weights":
+        report = verify_weights(start, options.tolerance)
+    else:
+        report = verify_mismatch(start, options.prompts, options.tolerance)
+    rows = [(finding.cause, finding.verdict, finding.detail) for finding in report.findings]
+    verdict = f"mean difference of log-probs {report.mean:.2e} over {report.tokens} tokens, limit {report.tolerance:g}"
+    return _finish(options.json, ("cause", "verdict", "seen"), rows, verdict, report.passed, dataclasses.asdict(report))
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:

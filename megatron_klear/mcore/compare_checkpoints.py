@@ -18,7 +18,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore import manifest
+
+device_shim.install()
+
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict  # noqa: E402  (the shim comes first)
 
 _BYTES_AT_ONCE = 2**28
 
@@ -63,7 +68,7 @@ def compare_checkpoints(first: Path, second: Path) -> CheckpointDifference:
     mine, theirs = manifest.read_training(first), manifest.read_training(second)
     for key in ("step", "extra", "has_optimizer"):
         found.unequal_state += _unequal(mine[key], theirs[key], f"training.json {key}")
-    found.unequal_state += _unequal(_common(first), _common(second), "common.pt")
+    found.unequal_state += _unequal(_common(first), _common(second), "state")
     return found
 
 
@@ -77,8 +82,11 @@ def _tensors(path: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def _common(path: Path) -> Any:
-    # Megatron's own format, with plain Python objects in it: read only from folders that this tool's runs wrote.
-    return torch.load(path / "common.pt", map_location="cpu", weights_only=False)
+    """What Megatron keeps beside the sharded tensors; its versions put that in different places."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="load_common is deprecated")
+        return load_common_state_dict(str(path))
 
 
 def _pairs(

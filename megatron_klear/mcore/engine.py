@@ -150,7 +150,9 @@ class Engine:
         present = [parameter.detach().clone() for model in self.models for parameter in model.parameters()]
         if folder is not None:
             hf.load_hf_weights(self.models, self.architecture, folder, self.topology)
-        self._reference = [parameter.detach().cpu() for model in self.models for parameter in model.parameters()]
+        self._reference = [  # a copy on the CPU as well, where .cpu() would be the very weights in training
+            parameter.detach().to("cpu", copy=True) for model in self.models for parameter in model.parameters()
+        ]
         self._put(present)
 
     def reference_logprobs(self, batches: Sequence[PackedBatch], *, temperature: float = 1.0) -> list[Tensor]:
@@ -244,7 +246,9 @@ class Engine:
         def forward(iterator: Iterator[LocalRow], chunk: Any) -> tuple[Tensor, Any]:
             row = next(iterator)
             model: PolicyModel = chunk.module
-            return chunk(row.tokens, None, None, packed_seq_params=row.params), partial(compute, model, row)
+            output = chunk(row.tokens, None, None, packed_seq_params=row.params)
+            self._await_head(chunk)
+            return output, partial(compute, model, row)
 
         iterators = [iter(rows) for _ in self.chunks]
         single = len(self.chunks) == 1
@@ -288,6 +292,11 @@ class Engine:
         if topology.pipeline.size > 1:
             dist.broadcast(values, src=topology.last_stage_rank, group=topology.pipeline.group)
         return values.cpu()
+
+    def _await_head(self, chunk: Any) -> None:
+        """Wait for the gathering of the head's weight: its module's forward, whose hook would, is never called."""
+        if self.overlap and self.run.optimizer.distributed and chunk.module.post_process:
+            chunk.param_to_bucket_group[chunk.module.head_weight].finish_param_sync()
 
     def _gather_parameters(self) -> None:
         """Bring weights up to date where their gathering is left to the next forward pass."""

@@ -9,7 +9,9 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-_BOX = re.compile(r"\\f?boxe?d?(?![A-Za-z])\s*")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BRACE = re.compile(r"[{}]")
+_MOST_BOXES = 50
 _UNBRACED = re.compile(r"[^\s$.,;]+")
 _JOINED_GAP = 9  # characters: `}$, $\boxed{`
 _LISTED_GAP = 60
@@ -70,11 +72,13 @@ def last_boxed(text: str) -> str | None:
     """
     found: list[str] = []
     end, start_of_next = len(text), 0
-    while True:
+    closings: dict[int, int] | None = None
+    while len(found) < _MOST_BOXES:
         start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
         if start < 0:
             break
-        content, stop = _box_content(text, start)
+        closings = _closing_braces(text) if closings is None else closings
+        content, stop = _box_content(text, start, closings)
         end = start
         if not content:
             continue
@@ -137,7 +141,18 @@ def compare(gold: str, answer: str) -> bool | None:
     return False if both_whole or abs(first - second) * 100 > max(abs(first), abs(second)) else None
 
 
-def _box_content(text: str, start: int) -> tuple[str, int]:
+def _closing_braces(text: str) -> dict[int, int]:
+    """Where each brace that is closed at all is closed."""
+    closings, opened = {}, []
+    for brace in _BRACE.finditer(text):
+        if brace.group() == "{":
+            opened.append(brace.start())
+        elif opened:
+            closings[opened.pop()] = brace.start()
+    return closings
+
+
+def _box_content(text: str, start: int, closings: dict[int, int]) -> tuple[str, int]:
     """What the box at `start` holds and where it ends; empty where it is not closed."""
     command = _BOX.match(text, start)
     if command is None or command.end() >= len(text):
@@ -146,15 +161,8 @@ def _box_content(text: str, start: int) -> tuple[str, int]:
     if text[opening] != "{":
         word = _UNBRACED.match(text, opening)
         return (word.group(), word.end()) if word else ("", start)
-    depth = 0
-    for position in range(opening, len(text)):
-        if text[position] == "{":
-            depth += 1
-        elif text[position] == "}":
-            depth -= 1
-            if not depth:
-                return text[opening + 1 : position].strip(), position + 1
-    return "", start
+    closing = closings.get(opening)
+    return ("", start) if closing is None else (text[opening + 1 : closing].strip(), closing + 1)
 
 
 def _is_list_gap(gap: str) -> bool:

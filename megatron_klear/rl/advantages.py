@@ -50,8 +50,9 @@ def group_advantages(rewards: npt.ArrayLike, kind: Advantage) -> npt.NDArray[np.
     if len(values) == 1 or is_uninformative(values):
         return values.copy() if len(values) == 1 else np.zeros(len(values))
     centred: npt.NDArray[np.float64] = values - values.mean()
-    scale = float(values.std(ddof=1)) + _STD_FLOOR if kind == "mean_std" else 1.0
-    return centred / scale
+    if kind == "mean_std":
+        centred /= values.std(ddof=1) + _STD_FLOOR
+    return centred
 
 
 def advantages(groups: Sequence[Group], kind: Advantage) -> list[npt.NDArray[np.float64]]:
@@ -88,8 +89,8 @@ def overlong_penalties(
     """
     if not 0 < buffer_tokens <= max_tokens:
         raise ValueError(
-            f"algorithm.overlong_penalty.buffer_tokens {buffer_tokens} must be from 1 to sampling.max_tokens "
-            f"{max_tokens}"
+            f"algorithm.overlong_penalty.buffer_tokens {buffer_tokens} must be from 1 to sampling.max_tokens, "
+            f"which is {max_tokens}"
         )
     excess = np.asarray(lengths, dtype=np.float64) - (max_tokens - buffer_tokens)
     return -factor * np.clip(excess / buffer_tokens, 0.0, 1.0)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class SequenceLoss(Protocol):
     """A loss whose ratio belongs to the sequence: two phases, log-probs of whole sequences first, gradients second.
 

@@ -22,7 +22,7 @@ from megatron_klear.mcore import manifest
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.rl.advantages import advantages, keep_informative, penalise_overlong
 from megatron_klear.rl.corrections import importance_weights, measure_mismatch
-from megatron_klear.rl.losses import GSPO
+from megatron_klear.rl.losses import SequenceLoss
 from megatron_klear.rl_config import AlgorithmConfig, GPPOConfig, build_loss
 from megatron_klear.rollout.engine import RolloutEngine
 from megatron_klear.train.arrival import send_weights
@@ -30,6 +30,7 @@ from megatron_klear.train.grading import Grader
 from megatron_klear.train.guard import SkipGuard
 from megatron_klear.train.log import RunLog
 from megatron_klear.train.rollout_files import write_rollouts
+from megatron_klear.train.run_folder import checkpoints_of
 from megatron_klear.train.updates import cut_into_updates, pack_update
 from megatron_klear.train.validation import Validator
 from megatron_klear.types import Group, PackedBatch, StepStats, Verdict
@@ -81,7 +82,7 @@ def train(
 
 def save(config: GPPOConfig, engine: Engine, prompts: PromptStream, rollout_step: int, *, blocking: bool) -> None:
     """Write a checkpoint after a rollout step and let the oldest go."""
-    checkpoints = config.output / "checkpoints"
+    checkpoints = checkpoints_of(config)
     extra = {"rollout_step": rollout_step, "prompts": prompts.state_dict()}
     engine.save(manifest.step_folder(checkpoints, rollout_step), extra)
     if blocking:
@@ -157,13 +158,16 @@ class Step:
 
     def update(self, batches: list[PackedBatch]) -> StepStats:
         """One optimizer step. A loss with a sequence's ratio takes a pass of log-probs first."""
-        loss = build_loss(self.config.loss)
-        if isinstance(loss, GSPO):
+        chosen = build_loss(self.config.loss)
+        if isinstance(chosen, SequenceLoss):
             present = self.engine.logprobs(batches, temperature=self._temperature())
-            batches = [_against_sequence(loss, batch, values) for batch, values in zip(batches, present, strict=True)]
+            batches = [_against_sequence(chosen, batch, values) for batch, values in zip(batches, present, strict=True)]
+            loss = chosen.token_loss()
+        else:
+            loss = chosen
         return self.engine.train_step(
             batches,
-            loss.token_loss() if isinstance(loss, GSPO) else loss,
+            loss,
             temperature=self._temperature(),
             entropy_coefficient=self.config.algorithm.entropy_coefficient,
             kl_coefficient=self.config.algorithm.kl_coefficient,
@@ -255,7 +259,7 @@ class Step:
         return self.config.sampling.temperature or 1.0
 
 
-def _against_sequence(loss: GSPO, batch: PackedBatch, logprobs: Tensor) -> PackedBatch:
+def _against_sequence(loss: SequenceLoss, batch: PackedBatch, logprobs: Tensor) -> PackedBatch:
     assert batch.old_logprobs is not None
     old = loss.sequence_old_logprobs(logprobs, batch.old_logprobs, batch.weights != 0, batch.cu_seqlens)
     return dataclasses.replace(batch, old_logprobs=old)

@@ -22,7 +22,9 @@ class Grader:
     def __init__(self, config: RewardConfig, data_sources: Iterable[str], rank: int) -> None:
         """Start the workers. Raises RewardError where a data source has no reward."""
         self._alarm = ErrorAlarm(config.max_error_share)
-        settings = RewardSettings(scheme=config.scheme, functions=config.functions)
+        settings = RewardSettings(
+            scheme=config.scheme, require_thinking=config.require_thinking, functions=config.functions
+        )
         self._pool: GradingPool | None = None
         if rank == 0:
             self._pool = GradingPool(

@@ -1,7 +1,8 @@
 """A training run that is killed at chosen instants and started again until it is done.
 
-The runs are real ones, `train.sft.run` in processes of their own; this process watches what they leave on the disk and
-sends SIGKILL. What a run prints goes to a file.
+The runs are real ones, `train.sft.run` or `train.rl_run.run` in processes of their own; this process watches what they
+leave on the disk and sends SIGKILL. What a run prints goes to a file. A step of reinforcement learning is a rollout
+step.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.processes import Processes
-from megatron_klear.start import Start
-from megatron_klear.train import sft
+from megatron_klear.start import GPPOStart, Start
+from megatron_klear.train import run_folder, sft
 
 _MOMENTS: tuple[Literal["start", "step", "save"], ...] = ("step", "save", "step", "save", "start")
 _POLL_SECONDS = 0.002
 _TAIL_BYTES = 8192
 _LEAVE_SECONDS = 20.0  # for the other ranks to notice that one was killed
+
+AnyStart = Start | GPPOStart
+_Start = TypeVar("_Start", Start, GPPOStart)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +87,7 @@ def plan_kills(count: int, steps: int, processes: int, seed: int) -> list[Kill]:
     ]
 
 
-def run_whole(start: Start) -> Pace:
+def run_whole(start: AnyStart) -> Pace:
     """Run to the end without interruption."""
     saves: list[float] = []
     launched = time.monotonic()
@@ -106,7 +110,7 @@ def run_whole(start: Start) -> Pace:
     )
 
 
-def run_killed(start: Start, kills: Sequence[Kill], pace: Pace, told: Callable[[str], None]) -> list[Killed]:
+def run_killed(start: AnyStart, kills: Sequence[Kill], pace: Pace, told: Callable[[str], None]) -> list[Killed]:
     """Run, kill, run again: until every kill was sent, then to the end. `told` hears of each one."""
     happened: list[Killed] = []
     for kill in kills:
@@ -129,34 +133,39 @@ def run_killed(start: Start, kills: Sequence[Kill], pace: Pace, told: Callable[[
     return happened
 
 
-def run_in_layout(start: Start, earlier: Path) -> None:
+def run_in_layout(start: AnyStart, earlier: Path) -> None:
     """Go on from a copy of the checkpoint folder `earlier` in the layout of `start`, to the end."""
-    checkpoints = sft.checkpoints_of(start.config)
+    checkpoints = run_folder.checkpoints_of(start.config)
     checkpoints.mkdir(parents=True)
     shutil.copytree(earlier, checkpoints / earlier.name)
     run_whole(start)
 
 
-def at_output(start: Start, output: Path) -> Start:
+def at_output(start: _Start, output: Path) -> _Start:
     """The same run in another folder."""
     return replace(start, config=start.config.model_copy(update={"output": output}))
 
 
-def read_metrics(start: Start) -> list[dict[str, Any]]:
+def read_metrics(start: AnyStart) -> list[dict[str, Any]]:
     """Every record of the run's metrics.jsonl."""
     return [json.loads(line) for line in (start.config.output / "metrics.jsonl").read_text().splitlines()]
 
 
-def _train(start: Start, log: Path) -> None:
+def _train(start: AnyStart, log: Path) -> None:
     """What each process runs."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    sft.run(start)
+    if isinstance(start, GPPOStart):
+        from megatron_klear.train import rl_run
+
+        rl_run.run(start)
+    else:
+        sft.run(start)
 
 
-def _log_of(start: Start) -> Path:
+def _log_of(start: AnyStart) -> Path:
     return start.config.output.with_suffix(".log")
 
 
@@ -168,11 +177,11 @@ class _Seen:
     saving: frozenset[str]
 
     @classmethod
-    def of(cls, start: Start) -> _Seen:
+    def of(cls, start: AnyStart) -> _Seen:
         return cls(metrics=_metrics_version(start), saving=_being_saved(start))
 
 
-def _wait_for(kill: Kill, start: Start, before: _Seen, pace: Pace, processes: Processes) -> bool:
+def _wait_for(kill: Kill, start: AnyStart, before: _Seen, pace: Pace, processes: Processes) -> bool:
     """Wait for the instant; false where the run is done before it."""
 
     def reached() -> bool:
@@ -189,8 +198,8 @@ def _wait_for(kill: Kill, start: Start, before: _Seen, pace: Pace, processes: Pr
     return processes.results(kill.share * lengths[kill.moment]) is None
 
 
-def _inspect(kill: Kill, start: Start, during_save: bool) -> Killed:
-    checkpoints = sft.checkpoints_of(start.config)
+def _inspect(kill: Kill, start: AnyStart, during_save: bool) -> Killed:
+    checkpoints = run_folder.checkpoints_of(start.config)
     published = manifest.steps(checkpoints)
     damage = [problem for step in published for problem in manifest.damage(manifest.step_folder(checkpoints, step))]
     return Killed(
@@ -202,15 +211,15 @@ def _inspect(kill: Kill, start: Start, during_save: bool) -> Killed:
     )
 
 
-def _being_saved(start: Start) -> frozenset[str]:
+def _being_saved(start: AnyStart) -> frozenset[str]:
     """Names of checkpoint folders that are not complete yet."""
-    checkpoints = sft.checkpoints_of(start.config)
+    checkpoints = run_folder.checkpoints_of(start.config)
     if not checkpoints.is_dir():
         return frozenset()
     return frozenset(entry.name for entry in os.scandir(checkpoints) if entry.name.startswith(".saving-"))
 
 
-def _metrics_version(start: Start) -> tuple[int, int]:
+def _metrics_version(start: AnyStart) -> tuple[int, int]:
     """Changes when metrics.jsonl does."""
     try:
         status = (start.config.output / "metrics.jsonl").stat()
@@ -219,7 +228,7 @@ def _metrics_version(start: Start) -> tuple[int, int]:
     return status.st_ino, status.st_size
 
 
-def _last_step(start: Start) -> int:
+def _last_step(start: AnyStart) -> int:
     """The step of the last whole line of metrics.jsonl, 0 without one."""
     try:
         with open(start.config.output / "metrics.jsonl", "rb") as file:

@@ -34,7 +34,7 @@ from megatron_klear.types import Sample
 
 Fused = Literal["config", "both"]
 
-TOLERANCES = {"fp32": 1e-5, "bf16": 2e-2}
+TOLERANCES = {"fp32": 1e-5, "bf16": 5e-3}
 """Of the loss and the gradient norm, relative; log-probs get ten times that, in nats. Layouts sum in different orders,
 which moves fp32 results by parts in a million. In bf16 a sum over tensor ranks rounds to 8 bits once a layer, and the
 steps amplify it; docs/verify.md has what was measured."""

@@ -9,10 +9,8 @@ from pathlib import Path
 import torch
 
 from megatron_klear.architecture import Architecture
-from megatron_klear.checks import check_resume
 from megatron_klear.data.prompts import PromptStream
 from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
-from megatron_klear.mcore import manifest
 from megatron_klear.mcore.checkpoint import latest_valid
 from megatron_klear.mcore.convert import export_hf
 from megatron_klear.mcore.engine import Engine
@@ -22,11 +20,12 @@ from megatron_klear.rl_config import GPPOConfig
 from megatron_klear.rollout.decoder import Decoder
 from megatron_klear.rollout.engine import RolloutEngine
 from megatron_klear.rollout.local import LocalEngine
-from megatron_klear.settings import SettingsError, write_resolved
+from megatron_klear.settings import write_resolved
 from megatron_klear.start import GPPOStart
 from megatron_klear.train.gppo import train
 from megatron_klear.train.grading import Grader
 from megatron_klear.train.log import Throughput, open_log
+from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, resolved_settings
 from megatron_klear.train.validation import Validator
 from megatron_klear.types import Prompt
 
@@ -35,7 +34,7 @@ def run(start: GPPOStart) -> None:
     """Train from the beginning or from the newest whole checkpoint of the run's folder, to the last rollout step."""
     config, architecture = start.config, start.architecture
     with world(config.parallel, config.seed) as topology:
-        _prepare_folder(config, topology)
+        changed = prepare_folder(config, topology)
         tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
         validator = _validator(config, tokenizer)
         prompts = PromptStream(
@@ -53,11 +52,13 @@ def run(start: GPPOStart) -> None:
         rollouts = build_rollouts(config, architecture, tokenizer, topology)
         sources = prompts.data_sources | {prompt.data_source for prompt in validator.prompts}
         first = 0
-        checkpoint = latest_valid(config.output / "checkpoints", topology)
+        checkpoint = latest_valid(checkpoints_of(config), topology)
         if checkpoint is not None:
             extra = engine.load(checkpoint)
             prompts.load_state_dict(extra["prompts"])
             first = int(extra["rollout_step"])
+        if topology.rank == 0:
+            write_resolved(config, resolved_settings(config))
         device = torch.cuda.get_device_name() if topology.device.type == "cuda" else None
         throughput = Throughput.of(config, architecture, topology.size, device)
         with (
@@ -66,6 +67,14 @@ def run(start: GPPOStart) -> None:
                 config, rank=topology.rank, resume_step=first, total_steps=config.train.steps, throughput=throughput
             ) as log,
         ):
+            for warning in changed:
+                log.say(f"warning: {warning}")
+            taken = config.algorithm.generated_prompts or config.algorithm.prompts_per_step
+            if len(prompts) < taken:
+                log.say(
+                    f"warning: prompts.sources hold {len(prompts)} prompts and a step takes {taken}: some are sampled "
+                    "more than once in a step"
+                )
             if checkpoint is not None:
                 log.say(f"resuming from {checkpoint}, rollout step {first} of {config.train.steps}")
             train(config, engine, rollouts, prompts, grader, validator, log, start=first)
@@ -113,18 +122,3 @@ def end_token_ids(model_folder: Path, tokenizer: ChatTokenizer) -> Iterable[int]
         named = json.loads(generation.read_text()).get("eos_token_id")
         ends |= set(named if isinstance(named, list) else [] if named is None else [named])
     return sorted(ends)
-
-
-def _prepare_folder(config: GPPOConfig, topology: Topology) -> None:
-    """Check a run that is there already, clear what a kill left half done, write the resolved settings."""
-    resolved, checkpoints = config.output / "config.toml", config.output / "checkpoints"
-    if resolved.exists() and manifest.steps(checkpoints):
-        errors, _ = check_resume(resolved, config)
-        if errors:
-            raise SettingsError(errors)
-    topology.barrier()
-    if topology.rank == 0:
-        config.output.mkdir(parents=True, exist_ok=True)
-        manifest.sweep(checkpoints)
-        write_resolved(config, resolved)
-    topology.barrier()

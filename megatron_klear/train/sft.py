@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from megatron_klear.checks import check_resume
 from megatron_klear.config import DataConfig, SFTConfig
 from megatron_klear.data.packing import RowSettings, sequence_work
 from megatron_klear.data.sft import SampleStream, held_out_steps
@@ -23,10 +21,11 @@ from megatron_klear.mcore.convert import export_hf
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import Topology, world
 from megatron_klear.rl.losses import NLL
-from megatron_klear.settings import SettingsError, write_resolved
+from megatron_klear.settings import write_resolved
 from megatron_klear.start import Start
 from megatron_klear.train.guard import SkipGuard, TrainingStopped
 from megatron_klear.train.log import RunLog, Throughput, open_log
+from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, resolved_settings
 from megatron_klear.types import PackedBatch
 
 
@@ -34,7 +33,7 @@ def run(start: Start) -> None:
     """Train from the beginning or from the newest whole checkpoint of the run's folder, to the last step."""
     config, architecture = start.config, start.architecture
     with world(config.parallel, config.seed) as topology:
-        changed = _prepare_folder(config, topology)
+        changed = prepare_folder(config, topology)
         store = open_store(config.data, config.model.path, "train")
         stream = SampleStream(
             store,
@@ -52,7 +51,7 @@ def run(start: Start) -> None:
         if checkpoint is not None:
             stream.load_state_dict(engine.load(checkpoint)["data"])
         if topology.rank == 0:
-            write_resolved(config, _resolved(config))
+            write_resolved(config, resolved_settings(config))
         device = torch.cuda.get_device_name() if topology.device.type == "cuda" else None
         throughput = Throughput.of(config, architecture, topology.size, device)
         with open_log(
@@ -108,15 +107,6 @@ def save(config: SFTConfig, engine: Engine, stream: SampleStream, *, blocking: b
         manifest.retire(checkpoints_of(config), config.checkpoint.keep, config.checkpoint.keep_every)
 
 
-def checkpoints_of(config: SFTConfig) -> Path:
-    """The folder of the run's checkpoints."""
-    return config.output / "checkpoints"
-
-
-def _resolved(config: SFTConfig) -> Path:
-    return config.output / "config.toml"
-
-
 def mean_context(batches: Sequence[PackedBatch]) -> float:
     """Tokens that a token of these rows attends to on average."""
     lengths = np.concatenate([np.diff(batch.cu_seqlens.numpy()) for batch in batches]).astype(np.float64)
@@ -166,25 +156,3 @@ def _row_settings(config: SFTConfig) -> RowSettings:
         rows_per_step=config.train.rows_per_step,
         packing=config.data.packing,
     )
-
-
-def _prepare_folder(config: SFTConfig, topology: Topology) -> list[str]:
-    """Check a run that is there already, make the folder, clear what a kill left half done.
-
-    Returns warnings of settings that changed since.
-    """
-    resolved = _resolved(config)
-    warnings: list[str] = []
-    if resolved.exists() and manifest.steps(checkpoints_of(config)):
-        errors, warnings = check_resume(resolved, config)
-        if errors:
-            raise SettingsError(errors)
-    topology.barrier()
-    if topology.rank == 0:
-        try:
-            config.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError([f"output {config.output} cannot be made: {error}; choose another folder"]) from error
-        manifest.sweep(checkpoints_of(config))
-    topology.barrier()
-    return warnings

@@ -19,7 +19,7 @@ from megatron_klear.config import SFTConfig
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.compare_checkpoints import compare_checkpoints
 from megatron_klear.start import Start
-from megatron_klear.train import sft
+from megatron_klear.train import run_folder
 from megatron_klear.train.killed_run import (
     Killed,
     at_output,
@@ -84,10 +84,10 @@ def verify_resume(
     checks = [
         _check_kills(happened, kills),
         _check_published(happened),
-        *_check_state(_final(whole, steps), _final(killed, steps)),
-        _check_metrics(read_metrics(whole), read_metrics(killed), steps),
+        *check_state(_final(whole, steps), _final(killed, steps)),
+        check_metrics(read_metrics(whole), read_metrics(killed), steps),
     ]
-    published = manifest.steps(sft.checkpoints_of(whole.config))
+    published = manifest.steps(run_folder.checkpoints_of(whole.config))
     middle = published[(len(published) - 1) // 2]
     for layout in layouts:
         checks.append(_check_layout(whole, layout, middle, work, tolerance, told))
@@ -118,7 +118,7 @@ def _keeping_all(start: Start) -> Start:
 
 
 def _final(start: Start, step: int) -> Path:
-    return manifest.step_folder(sft.checkpoints_of(start.config), step)
+    return manifest.step_folder(run_folder.checkpoints_of(start.config), step)
 
 
 def _check_kills(happened: Sequence[Killed], planned: int) -> Check:
@@ -140,7 +140,8 @@ def _check_published(happened: Sequence[Killed]) -> Check:
     )
 
 
-def _check_state(whole: Path, killed: Path) -> list[Check]:
+def check_state(whole: Path, killed: Path) -> list[Check]:
+    """Two checkpoints, bitwise: their tensors, and what lies beside them."""
     found = compare_checkpoints(whole, killed)
     tensors = found.unequal_tensors
     return [
@@ -159,7 +160,7 @@ def _check_state(whole: Path, killed: Path) -> list[Check]:
     ]
 
 
-def _check_metrics(whole: list[dict[str, Any]], killed: list[dict[str, Any]], steps: int) -> Check:
+def check_metrics(whole: list[dict[str, Any]], killed: list[dict[str, Any]], steps: int) -> Check:
     """Each step once, and computed from the same tokens with the same result."""
     problems = []
     for name, records in (("uninterrupted", whole), ("killed", killed)):

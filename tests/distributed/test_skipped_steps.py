@@ -16,7 +16,7 @@ from megatron_klear.mcore import manifest
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
 from megatron_klear.rl.losses import NLL
-from megatron_klear.train import sft
+from megatron_klear.train import run_folder, sft
 from megatron_klear.train.guard import TrainingStopped
 from megatron_klear.train.verify_layouts import layouts_named, ragged_samples
 
@@ -109,6 +109,6 @@ def test_a_run_stops_after_so_many_in_a_row_and_keeps_its_checkpoint(toml, ranks
     assert "2 steps in a row" in told
     assert "optimizer.learning_rate" in told
     assert [record["step"] for record in metrics(run)] == [1, 2, 3, 4]
-    checkpoints = sft.checkpoints_of(run.config)
+    checkpoints = run_folder.checkpoints_of(run.config)
     assert manifest.steps(checkpoints) == [2]
     assert manifest.damage(manifest.step_folder(checkpoints, 2)) == []

@@ -138,8 +138,8 @@ MISTAKES = [
     Mistake("data grown since", data(GOOD_ROW * 200), ("position in the data", "num_samples was 100"), resumed=True),
     Mistake(
         "no checkpoint whole",
-        cut(f"{CHECKPOINT}/common.pt", 0.5),
-        ("checkpoints is damaged", "step-00000002", "common.pt"),
+        cut(f"{CHECKPOINT}/.metadata", 0.5),
+        ("checkpoints is damaged", "step-00000002", ".metadata"),
         resumed=True,
     ),
     Mistake("output below a device", flags("--output", "/proc/run"), ("/proc/run",)),

@@ -11,7 +11,7 @@ from megatron_klear.mcore import manifest
 from megatron_klear.mcore.compare_checkpoints import compare_checkpoints
 from megatron_klear.mcore.processes import Processes
 from megatron_klear.train.killed_run import plan_kills
-from megatron_klear.train.sft import checkpoints_of
+from megatron_klear.train.run_folder import checkpoints_of
 from megatron_klear.train.verify_layouts import layouts_named
 from megatron_klear.train.verify_resume import verify_resume
 
@@ -98,10 +98,10 @@ def test_a_killed_run_leaves_no_process(toml):
         leader = processes._processes[0].pid
         most: list[psutil.Process] = []
         deadline = time.monotonic() + 120
-        # The queue's manager, the writer and its own writers: caught while a save is under way.
-        while len(most) < 3 and time.monotonic() < deadline:
+        # The queue's manager and the writer (which forks more, in some versions): caught while a save is under way.
+        while len(most) < 2 and time.monotonic() < deadline:
             most = psutil.Process(leader).children(recursive=True)
         processes.kill()
         _, alive = psutil.wait_procs(most, timeout=10)
-    assert len(most) >= 3
+    assert len(most) >= 2
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

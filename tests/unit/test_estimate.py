@@ -207,8 +207,9 @@ def test_layout_errors_name_key_and_remedy(parallel: dict[str, int], world_size:
         assert words in shown
 
 
-def test_fewer_key_value_heads_than_tensor_ranks_is_allowed_when_they_divide():
-    assert check_layout(config(parallel={"tensor": 4}), shape(), 4) == []
+def test_key_value_heads_divide_over_tensor_ranks():
+    assert any("num_key_value_heads 2" in e for e in check_layout(config(parallel={"tensor": 4}), shape(), 4))
+    assert check_layout(config(parallel={"tensor": 2}), shape(), 2) == []
     six = shape(num_attention_heads=12, num_key_value_heads=6)
     assert any("num_key_value_heads 6" in e for e in check_layout(config(parallel={"tensor": 4}), six, 4))
 

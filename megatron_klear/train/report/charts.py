@@ -142,7 +142,7 @@ def key_numbers(run: Run) -> list[dict[str, Any]]:
     known = {line.metric: line for line in LINES}
     found = []
     for metric in KEY_METRICS[run.kind]:
-        for validation in (True, False):
+        for validation in (True, False) if known[metric].better else (False,):
             pairs = run.curve(metric, validation=validation).finite()
             if not pairs:
                 continue
@@ -195,11 +195,12 @@ def _line_chart(runs: Sequence[Run], line: Line, points: int) -> dict[str, Any]:
                         "y": [rounded(value) for value in short.values],
                     }
                 )
+    dashed = "dashed: validation" if any(s["name"] == "validation" for s in series) else ""
     return {
         "id": line.metric,
         "kind": "lines",
         "title": line.title,
-        "about": line.about + ("; dashed: validation" if any(s["name"] == "validation" for s in series) else ""),
+        "about": "; ".join(filter(None, [line.about, dashed])),
         "smooth": line.metric != "learning_rate",
         "section": line.section,
         "format": line.format,
@@ -213,7 +214,7 @@ def _kl_lines(runs: Sequence[Run]) -> list[Line]:
 
 
 def _other_lines(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
-    drawn = {line.metric for line in (*LINES, *_kl_lines(runs))} | {"step"}
+    drawn = {line.metric for line in (*LINES, *_kl_lines(runs))} | {"step", "samples_per_prompt", "num_prompts"}
     trained = dict.fromkeys(name for run in runs for name in run.names())
     validated = dict.fromkeys(name for run in runs for record in run.validation for name in record)
     others = [

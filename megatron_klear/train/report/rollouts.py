@@ -99,7 +99,7 @@ def _shorten(record: Mapping[str, Any], tokenizer: Decoder | None) -> dict[str, 
     count = len(whole)
     cut = count > HEAD_TOKENS + TAIL_TOKENS
     left_out = (HEAD_TOKENS, count - TAIL_TOKENS) if cut else (count, count)
-    sample = {
+    sample: dict[str, Any] = {
         "promptId": _text(record, "prompt_id"),
         "source": _text(record, "data_source"),
         "prompt": _middle_out(_text(record, "prompt")),

@@ -141,7 +141,8 @@ class Chart {
     let low = all.reduce((a, b) => Math.min(a, b), Infinity), high = all.reduce((a, b) => Math.max(a, b), -Infinity);
     if (!(low <= high)) [low, high] = [this.log ? 0.1 : 0, 1];
     if (isStack) low = 0;
-    if (high - low <= 1e-9 * Math.abs(high)) [low, high] = this.log ? [low / 2, high * 2] : [low - (Math.abs(low) * 0.1 || 0.5), high + (Math.abs(high) * 0.1 || 0.5)];
+    if (low === 0 && high === 0) high = this.log || this.data.format !== "percent" ? 1 : 0.01;
+    else if (high - low <= 1e-9 * Math.abs(high)) [low, high] = this.log ? [low / 2, high * 2] : [low - (Math.abs(low) * 0.1 || 0.5), high + (Math.abs(high) * 0.1 || 0.5)];
     else if (!this.log) {
       const isNearZero = low >= 0 && low < high * 0.35;
       const air = (high - low) * 0.06;

@@ -93,7 +93,7 @@ class Reader {
   entry(sample, index, isCurrent) {
     const line = element("div", { class: "line" }, verdictMark(sample.verdict),
       element("span", {}, sample.reward === null ? "" : `reward ${compact(sample.reward)}`), element("span", {}, `${sample.numTokens} tok`));
-    const start = element("div", { class: "start" }, (sample.promptId ? `${sample.promptId} · ` : "") + sample.prompt.slice(-160));
+    const start = element("div", { class: "start" }, sample.prompt.replace(/<\|[^|]*\|>(system|user|assistant)?/g, " ").trim().slice(-160) || sample.promptId);
     return element("button", { type: "button", "aria-current": isCurrent, onclick: () => this.set({ sample: index }) }, line, start);
   }
 

@@ -1,0 +1,135 @@
+"""Faults planted in a run of reinforcement learning: each stops it or is told, by name; none passes in silence."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tiny_rl_run import start, train, write_run
+
+from megatron_klear.errors import UserError
+from megatron_klear.rl.advantages import RewardValueError
+from megatron_klear.rollout.local import LocalEngine
+from megatron_klear.train.arrival import WeightsNotArrived
+
+REWARDS = """
+import os
+
+def dies(response, truth):
+    os._exit(7)
+
+def is_nan(response, truth):
+    return float("nan")
+
+def raises(response, truth):
+    raise KeyError("no such answer")
+"""
+
+
+@pytest.fixture(scope="module")
+def toml(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "planted_rewards.py").write_text(REWARDS)
+    return write_run(folder)
+
+
+class Planted(LocalEngine):
+    """A rollout engine with a fault, from the second sync on."""
+
+    fault = ""
+    syncs = 0
+
+    def load_weights(self, weights, version):
+        Planted.syncs += 1
+        if self.fault == "stale" and Planted.syncs > 2:
+            list(weights)
+            weights = []
+            self.version = version
+            return self._checksums()
+        held = super().load_weights(weights, version)
+        if self.fault == "corrupted" and Planted.syncs > 2:
+            self._decoder.weights["model.layers.1.mlp.up_proj.weight"][3, 5] += 1e-3
+            return self._checksums()
+        return held
+
+    def _checksums(self):
+        from megatron_klear.checksum import checksum
+
+        return {name: checksum(tensor) for name, tensor in self._decoder.weights.items()}
+
+    def generate(self, prompts, sampling, seed):
+        groups = super().generate(prompts, sampling, seed)
+        if self.fault == "empty":
+            groups[1].samples.clear()
+            groups[1].texts.clear()
+        return groups
+
+
+def planted(toml: Path, output: Path, fault: str = "", *flags: str) -> str:
+    """Train with the fault; what the run printed."""
+    from megatron_klear.train import rl_run
+
+    Planted.fault = fault
+    rl_run.LocalEngine = Planted
+    os.environ["PYTHONPATH"] = str(toml.parent)
+    return train(start(toml, "--output", str(output), "--train.steps", "2", *flags))
+
+
+def records(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("fault", "tensor"),
+    [("corrupted", "model.layers.1.mlp.up_proj.weight"), ("stale", "model.embed_tokens.weight")],
+)
+def test_wrong_weights_stop_the_run_with_the_tensor_s_name(toml, tmp_path, ranks, fault: str, tensor: str):
+    with pytest.raises(WeightsNotArrived) as info:
+        ranks(1, planted, toml, tmp_path / "run", fault)
+    assert tensor in str(info.value)
+    assert ("1 tensors differ" in str(info.value)) == (fault == "corrupted")
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("dies", "the grading process ended with exit code 7"),
+        ("is_nan", "the reward returned nan, which is not finite"),
+        ("raises", "KeyError: 'no such answer'"),
+    ],
+)
+def test_rewards_that_fail_stop_the_run(toml, tmp_path, ranks, function: str, words: str):
+    functions = f'{{"arithmetic" = "planted_rewards:{function}"}}'
+    with pytest.raises(UserError) as info:
+        ranks(1, planted, toml, tmp_path / "run", "", "--reward.functions", functions)
+    assert "12 of 12 responses could not be graded" in str(info.value)
+    assert "reward.max_error_share" in str(info.value)
+    assert words in str(info.value)
+
+
+def test_an_empty_group_stops_the_run_with_the_prompt_s_name(toml, tmp_path, ranks):
+    with pytest.raises(RewardValueError, match=r"prompt \S+ \(data_source arithmetic\) has no samples"):
+        ranks(1, planted, toml, tmp_path / "run", "empty")
+
+
+def test_equal_rewards_are_told_and_leave_the_weights_alone(toml, tmp_path, ranks):
+    from megatron_klear.mcore import manifest
+    from megatron_klear.mcore.compare_checkpoints import compare_checkpoints
+
+    output = tmp_path / "run"
+    told = ranks(1, planted, toml, output, "", "--algorithm.overlong_penalty.factor", "1e-300")[0]
+    assert told.count("every group has equal rewards") == 2
+    assert [record["step"] for record in records(output)] == [1, 2]
+    for record in records(output):
+        assert record["zero_advantage_share"] == 1
+        assert record["updates"] == record["grad_norm"] == record["loss"] == 0
+        assert record["reward_mean"] == -1
+    steps = [manifest.step_folder(output / "checkpoints", step) for step in (1, 2)]
+    assert not compare_checkpoints(*steps).unequal_tensors
+
+
+def test_fewer_prompts_than_a_step_takes_are_told(toml, tmp_path, ranks):
+    sources = '[{generator = "arithmetic", count = 3, settings = {seed = 1, terms = 2, digits = 1}}]'
+    told = ranks(1, planted, toml, tmp_path / "run", "", "--prompts.sources", sources)[0]
+    assert "prompts.sources hold 3 prompts" in told
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]

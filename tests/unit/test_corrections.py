@@ -1,0 +1,90 @@
+"""Train/sampler mismatch: importance weights and statistics."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_klear.rl.corrections import importance_weights, measure_mismatch
+
+values = st.lists(st.floats(-30, 0, width=32), min_size=1, max_size=20)
+
+
+@given(values)
+def test_no_mismatch_changes_nothing(logprobs: list[float]) -> None:
+    tensor = torch.tensor(logprobs)
+    for correction in ("none", "truncated", "masked"):
+        assert importance_weights(tensor, tensor, correction).tolist() == [1.0] * len(logprobs)
+    found = measure_mismatch(tensor, tensor, torch.ones_like(tensor))
+    assert (found.mean, found.max, found.kl_k1, found.kl_k3) == (0, 0, 0, 0)
+    assert set(found.ratio_percentiles.values()) == {1.0}
+
+
+@given(st.lists(st.tuples(st.floats(-50, 0), st.floats(-50, 0)), min_size=1), st.floats(1.01, 20))
+def test_weights_keep_their_bounds(pairs: list[tuple[float, float]], cap: float) -> None:
+    ours, theirs = torch.tensor(pairs, dtype=torch.float64).T
+    truncated = importance_weights(ours, theirs, "truncated", cap)
+    masked = importance_weights(ours, theirs, "masked", cap)
+    assert bool(((truncated >= 0) & (truncated <= cap * (1 + 1e-5))).all())
+    kept = masked != 0
+    assert bool((masked[kept] == truncated[kept]).all())
+    assert bool((masked[kept] >= 1 / cap * (1 - 1e-5)).all())
+
+
+def test_values_by_hand() -> None:
+    ratios = torch.tensor([0.25, 0.5, 1.0, 2.0, 8.0]).log()
+    zeros = torch.zeros(5)
+    torch.testing.assert_close(
+        importance_weights(ratios, zeros, "truncated", 3.0), torch.tensor([0.25, 0.5, 1.0, 2.0, 3.0])
+    )
+    torch.testing.assert_close(
+        importance_weights(ratios, zeros, "masked", 3.0), torch.tensor([0.0, 0.5, 1.0, 2.0, 0.0])
+    )
+
+
+def test_extremes_stay_finite_and_carry_no_gradient() -> None:
+    ours = torch.tensor([-1e4, 0.0, -math.inf], requires_grad=True)
+    theirs = torch.tensor([0.0, -1e4, 0.0])
+    for correction, expected in (("truncated", [0.0, 2.0, 0.0]), ("masked", [0.0, 0.0, 0.0])):
+        weights = importance_weights(ours, theirs, correction)
+        assert weights.tolist() == pytest.approx(expected)
+        assert not weights.requires_grad
+
+
+def test_unusable_input_is_named() -> None:
+    with pytest.raises(ValueError, match=r"token 1: log-probs nan"):
+        importance_weights(torch.tensor([0.0, math.nan]), torch.zeros(2), "truncated")
+    with pytest.raises(ValueError, match="shapes"):
+        importance_weights(torch.zeros(2), torch.zeros(3), "none")
+    with pytest.raises(ValueError, match="cap 1"):
+        importance_weights(torch.zeros(2), torch.zeros(2), "masked", 1.0)
+    with pytest.raises(ValueError, match="shapes"):
+        measure_mismatch(torch.zeros(2), torch.zeros(2), torch.zeros(3))
+
+
+def test_only_trained_tokens_count() -> None:
+    ours, theirs = torch.tensor([-1.0, -2.0, -50.0]), torch.tensor([-1.5, -1.0, 0.0])
+    found = measure_mismatch(ours, theirs, torch.tensor([True, True, False]))
+    assert (found.tokens, found.mean, found.max) == (2, 0.75, 1.0)
+    assert found.kl_k1 == pytest.approx(0.25)
+    expected = ((math.exp(0.5) - 1 - 0.5) + (math.exp(-1.0) - 1 + 1.0)) / 2
+    assert found.kl_k3 == pytest.approx(expected)
+    assert found.metrics()["mismatch_ratio_p99"] == pytest.approx(math.exp(0.5))
+    assert measure_mismatch(ours, theirs, torch.zeros(3)).tokens == 0
+
+
+def test_a_log_prob_that_is_not_finite_shows() -> None:
+    found = measure_mismatch(torch.tensor([-1.0, -math.inf]), torch.tensor([-1.0, -2.0]), torch.ones(2))
+    assert found.max == math.inf
+
+
+def test_kl_estimates_come_close_to_the_true_divergence() -> None:
+    generator = torch.Generator().manual_seed(0)
+    trainer, sampler = torch.randn(2, 50, generator=generator, dtype=torch.float64).mul(0.3).log_softmax(-1)
+    tokens = torch.multinomial(sampler.exp(), 200_000, replacement=True, generator=generator)
+    true = float((sampler.exp() * (sampler - trainer)).sum())
+    found = measure_mismatch(trainer[tokens], sampler[tokens], torch.ones(len(tokens)))
+    assert found.kl_k1 == pytest.approx(true, rel=0.05)
+    assert found.kl_k3 == pytest.approx(true, rel=0.03)
