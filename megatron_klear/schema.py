@@ -36,7 +36,7 @@ class Key:
     @property
     def default_text(self) -> str:
         """The default as it would be typed, `required` where there is none."""
-        if self.required:
+        if self.required or self.default is PydanticUndefined:
             return "required"
         return "none" if self.default is None else _shown(self.default)
 
