@@ -215,10 +215,8 @@ def verdicts(results: list[Result], device: torch.device) -> dict[str, bool]:
             continue
         if device.type == "cpu" and start == "logits" and eager and eager.milliseconds:
             times = eager.milliseconds / ours.milliseconds
-            if dtype == "bfloat16":
-                found[f"{size} {dtype}: {times:.0f} times torch eager from logits, 20 asked"] = times >= 20
-            else:
-                print(f"{size} {dtype}: {times:.0f} times torch eager from logits, {ours.ratio_to_floor:.2f} x a copy")
+            print(f"{size} {dtype}: {times:.0f} times torch eager from logits, {ours.ratio_to_floor:.2f} x a copy")
+            found[f"{size} {dtype}: {times:.0f} times torch eager from logits, 20 asked"] = times >= 20
         if device.type == "cuda" and start == "hidden" and size == "32k":
             found[f"{size}: {ours.ratio_to_floor:.2f} of three products, 1.20 allowed"] = ours.ratio_to_floor <= 1.2
             found[f"{size}: {ours.extra_gigabytes:.2f} GB extra, 3 allowed"] = (ours.extra_gigabytes or 0) <= 3
