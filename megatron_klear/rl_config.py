@@ -26,6 +26,7 @@ from megatron_klear.rl.losses import (
     SequenceLoss,
     resolve_loss,
 )
+from megatron_klear.rollout_config import LocalRolloutConfig, Rollout
 from megatron_klear.types import TokenLoss
 
 PolicyLoss = GPPO | PPO | CISPO | CappedCISPO | REINFORCE | GSPO | NLL
@@ -115,16 +116,6 @@ class SamplingConfig(Settings):
     """0 keeps the whole vocabulary."""
     stop_token_ids: tuple[int, ...] = ()
     """Ends of a response besides the tokenizer's end of sequence and the model's generation_config.json."""
-
-
-class LocalRolloutConfig(Settings):
-    """`[rollout] kind = "local"`: in-process sampling with a KV cache."""
-
-    kind: Literal["local"] = "local"
-    max_sequences: PositiveInt = 64
-    """Sequences decoded at once on one rank."""
-    dtype: Literal["model", "fp32"] = "model"
-    """Precision of the sampler's weights and cache."""
 
 
 class RewardConfig(Settings):
@@ -224,7 +215,7 @@ class GPPOConfig(RunConfig):
 
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
-    rollout: LocalRolloutConfig = LocalRolloutConfig()
+    rollout: Rollout = LocalRolloutConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     loss: Loss = _TABLES[GPPO]()  # type: ignore[valid-type]

@@ -36,7 +36,8 @@ def classes_of(cls: type[BaseModel], name: str) -> list[type[BaseModel]]:
     """The classes behind the dotted table `name`: several where it is a choice."""
     classes = [cls]
     for part in name.split("."):
-        classes = tables_in(classes[0].model_fields[part].annotation)
+        fields = [table.model_fields[part] for table in classes if part in table.model_fields]
+        classes = tables_in(fields[0].annotation)
     return classes
 
 

@@ -20,6 +20,7 @@ from megatron_klear.checksum import checksum
 from megatron_klear.rl_config import SamplingConfig
 from megatron_klear.rollout.decoder import Cache, Decoder
 from megatron_klear.rollout.draw import UniformStream, draw, log_distribution
+from megatron_klear.rollout.engine import Checksums
 from megatron_klear.types import Group, Prompt, Sample
 
 _UNIFORMS = 256
@@ -53,11 +54,20 @@ class LocalEngine:
         self._rows = max_sequences
         self.version = -1
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, str]:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights sampled with."""
+        return self._decoder.dtype
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Checksums:
         """Take the weights; returns a checksum by name of what is held now."""
         self._decoder.load(weights)
         self.version = version
-        return {name: checksum(tensor) for name, tensor in self._decoder.weights.items()}
+        return {"local": {name: checksum(tensor) for name, tensor in self._decoder.weights.items()}}
+
+    def probe(self, tokens: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.float32]]:
+        """Nothing to probe: checksums are those of the tensors that the decoder reads."""
+        return {}
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
         """Draw the responses; prompts are dealt over all ranks, and every rank gets all groups."""
@@ -75,9 +85,16 @@ class LocalEngine:
         whole = {index: group for share in shares for index, group in share.items()}
         return [whole[index] for index in range(len(prompts))]
 
+    def counters(self) -> dict[str, float]:
+        """Nothing is retried or dropped here."""
+        return {"server_retries": 0.0, "groups_dropped": 0.0}
+
     def sleep(self) -> None:
         """Give back the fused copies of the weights."""
         self._decoder.free()
+
+    def close(self) -> None:
+        """Nothing was started."""
 
     def _sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
         if not prompts:

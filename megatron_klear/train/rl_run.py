@@ -20,6 +20,7 @@ from megatron_klear.rl_config import GPPOConfig
 from megatron_klear.rollout.decoder import Decoder
 from megatron_klear.rollout.engine import RolloutEngine
 from megatron_klear.rollout.local import LocalEngine
+from megatron_klear.rollout_config import VLLMRolloutConfig
 from megatron_klear.settings import write_resolved
 from megatron_klear.start import GPPOStart
 from megatron_klear.train.gppo import train
@@ -88,6 +89,8 @@ def build_rollouts(
     config: GPPOConfig, architecture: Architecture, tokenizer: ChatTokenizer, topology: Topology
 ) -> RolloutEngine:
     """The rollout engine that `[rollout]` names."""
+    if isinstance(config.rollout, VLLMRolloutConfig):
+        raise NotImplementedError
     frequencies, scaling = inverse_frequencies(architecture)
     dtype = torch.float32 if config.rollout.dtype == "fp32" else DTYPES[config.model.dtype]
     return LocalEngine(
