@@ -42,4 +42,5 @@ def test_kept_samples_tell_the_accuracy_that_is_reported(tmp_path):
 def test_nothing_is_kept_where_that_is_not_wanted(tmp_path):
     stub = Stub()
     Validator(config=ValidationConfig(), prompts=[g.prompt for g in stub.groups]).report(stub, stub, stub, step=0)
-    assert stub.told and list(tmp_path.iterdir()) == []
+    assert stub.told
+    assert list(tmp_path.iterdir()) == []
