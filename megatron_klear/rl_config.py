@@ -207,7 +207,7 @@ class GPPOTrainConfig(Settings):
     max_skipped_steps: PositiveInt = 3
     """Stop after this many optimizer steps in a row with a non-finite loss or gradient."""
     keep_rollouts: bool = True
-    """Keep every step's samples under `output/rollouts`, to be read later."""
+    """Keep every step's samples under `output/rollouts`, and those of validations under `output/validation`."""
 
 
 class GPPOConfig(RunConfig):

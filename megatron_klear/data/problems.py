@@ -12,6 +12,8 @@ from .sources import raw_rows, read_chunks, resolve_files
 
 _COLUMNS = ("prompt", "data_source", "reward_model")
 _REASONING_GYM = "reasoning_gym"
+_TYPES = {int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a text")}
+"""What a setting of the arithmetic generator may be, by the type of its default."""
 
 
 class ProblemSource(Protocol):
@@ -67,12 +69,13 @@ def _from_files(patterns: Sequence[str], key: str) -> Iterator[tuple[str, Proble
 
 
 def _arithmetic(count: int, settings: Mapping[str, Any], key: str) -> Iterator[dict[str, Any]]:
-    known = [name for name in inspect.signature(arithmetic_rows).parameters if name != "count"]
+    known = {name: p.default for name, p in inspect.signature(arithmetic_rows).parameters.items() if name != "count"}
     for name, value in settings.items():
         if name not in known:
             raise DataError(f"{key}.{name} is unknown: the arithmetic generator has {', '.join(known)}")
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise DataError(f"{key}.{name} is {value!r}, expected a whole number")
+        types, expected = _TYPES[type(known[name])]
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise DataError(f"{key}.{name} is {value!r}, expected {expected}")
     try:
         yield from arithmetic_rows(count, **settings)
     except ValueError as error:

@@ -37,7 +37,7 @@ def run(start: GPPOStart) -> None:
     with world(config.parallel, config.seed) as topology:
         changed = prepare_folder(config, topology)
         tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
-        validator = _validator(config, tokenizer)
+        validator = _validator(config, tokenizer, topology)
         prompts = PromptStream(
             config.prompts.sources,
             tokenizer,
@@ -101,7 +101,7 @@ def build_rollouts(
     )
 
 
-def _validator(config: GPPOConfig, tokenizer: ChatTokenizer) -> Validator:
+def _validator(config: GPPOConfig, tokenizer: ChatTokenizer, topology: Topology) -> Validator:
     """The held-out problems; training leaves them out wherever they come from."""
     held_out: list[Prompt] = []
     if config.validation.sources:
@@ -114,7 +114,8 @@ def _validator(config: GPPOConfig, tokenizer: ChatTokenizer) -> Validator:
             key="validation.sources",
         )
         held_out = stream.all
-    return Validator(config=config.validation, prompts=held_out)
+    keep = config.train.keep_rollouts and topology.rank == 0
+    return Validator(config=config.validation, prompts=held_out, keep_in=config.output / "validation" if keep else None)
 
 
 def end_token_ids(model_folder: Path, tokenizer: ChatTokenizer) -> Iterable[int]:

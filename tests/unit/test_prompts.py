@@ -72,6 +72,12 @@ def test_ranks_agree_and_the_size_of_a_bite_does_not_matter(tokenizer: ChatToken
     assert bites != [prompt.id for prompt in stream(tokenizer, *sources, seed=2).take(30)]
 
 
+def test_generator_takes_every_setting_of_its_function(tokenizer: ChatTokenizer) -> None:
+    settings = {"seed": 3, "terms": 2, "digits": 1, "operators": "-", "slip_share": 0.5}
+    prompts = stream(tokenizer, Source(generator="arithmetic", settings=settings, count=20)).all
+    assert all(" - " in prompt.text and " + " not in prompt.text for prompt in prompts)
+
+
 @pytest.mark.parametrize("position", [0, 3, 20, 21, 75])
 def test_resuming_gives_what_would_have_come(tokenizer: ChatTokenizer, position: int) -> None:
     sources = Source(generator="arithmetic"), Source(generator="arithmetic", settings={"terms": 2}, count=7, weight=0.4)
@@ -169,6 +175,8 @@ BAD_SOURCES = {
     "no task": (Source(generator="reasoning_gym"), "is unknown: arithmetic, or reasoning_gym:TASK"),
     "unknown setting": (Source(generator="arithmetic", settings={"digit": 3}), r"settings\.digit is unknown.*digits"),
     "setting of a wrong type": (Source(generator="arithmetic", settings={"digits": "3"}), "expected a whole number"),
+    "a number for a text": (Source(generator="arithmetic", settings={"operators": 3}), "expected a text"),
+    "a text for a number": (Source(generator="arithmetic", settings={"slip_share": "0.1"}), "expected a number"),
     "setting out of range": (Source(generator="arithmetic", settings={"terms": 1}), "terms >= 2"),
     "missing file": (Source(files=("absent.jsonl",)), r"prompts\.sources\[0\]\.files: absent\.jsonl does not exist"),
 }

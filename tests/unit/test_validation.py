@@ -1,0 +1,46 @@
+"""Validation keeps the samples that its accuracy is made of."""
+
+import json
+
+from rl_groups import fixed_groups
+
+from megatron_klear.rewards.scoring import Graded
+from megatron_klear.rl_config import ValidationConfig
+from megatron_klear.train.rollout_files import rollout_file
+from megatron_klear.train.validation import Validator
+
+
+class Stub:
+    """Rollout engine, grader and log in one: hands out graded groups and takes what is reported."""
+
+    def __init__(self):
+        self.groups, self.told = fixed_groups(), {}
+
+    def generate(self, prompts, sampling, seed):
+        assert [prompt.id for prompt in prompts] == [group.prompt.id for group in self.groups]
+        return self.groups
+
+    def grade(self, groups):
+        return Graded(groups=groups)
+
+    def validation(self, step, values):
+        self.told[step] = values
+
+
+def test_kept_samples_tell_the_accuracy_that_is_reported(tmp_path):
+    stub = Stub()
+    prompts = [group.prompt for group in stub.groups]
+    validator = Validator(config=ValidationConfig(), prompts=prompts, keep_in=tmp_path / "validation")
+    accuracy = validator.report(stub, stub, stub, step=7)
+    rows = [json.loads(line) for line in rollout_file(tmp_path / "validation", 7).read_text().splitlines()]
+    assert {row["step"] for row in rows} == {7}
+    assert {row["prompt_id"] for row in rows} == {prompt.id for prompt in prompts}
+    assert sum(row["verdict"] == "right" for row in rows) / len(rows) == accuracy == stub.told[7]["accuracy"]
+    assert 0 < accuracy < 1
+
+
+def test_nothing_is_kept_where_that_is_not_wanted(tmp_path):
+    stub = Stub()
+    Validator(config=ValidationConfig(), prompts=[g.prompt for g in stub.groups]).report(stub, stub, stub, step=0)
+    assert stub.told
+    assert list(tmp_path.iterdir()) == []
