@@ -48,8 +48,13 @@ def check_servers(config: GPPOConfig, architecture: Architecture) -> list[str]:
     if server.port and server.port + server.count - 1 > 65535:
         errors.append(f"rollout.server.port {server.port} leaves no ports for rollout.server.count {server.count}")
     if device == "cpu":
-        return errors + _check_cpu(rollout, architecture, length)
-    return errors + _check_gpus(server, architecture, length, os.environ)
+        errors += _check_cpu(rollout, architecture)
+    else:
+        errors += _check_gpus(server, architecture, os.environ)
+    if device == "cpu" or server.kv_cache_gib is not None:
+        dtype = config.model.dtype if server.dtype == "model" else server.dtype
+        errors += _check_cache(server, dtype, architecture, length)
+    return errors
 
 
 def _check_environment(server: ServerConfig) -> list[str]:
@@ -70,7 +75,7 @@ def _check_access(rollout: VLLMRolloutConfig) -> list[str]:
     ]
 
 
-def _check_cpu(rollout: VLLMRolloutConfig, architecture: Architecture, length: int) -> list[str]:
+def _check_cpu(rollout: VLLMRolloutConfig, architecture: Architecture) -> list[str]:
     errors = []
     if rollout.transfer in ("cuda_ipc", "nccl"):
         errors.append(f"rollout.transfer = {rollout.transfer} needs servers on GPUs; use shared_memory or disk")
@@ -79,12 +84,10 @@ def _check_cpu(rollout: VLLMRolloutConfig, architecture: Architecture, length: i
             f"the model's head_dim {architecture.head_dim} is none that vLLM computes on the CPU "
             f'({", ".join(map(str, CPU_HEAD_DIMS))}); take another model or rollout.kind = "local"'
         )
-    return errors + _check_cache(rollout.server, architecture, length, rollout.server.kv_cache_gib or CPU_KV_CACHE_GIB)
+    return errors
 
 
-def _check_gpus(
-    server: ServerConfig, architecture: Architecture, length: int, environment: Mapping[str, str]
-) -> list[str]:
+def _check_gpus(server: ServerConfig, architecture: Architecture, environment: Mapping[str, str]) -> list[str]:
     errors = []
     needed, gpus = server.count * server.tensor_parallel, server_gpus(server, environment)
     if len(gpus) < needed:
@@ -98,13 +101,13 @@ def _check_gpus(
             f"rollout.server.tensor_parallel {server.tensor_parallel} does not divide the model's "
             f"num_attention_heads {architecture.num_heads}"
         )
-    if server.kv_cache_gib is not None:
-        errors += _check_cache(server, architecture, length, server.kv_cache_gib)
     return errors
 
 
-def _check_cache(server: ServerConfig, architecture: Architecture, length: int, gib: float) -> list[str]:
-    element_bytes = 4 if server.dtype == "fp32" else 2  # `model` may be either; the smaller never refuses wrongly
+def _check_cache(server: ServerConfig, dtype: str, architecture: Architecture, length: int) -> list[str]:
+    """`dtype` is the one that the server really has."""
+    gib = server.kv_cache_gib or CPU_KV_CACHE_GIB
+    element_bytes = 4 if dtype == "fp32" else 2
     heads = -(-architecture.num_kv_heads // server.tensor_parallel)
     token_bytes = 2 * architecture.num_layers * heads * architecture.head_dim * element_bytes
     needed = length * token_bytes / 2**30

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from megatron_klear.architecture import Architecture
 from megatron_klear.config import ModelConfig
-from megatron_klear.rollout_config import ServerConfig, VLLMRolloutConfig
 from megatron_klear.rollout_checks import CPU_KV_CACHE_GIB, Device, longest_sequence, server_device, server_gpus
+from megatron_klear.rollout_config import ServerConfig, VLLMRolloutConfig
 
 if TYPE_CHECKING:
     from megatron_klear.rl_config import GPPOConfig

@@ -8,6 +8,7 @@ which has GRACE_SECONDS to end; SIGQUIT kills at once. Standard library alone, s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -56,10 +57,8 @@ def _kill_all(codes: dict[int, int]) -> None:
     """Kill every descendant, also those born meanwhile, and wait until none is left."""
     while left := descendants(os.getpid()):
         for pid in left:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         time.sleep(0.02)
         _reap(codes)
 
