@@ -212,10 +212,12 @@ class Servers:
             problem = f"was not healthy within rollout.server.startup_seconds {self._startup_seconds:g}"
         else:
             return ""
+        with self._lock:
+            server.state = _State.DOWN  # from here on `restart` leaves the process alone
         _signal(process, signal.SIGQUIT)
         _end(process, _GRACE_SECONDS)
         with self._lock:
-            server.process, server.state = None, _State.DOWN
+            server.process = None
         return problem
 
     def _watch(self) -> None:
@@ -323,9 +325,9 @@ def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def _signal(process: subprocess.Popen[bytes] | None, number: signal.Signals) -> None:
-    """Tell a supervisor; one that ended is not an error."""
+    """Tell a supervisor that has not been reaped. `Popen.send_signal` would reap one that ended."""
     if process is not None:
-        process.send_signal(number)
+        os.kill(process.pid, number)
 
 
 def _end(process: subprocess.Popen[bytes] | None, seconds: float) -> None:
