@@ -21,6 +21,10 @@ class Malformed(ValueError):
     """An answer that cannot be right; the message says why."""
 
 
+class ForeignWeights(Malformed):
+    """The answer was drawn with weights that the trainer did not send."""
+
+
 class Read(NamedTuple):
     """A response as the server reported it."""
 
@@ -52,7 +56,10 @@ def read_completion(answer: Any, *, max_tokens: int, vocab_size: int | None, sto
             raise Malformed("a response that says it stopped does not end in a stop token")
     elif finish == "length":
         if len(tokens) != max_tokens:
-            raise Malformed(f"a response that says it reached the length has {len(tokens)} tokens, not {max_tokens}")
+            raise Malformed(
+                f"a response that says it reached the length has {len(tokens)} tokens, not {max_tokens}: is the "
+                "server's --max-model-len below prompt and response together?"
+            )
     elif finish != "abort":
         raise Malformed(f"finish reason {finish!r}")
     if len(tokens) > max_tokens:
@@ -122,5 +129,5 @@ def _spans(spans: Any, length: int) -> tuple[VersionSpan, ...]:
 def _version(span: Any) -> int:
     text = _field(span, "version", str)
     if not text.isascii() or not text.isdigit():
-        raise Malformed(f"weight version {text!r:.100}: the server draws with weights that the trainer did not send")
+        raise ForeignWeights(f"weight version {text!r:.100} is none that the trainer sent")
     return int(text)

@@ -16,7 +16,7 @@ import aiohttp
 import numpy as np
 import numpy.typing as npt
 
-from megatron_klear.rollout.answers import Malformed, read_completion, read_prompt_logprobs
+from megatron_klear.rollout.answers import ForeignWeights, Malformed, read_completion, read_prompt_logprobs
 from megatron_klear.types import VersionSpan
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class GarbageAnswer(ServerError):
     """An answer that does not hold together."""
 
 
+class WrongWeights(GarbageAnswer):
+    """An answer drawn with other weights than the server should hold."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
     """One response, or the part of it that was drawn before an abort.
@@ -88,6 +92,17 @@ class ServerClient:
                 return response.status == 200
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
+
+    async def weight_version(self, timeout_seconds: float = _HEALTH_SECONDS) -> str | None:
+        """The label of the weights that the server holds; None where it does not say."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+            async with self._session.get(self.url + "/weight_info", headers=self._headers, timeout=timeout) as response:
+                answer = await response.json(content_type=None) if response.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+            return None
+        label = answer.get("weight_version") if isinstance(answer, dict) else None
+        return label if isinstance(label, str) else None
 
     async def generate(
         self,
@@ -122,6 +137,8 @@ class ServerClient:
             read = read_completion(
                 answer, max_tokens=sampling.max_tokens, vocab_size=self._vocab_size, stop=frozenset(stop)
             )
+        except ForeignWeights as error:
+            raise WrongWeights(self.url, _GENERATE, 200, str(error)) from None
         except Malformed as error:
             raise GarbageAnswer(self.url, _GENERATE, 200, str(error)) from None
         logprobs = read.logprobs
