@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 SERVED_NAME = "policy"
 """Name of the model in requests."""
-WORKER_EXTENSION = "megatron_klear.rollout.vllm_extension.KlearWorkerExtension"
 GUARD = "megatron_klear.rollout.server_guard.RequireKey"
-BACKENDS = {"shared_memory": "klear_file", "disk": "klear_file", "cuda_ipc": "klear_ipc", "nccl": "klear_nccl"}
 ROOT = Path(__file__).resolve().parents[2]
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -93,6 +91,8 @@ def server_command(
 
     Reads the disk only to see whether the model folder has weights; where it has none, the first sync brings them.
     """
+    from megatron_klear.rollout.transfer import BACKENDS, WORKER_EXTENSION  # which imports torch
+
     server = config.server
     dtype = model.dtype if server.dtype == "model" else server.dtype
     has_weights = model.weights == "pretrained" and any(model.path.glob("*.safetensors"))

@@ -48,7 +48,10 @@ class WeightUpdate:
 
     def start(self) -> None:
         """Give up an update that a trainer before left unfinished, and begin."""
-        self.each("beginning", lambda server: server.rpc("klear_begin_update", [str(self.version)], timeout_seconds=self.timeout_seconds))
+        self.each(
+            "beginning",
+            lambda server: server.rpc("klear_begin_update", [str(self.version)], timeout_seconds=self.timeout_seconds),
+        )
         self.each("start_weight_update", lambda server: self._post(server, "/start_weight_update"))
 
     def send(self, info: dict[str, Any]) -> None:
