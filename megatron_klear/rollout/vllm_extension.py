@@ -138,13 +138,7 @@ class _Files(WeightTransferEngine):
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         if not path.exists():
-<<<<<<< HEAD
             raise FileNotFoundError(f"{path} is not there: servers must see the transfer files of the trainer")
-=======
-            raise FileNotFoundError(
-                f"{path} is not visible to this server: transfer files must be on storage it shares"
-            )
->>>>>>> h-server
         with safe_open(path, framework="pt", device=str(self.device)) as file:
             self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
 
