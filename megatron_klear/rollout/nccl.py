@@ -75,7 +75,16 @@ class Communicator:
             _call("ncclCommInitRank", ctypes.byref(self._handle), world_size, unique, 0)
             # vLLM's workers sum one number to warm up, and every member has to.
             one = torch.zeros(1, device=device)
-            _call("ncclAllReduce", one.data_ptr(), one.data_ptr(), 1, _CODES[one.dtype], _SUM, self._handle, self._stream())
+            _call(
+                "ncclAllReduce",
+                one.data_ptr(),
+                one.data_ptr(),
+                1,
+                _CODES[one.dtype],
+                _SUM,
+                self._handle,
+                self._stream(),
+            )
             torch.cuda.current_stream(device).synchronize()
 
     def broadcast(self, tensor: Tensor) -> None:
