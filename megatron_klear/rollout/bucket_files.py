@@ -87,7 +87,8 @@ class Bucket:
         offsets = [self.num_bytes, end]
         self._header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         self._header_bytes += _entry_bytes(name, tensor)
-        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._file.write(data)
         self.num_bytes = end
 
     def publish(self) -> Path:

@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 Handles = dict[str, tuple[Any, ...]]
 """How to open one tensor, by the UUID of the card that holds it."""
 _POLL_SECONDS = 0.001
+_reduce: Callable[[Tensor], tuple[Any, tuple[Any, ...]]] = reduce_tensor
 
 
 def buckets(
@@ -118,24 +119,26 @@ class CudaIPCTransport:
                 update.send(metadata(bucket) | {"ipc_handles_pickled": pickled})
             if self._world_size > 1:
                 dist.barrier()
-        torch.cuda.ipc_collect()
+        torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
         return {} if update is None else update.finish()
 
     def close(self) -> None:
         """Let go of memory that servers have closed."""
-        torch.cuda.ipc_collect()
+        torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
 
     def _handles(self, tensors: Sequence[Tensor]) -> list[Handles]:
         """For every tensor the handles of all ranks, on rank 0; after the tensors are written."""
         torch.cuda.current_stream(self._device).synchronize()
-        own: list[Handles] = [{self._card: reduce_tensor(tensor)[1]} for tensor in tensors]
+        own: list[Handles] = [{self._card: _reduce(tensor)[1]} for tensor in tensors]
         if self._world_size == 1:
             return own
         gathered: list[Any] | None = [None] * self._world_size if self._rank == 0 else None
         dist.gather_object(own, gathered)
         if gathered is None:
             return []
-        return [{card: handle for ranks in place for card, handle in ranks.items()} for place in zip(*gathered)]
+        return [
+            {card: handle for ranks in place for card, handle in ranks.items()} for place in zip(*gathered, strict=True)
+        ]
 
 
 class NCCLTransport:
@@ -165,7 +168,7 @@ class NCCLTransport:
         workers = await asyncio.gather(
             *(check_server(server, BACKENDS["nccl"], self._dtype, self._timeout_seconds) for server in servers)
         )
-        await asyncio.gather(*(self._post(server, "/shutdown_weight_transfer_engine", None) for server in servers))
+        await asyncio.gather(*map(self._leave, servers))
         unique, world_size, offset = new_unique_id(), 1 + sum(workers), 1
         posts = []
         for server, count in zip(servers, workers, strict=True):
@@ -226,25 +229,26 @@ class NCCLTransport:
     def _broadcast(self, update: WeightUpdate, portal: Portal, bucket: Sequence[tuple[str, Tensor]]) -> None:
         """Send one bucket and wait until it has arrived, a server fails, or it takes too long."""
         assert self._group is not None
-        received = portal.start(update.load_all(metadata(bucket)))
+        info = metadata(bucket)
+        loads = {server.url: portal.start(update.load(server, info)) for server in update.alive.values()}
         try:
             for _, tensor in bucket:
                 self._group.broadcast(tensor)
-            sent = torch.cuda.Event()
+            sent: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             sent.record(torch.cuda.current_stream(self._device))
             deadline = time.monotonic() + self._timeout_seconds
-            while not (sent.query() and received.done()):
-                if received.done() and update.note(received.result()):
-                    break
-                if time.monotonic() > deadline:
-                    update.drop_all(f"update_weights: a broadcast did not end within {self._timeout_seconds:g} s")
+            while not (sent.query() and all(load.done() for load in loads.values())):
+                if any(load.done() and load.exception() for load in loads.values()) or time.monotonic() > deadline:
                     break
                 time.sleep(_POLL_SECONDS)
-            else:
-                update.note(received.result())
         except NCCLError as error:
             update.drop_all(f"update_weights: {error}")
-        received.cancel()
+        unfinished = TimeoutError(f"a broadcast did not end within {self._timeout_seconds:g} s")
+        update.settle(
+            "update_weights", {url: load.exception() if load.done() else unfinished for url, load in loads.items()}
+        )
+        for load in loads.values():
+            load.cancel()
 
     def _lose_all_or_none(self, update: WeightUpdate) -> None:
         """One server out of the group leaves the others waiting for it in NCCL: end the group and the update."""
@@ -256,6 +260,11 @@ class NCCLTransport:
         if self._group is not None:
             self._group.abort()
         self._group, self._members = None, frozenset()
+
+    async def _leave(self, server: ServerClient) -> None:
+        """Have a server leave the group that it may be in, and give up an update that it may be in the middle of."""
+        await server.rpc("klear_begin_update", ["none"], timeout_seconds=self._timeout_seconds)
+        await self._post(server, "/shutdown_weight_transfer_engine", None)
 
     async def _post(self, server: ServerClient, path: str, body: dict[str, Any] | None) -> None:
         await server.post(path, body, timeout_seconds=self._timeout_seconds)

@@ -37,7 +37,7 @@ from megatron_klear.checksum import checksum
 class _Watched:
     """Stands before the model while weights are loaded: notes what comes, in the model's precision."""
 
-    def __init__(self, model: torch.nn.Module, checksums: dict[str, str], dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, checksums: dict[str, str], dtype: torch.dtype) -> None:
         self._model, self._checksums, self._dtype = model, checksums, dtype
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
@@ -54,6 +54,8 @@ class _Watched:
 
 class _NotesChecksums(WeightTransferEngine):
     """What the three backends add to a weight-transfer engine."""
+
+    model: Any
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -84,7 +86,7 @@ class _NotesChecksums(WeightTransferEngine):
         refresh_tied_head(self.model, self.model_config)
 
 
-def refresh_tied_head(model: torch.nn.Module, model_config: Any) -> None:
+def refresh_tied_head(model: Any, model_config: Any) -> None:
     """Pack a tied head anew on the CPU.
 
     vLLM keeps linear weights packed there and repacks those that were loaded; a tied head has none of its own to
@@ -136,9 +138,7 @@ class _Files(WeightTransferEngine):
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is not visible to this server: transfer files must be on storage it shares"
-            )
+            raise FileNotFoundError(f"{path} is not there: servers must see the transfer files of the trainer")
         with safe_open(path, framework="pt", device=str(self.device)) as file:
             self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
 

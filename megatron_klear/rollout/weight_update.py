@@ -47,11 +47,9 @@ class WeightUpdate:
         self._portal = portal
 
     def start(self) -> None:
-        """Give up an update that a trainer before left unfinished, and begin."""
-        self.each(
-            "beginning",
-            lambda server: server.rpc("klear_begin_update", [str(self.version)], timeout_seconds=self.timeout_seconds),
-        )
+        """Begin; an update that a trainer before left unfinished is given up."""
+        version = str(self.version)
+        self.each("beginning", lambda server: self._rpc(server, "klear_begin_update", version))
         self.each("start_weight_update", lambda server: self._post(server, "/start_weight_update"))
 
     def send(self, info: dict[str, Any]) -> None:
@@ -68,54 +66,53 @@ class WeightUpdate:
         Raises TransferFailed where a server dropped out in this or an earlier phase.
         """
         version = str(self.version)
-        self.each(
-            "finish_weight_update",
-            lambda server: self._post(server, "/finish_weight_update", {"weight_version": version}),
-        )
+        named = {"weight_version": version}
+        self.each("finish_weight_update", lambda server: self._post(server, "/finish_weight_update", named))
+        answers = self.each("checksums", lambda server: self._rpc(server, "klear_checksums", version))
         checksums: Checksums = {}
-        answers = self.each(
-            "checksums",
-            lambda server: server.rpc("klear_checksums", [version], timeout_seconds=self.timeout_seconds),
-        )
         for url, workers in answers.items():
-            for number, held in enumerate(workers):
-                checksums[f"{url} worker {number}"] = held
-            if not workers:
-                self.drop(url, "no worker gave checksums")
+            if workers and all(isinstance(held, dict) for held in workers):
+                checksums |= {f"{url} worker {number}": held for number, held in enumerate(workers)}
+            else:
+                self.drop(url, f"checksums: {url} gave none, but {workers!r:.100}")
         if self.failures:
             raise TransferFailed(self.version, self.failures, checksums)
         return checksums
 
     def each(self, phase: str, call: Call) -> dict[str, Any]:
         """What `call` returned for every server still in the update; those where it failed drop out."""
-        answers = dict(zip(self.alive, self._gather(call), strict=True))
-        for url, answer in list(answers.items()):
-            if isinstance(answer, Exception):
-                told = str(answer) if isinstance(answer, ServerError) else f"{url}: {answer!r}"
+
+        async def together() -> list[Any]:
+            return await asyncio.gather(*map(call, self.alive.values()), return_exceptions=True)
+
+        if not self.alive:
+            return {}
+        try:
+            outcomes = self._portal.run(together(), self.timeout_seconds + _PORTAL_SLACK_SECONDS)
+        except TimeoutError as error:
+            outcomes = [error] * len(self.alive)
+        return self.settle(phase, dict(zip(self.alive, outcomes, strict=True)))
+
+    def settle(self, phase: str, outcomes: dict[str, Any]) -> dict[str, Any]:
+        """The outcomes that are no exceptions; servers whose outcome is one drop out."""
+        for url, outcome in outcomes.items():
+            if isinstance(outcome, Exception):
+                told = str(outcome) if isinstance(outcome, ServerError) else f"{url}: {outcome!r}"
                 self.drop(url, f"{phase}: {told}")
-                del answers[url]
-        return answers
+        return {url: outcome for url, outcome in outcomes.items() if url in self.alive}
 
     def drop(self, url: str, reason: str) -> None:
         """Leave a server out of the rest of the update."""
-        del self.alive[url]
-        self.failures[url] = reason
+        self.alive.pop(url, None)
+        self.failures.setdefault(url, reason)
 
     def drop_all(self, reason: str) -> None:
         """Give the whole update up."""
         for url in list(self.alive):
             self.drop(url, reason)
 
-    def _gather(self, call: Call) -> list[Any]:
-        async def together() -> list[Any]:
-            return await asyncio.gather(*map(call, self.alive.values()), return_exceptions=True)
-
-        if not self.alive:
-            return []
-        try:
-            return self._portal.run(together(), self.timeout_seconds + _PORTAL_SLACK_SECONDS)
-        except TimeoutError as error:
-            return [error] * len(self.alive)
-
     async def _post(self, server: ServerClient, path: str, body: dict[str, Any] | None = None) -> None:
         await server.post(path, body, timeout_seconds=self.timeout_seconds)
+
+    async def _rpc(self, server: ServerClient, method: str, argument: str) -> list[Any]:
+        return await server.rpc(method, [argument], timeout_seconds=self.timeout_seconds)
