@@ -41,6 +41,13 @@ def importance_weights(
     log_ratio = log_ratios(logprobs, sampler_logprobs, level, trained=trained, cu_seqlens=cu_seqlens)
     if correction == "none":
         return torch.ones_like(logprobs)
+    if torch.isnan(log_ratio).any():
+        wrong = torch.isnan(logprobs - sampler_logprobs)
+        token = int((wrong if trained is None else wrong & trained).nonzero()[0, 0])
+        raise ValueError(
+            f"token {token}: log-probs {float(logprobs[token])} of the trainer and {float(sampler_logprobs[token])} of "
+            "the sampler have no ratio"
+        )
     bound = math.log(cap)
     ratio = log_ratio.clamp(max=bound).exp()  # clamped before exp: a ratio must not overflow
     if correction == "truncated":
@@ -69,12 +76,6 @@ def log_ratios(
     of_token = (logprobs - sampler_logprobs).detach().float()
     if trained is not None:
         of_token = torch.where(trained, of_token, 0.0)
-    if torch.isnan(of_token).any():
-        token = int(torch.isnan(of_token).nonzero()[0, 0])
-        raise ValueError(
-            f"token {token}: log-probs {float(logprobs[token])} of the trainer and {float(sampler_logprobs[token])} of "
-            "the sampler have no ratio"
-        )
     if level == "token":
         return of_token
     if level not in ("sequence", "sequence_geometric"):
@@ -89,6 +90,28 @@ def log_ratios(
         counts = torch.zeros_like(of_sequence).index_add_(0, sequence, trained.double())
         of_sequence = of_sequence / counts.clamp(min=1)
     return torch.where(trained, of_sequence.float()[sequence], 0.0)
+
+
+def correction_metrics(factors: Tensor, log_ratio: Tensor, correction: Correction) -> dict[str, float]:
+    """How much a correction touched, over trained tokens: `factors` [T] it made of `log_ratio` [T].
+
+    `correction_clipped_share` of the tokens have another weight than their ratio, either truncated to the cap
+    (`correction_truncated_share`) or masked (`correction_masked_share`); `correction_weight_mean` is the mean weight.
+    """
+    touched = (factors - log_ratio.exp()).abs() > 1e-6
+    if correction == "none":
+        touched = torch.zeros_like(touched)
+    masked = touched & (factors == 0)
+
+    def share(of: Tensor) -> float:
+        return float(of.float().mean()) if len(of) else 0.0
+
+    return {
+        "correction_clipped_share": share(touched),
+        "correction_truncated_share": share(touched & ~masked),
+        "correction_masked_share": share(masked),
+        "correction_weight_mean": float(factors.double().mean()) if len(factors) else 1.0,
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
