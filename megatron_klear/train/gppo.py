@@ -121,7 +121,7 @@ class Step:
         given = feed.next_step(self.number)
         self.all_groups, self.num_informative = given.graded, given.num_informative
         self.verdicts = Counter(score.verdict for group in given.graded for score in group.scores or ())
-        self.counters = version_lag(given.chosen, self.number) | given.counters
+        self.counters = version_lag(given.chosen, self.number) | dict(given.counters)
         if not given.chosen:
             log.say(f"step {self.number + 1}: every group has equal rewards, there is nothing to learn from; no update")
         return given.chosen
@@ -262,7 +262,7 @@ def _factors(batch: PackedBatch, old_logprobs: Tensor, algorithm: AlgorithmConfi
 
 
 def _mismatch_row(batch: PackedBatch, old_logprobs: Tensor, algorithm: AlgorithmConfig) -> Tensor:
-    """Of the row's trained tokens [n, 4]: log-probs of trainer and sampler, the correction and the log-ratio it read."""
+    """Of the row's trained tokens [n, 4]: log-probs of trainer and sampler, the correction, the log-ratio it read."""
     assert batch.sampler_logprobs is not None
     trained = batch.weights != 0
     log_ratio = log_ratios(

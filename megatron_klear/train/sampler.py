@@ -108,10 +108,7 @@ class Sampler:
         second at a time. A UserError on rank 0 is raised on every rank.
         """
         while True:
-            message: list[Any] = [self._rounds(advance) if _is_first() else None]
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                dist.broadcast_object_list(message, src=0)
-            news: _News[Result] = message[0]
+            news: _News[Result] = _from_first(self._rounds(advance) if _is_first() else None)
             if news.error is not None:
                 raise news.error
             if news.result is not None:
@@ -141,6 +138,7 @@ class Sampler:
         counters = dict(self._rollouts.counters())
         if self.background is not None:
             counters["groups_dropped"] = float(self._dropped)
+            counters = _from_first(counters)
         self._dropped = 0
         return counters
 
@@ -149,7 +147,7 @@ class Sampler:
         self._rollouts.sleep()
 
     def check_dropped(self, failures: Sequence[str], total: int) -> None:
-        """Raise UserError where more than the allowed share of `total` groups failed, or all; one of several is let pass."""
+        """Raise UserError where more than the allowed share of `total` groups failed, or all; one of several may."""
         allowed = max(self._max_dropped_share * total, 1.0) if self._max_dropped_share else 0.0
         if not failures or (len(failures) <= allowed and len(failures) < total):
             return
@@ -169,8 +167,8 @@ class Sampler:
             self._last_news = now
         elif now - self._last_news > self._patience:
             raise UserError(
-                f"no rollout ended in {now - self._last_news:.0f} s, with {waiting} groups under way: the servers hang, "
-                "or one response takes longer than rollout.deadline_seconds; their logs say more"
+                f"no rollout ended in {now - self._last_news:.0f} s, with {waiting} groups under way: the servers hang, or "
+                "one response takes longer than rollout.deadline_seconds; their logs say more"
             )
         self._dropped += sum(one.group is None for one in finished)
         return finished
@@ -192,6 +190,14 @@ class Sampler:
 def key_of(request: GroupRequest) -> tuple[str, int]:
     """What tells requests under way from each other."""
     return request.prompt.id, request.seed
+
+
+def _from_first(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    message = [value]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(message, src=0)
+    return message[0]
 
 
 def _is_first() -> bool:
