@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _KILLED = 128 + signal.SIGKILL
+_SEGMENT = re.compile(r"/dev/shm/(?:psm_|sem\.mp-)\w+")
 
 
 def descendants(pid: int) -> list[int]:
@@ -41,6 +43,15 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def shared_memory_of(processes: list[int]) -> set[Path]:
+    """The segments of Python's shared memory and semaphores that these have mapped; SIGKILL would leave them behind."""
+    found = set()
+    for pid in processes:
+        with contextlib.suppress(OSError):
+            found |= set(_SEGMENT.findall(Path(f"/proc/{pid}/maps").read_text()))
+    return {Path(path) for path in found}
+
+
 def _reap(codes: dict[int, int]) -> None:
     """Collect the exit codes of all children that ended."""
     while True:
@@ -54,13 +65,16 @@ def _reap(codes: dict[int, int]) -> None:
 
 
 def _kill_all(codes: dict[int, int]) -> None:
-    """Kill every descendant, also those born meanwhile, and wait until none is left."""
+    """Kill every descendant, also those born meanwhile, wait until none is left, and remove their shared memory."""
+    segments = shared_memory_of(descendants(os.getpid()))
     while left := descendants(os.getpid()):
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
         _reap(codes)
+    for segment in segments:
+        segment.unlink(missing_ok=True)
 
 
 def supervise(parent: int, grace_seconds: float, command: list[str]) -> int:
