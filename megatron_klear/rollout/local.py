@@ -73,7 +73,7 @@ class LocalEngine:
         """Draw the responses; prompts are dealt over all ranks, and every rank gets all groups."""
         if self.version < 0:
             raise RuntimeError("the rollout engine has no weights yet: call load_weights first")
-        prompts = _told_apart(prompts)
+        prompts = told_apart(prompts)
         size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         mine = list(range(rank, len(prompts), size))
         finished = self._sample([prompts[index] for index in mine], sampling, seed)
@@ -193,7 +193,7 @@ class _Batch:
         return tokens, distribution.gather(-1, tokens[:, None]).squeeze(-1)
 
 
-def _told_apart(prompts: Sequence[Prompt]) -> list[Prompt]:
+def told_apart(prompts: Sequence[Prompt]) -> list[Prompt]:
     """Prompts that come again in one call get an id of their own, so that they are not answered alike."""
     seen: Counter[str] = Counter()
     apart = []

@@ -20,6 +20,7 @@ from megatron_klear.rl_config import GPPOConfig
 from megatron_klear.rollout.decoder import Decoder
 from megatron_klear.rollout.engine import RolloutEngine
 from megatron_klear.rollout.local import LocalEngine
+from megatron_klear.rollout.open_vllm import open_vllm
 from megatron_klear.rollout_config import VLLMRolloutConfig
 from megatron_klear.settings import write_resolved
 from megatron_klear.start import GPPOStart
@@ -90,7 +91,15 @@ def build_rollouts(
 ) -> RolloutEngine:
     """The rollout engine that `[rollout]` names."""
     if isinstance(config.rollout, VLLMRolloutConfig):
-        raise NotImplementedError
+        return open_vllm(
+            config,
+            architecture,
+            decode=tokenizer.decode,
+            stop_token_ids=end_token_ids(config.model.path, tokenizer),
+            device=topology.device,
+            rank=topology.rank,
+            world_size=topology.size,
+        )
     frequencies, scaling = inverse_frequencies(architecture)
     dtype = torch.float32 if config.rollout.dtype == "fp32" else DTYPES[config.model.dtype]
     return LocalEngine(
