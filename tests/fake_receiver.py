@@ -17,6 +17,7 @@ class FakeReceiver:
     def __init__(self, *, backend: str = "klear_file", dtype: str = "float32", workers: int = 1) -> None:
         self.description = {"backend": backend, "dtype": dtype, "device": "cpu"}
         self.workers = workers
+        self.clears_cache = True
         self.calls: list[tuple[str, Any]] = []
         self.loaded: dict[str, torch.Tensor] = {}
         self.checksums: dict[str, str] = {}
@@ -60,6 +61,8 @@ class FakeReceiver:
             self.checksums |= {key: checksum(tensor) for key, tensor in tensors.items()}
         elif name == "klear_checksums":
             return web.json_response({"results": [self.checksums] * self.workers})
+        elif name == "reset_prefix_cache":
+            return web.json_response({"success": self.clears_cache})
         return web.json_response({"results": [None] * self.workers})
 
 

@@ -3,6 +3,7 @@
 Faults are planted between the trainer and the server, in the client.
 """
 
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_klear.architecture import read_architecture
 from megatron_klear.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, SFTConfig
 from megatron_klear.data.batches import num_predicted, pack
 from megatron_klear.mcore.engine import Engine
@@ -22,6 +22,7 @@ from megatron_klear.rl.losses import NLL
 from megatron_klear.rl_config import SamplingConfig
 from megatron_klear.rollout import vllm
 from megatron_klear.rollout.client import ServerClient
+from megatron_klear.rollout.engine import GroupRequest
 from megatron_klear.rollout.transfer import open_transport
 from megatron_klear.rollout_config import VLLMRolloutConfig
 from megatron_klear.train.arrival import WeightsNotArrived, send_weights
@@ -32,12 +33,6 @@ pytestmark = pytest.mark.vllm
 SAMPLING = SamplingConfig(samples_per_prompt=3, max_tokens=40, temperature=0.8)
 # A fifth of the model: several buckets an update.
 BUCKET_BYTES = 400_000
-
-
-@pytest.fixture(params=["tied", "untied"])
-def server(request) -> Any:
-    """A server of a tied and of an untied model."""
-    return request.getfixturevalue("tied_vllm_server" if request.param == "tied" else "vllm_server")
 
 
 def prompts() -> list[Prompt]:
@@ -55,17 +50,21 @@ def prompts() -> list[Prompt]:
     ]
 
 
+ANSWERS = {"swallowed": {"results": [None]}, "failed": {"success": False}}
+
+
 class FaultyClient(ServerClient):
     """Does with one request after another what `fault` says, once it is set."""
 
     fault: str = ""
     folder: Path
+    buckets = 0
 
     async def post(self, path: str, json: Any = None, params: Any = None, timeout_seconds: float = 300) -> Any:
         """The answer, of the server or made up."""
         json = await self._damaged(path, json)
-        if json == "swallowed":
-            return {"results": [None]}
+        if isinstance(json, str):
+            return ANSWERS[json]
         return await super().post(path, json, params, timeout_seconds)
 
     async def _damaged(self, path: str, json: Any) -> Any:
@@ -81,7 +80,7 @@ class FaultyClient(ServerClient):
             case "one element", "update_weights":
                 _alter(Path(json["update_info"]["path"]))
             case "lost bucket", "update_weights":
-                self.buckets = getattr(self, "buckets", 0) + 1
+                self.buckets += 1
                 return "swallowed" if self.buckets == 2 else json
             case "stale head", "finish_weight_update":
                 # What vLLM does by itself at the end of a reload, which leaves a tied head as it was.
@@ -89,8 +88,10 @@ class FaultyClient(ServerClient):
                 await super().post("/collective_rpc", body)
                 await super().post("/update_weight_version", {"new_version": json["weight_version"]})
                 return "swallowed"
-            case "kept cache", "pause" | "reset_prefix_cache":
+            case "kept cache", "pause":
                 return "swallowed"
+            case "kept cache", "reset_prefix_cache":
+                return "failed"
         return json
 
 
@@ -110,6 +111,8 @@ class Story:
     differences: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     versions: list[set[int]] = field(default_factory=list)
+    changes: list[float] = field(default_factory=list)
+    """What the same samples differ by after the trainer's next step."""
     told: str = ""
     left: list[str] = field(default_factory=list)
 
@@ -117,7 +120,9 @@ class Story:
 class Run:
     """Trainer and rollout engine of one process."""
 
-    def __init__(self, model: Path, address: str, rollout: VLLMRolloutConfig, topology: Any) -> None:
+    def __init__(
+        self, model: Path, address: str, rollout: VLLMRolloutConfig, topology: Any, stop_token_ids=(3,)
+    ) -> None:
         config = SFTConfig(
             output=model.parent / "run",
             model=ModelConfig(path=model, dtype="fp32"),
@@ -133,7 +138,7 @@ class Run:
             [address],
             transport,
             decode=lambda ids: " ".join(map(str, ids)),
-            stop_token_ids=[3],
+            stop_token_ids=stop_token_ids,
             vocab_size=self.engine.architecture.vocab_size,
             dtype=torch.float32,
         )
@@ -179,41 +184,67 @@ def update_and_compare(model: Path, address: str, rollout: VLLMRolloutConfig, up
             story.differences.append(run.difference(samples))
             story.versions.append({sample.policy_version for sample in samples})
             run.train(samples)
+            story.changes.append(run.difference(samples))
         run.close()
     story.left = [str(path) for path in rollout.transfer_folder.iterdir()]
     return story
 
 
-def plant(model: Path, address: str, rollout: VLLMRolloutConfig, fault: str) -> Story:
-    """A good update, one with the fault, and a good one again."""
-    story = Story()
+def plant(model: Path, address: str, rollout: VLLMRolloutConfig, faults: list[str]) -> dict[str, Story]:
+    """For every fault: an update with it, what was told about it, and a good update after it."""
+    stories = {}
     vllm.ServerClient = FaultyClient
     with world(ParallelConfig()) as topology:
         run = Run(model, address, rollout, topology)
         run.send()
-        samples = run.draw()
-        run.train(samples)
-        FaultyClient.folder = rollout.transfer_folder / "model"
-        hf_folder(run.engine, model, FaultyClient.folder)
-        FaultyClient.fault = fault
-        try:
-            run.send()
-        except WeightsNotArrived as error:
-            story.told = str(error)
-        finally:
+        for fault in faults:
+            stories[fault] = story = Story()
+            run.train(run.draw())
+            FaultyClient.folder = rollout.transfer_folder / fault
+            hf_folder(run.engine, model, FaultyClient.folder)
+            FaultyClient.fault = fault
+            try:
+                run.send()
+                run.draw()
+            except (WeightsNotArrived, vllm.WeightsNeeded) as error:
+                story.told = str(error)
             FaultyClient.fault = ""
-            vllm.ServerClient = ServerClient
-        run.send()
-        story.differences.append(run.difference(run.draw()))
+            run.send()
+            story.differences.append(run.difference(run.draw()))
         run.close()
-    return story
+    vllm.ServerClient = ServerClient
+    return stories
+
+
+def send_under_way(model: Path, address: str, rollout: VLLMRolloutConfig) -> list[tuple[list[int], float]]:
+    """New weights while responses are drawn: versions in each, and the difference of the part drawn with the last."""
+    found = []
+    long = SAMPLING.model_copy(update={"max_tokens": 180, "stop_token_ids": ()})
+    with world(ParallelConfig()) as topology:
+        run = Run(model, address, rollout, topology, stop_token_ids=())
+        run.send()
+        run.train(run.draw())
+        run.rollouts.submit([GroupRequest(prompt=prompt, sampling=long, seed=5) for prompt in prompts()])
+        time.sleep(0.3)
+        run.send()
+        samples: list[Sample] = []
+        while run.rollouts.in_flight:
+            for finished in run.rollouts.take(60):
+                samples += finished.group.samples
+        for sample in samples:
+            batch = pack([sample], [1.0])
+            own = run.engine.logprobs([batch], temperature=SAMPLING.temperature)[0]
+            apart = (own - batch.sampler_logprobs)[batch.weights != 0].abs()
+            last = sample.version_spans[-1]
+            found.append(([span.version for span in sample.version_spans], float(apart[last.start :].max())))
+        run.close()
+    return found
 
 
 def hf_folder(engine: Engine, model: Path, folder: Path) -> None:
     """The engine's weights as vLLM reads them from a disk."""
-    folder.mkdir()
-    for file in ("config.json",):
-        (folder / file).write_bytes((model / file).read_bytes())
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes((model / "config.json").read_bytes())
     save_file({name: tensor.clone() for name, tensor in engine.hf_weights()}, folder / "model.safetensors")
 
 
@@ -223,11 +254,18 @@ def settings_in(server: Any, folder: Path, transfer: str = "shared_memory") -> V
     )
 
 
-def test_the_server_samples_with_the_trainers_weights_before_and_after_every_update(server, ranks, tmp_path):
-    rollout = settings_in(server, tmp_path / "transfer", "shared_memory")
+@pytest.mark.parametrize(
+    ("server", "transfer"), [("tied_vllm_server", "shared_memory"), ("vllm_server", "disk")], ids=["tied", "untied"]
+)
+def test_the_server_samples_with_the_trainers_weights_before_and_after_every_update(
+    server, transfer, ranks, tmp_path, request
+):
+    server = request.getfixturevalue(server)
+    rollout = settings_in(server, tmp_path / "transfer", transfer)
     (story,) = ranks(1, update_and_compare, server.model, server.address, rollout, 5)
-    print("seconds of each sync:", [round(seconds, 3) for seconds in story.seconds], story.differences)
+    print("milliseconds of each sync:", [round(1000 * seconds) for seconds in story.seconds])
     assert max(story.differences) < 1e-4
+    assert min(story.changes) > 1e-2
     assert story.versions == [{version} for version in range(6)]
     assert story.left == []
 
@@ -236,27 +274,24 @@ FAULTS = {
     "stale": "tensors differ",
     "one element": r"1 tensors differ.*model\.layers\.1\.self_attn\.q_norm\.weight",
     "lost bucket": r"on one side only \(model\.",
-    "stale head": "log-probs of the probe row differ",
-    "kept cache": "prefix cache",
+    "kept cache": "no rollout server holds the present weights",
 }
 
 
-@pytest.mark.parametrize("fault", list(FAULTS))
-def test_a_server_without_the_trainers_weights_is_found_out(server, ranks, tmp_path, fault):
-    tied = read_architecture(server.model).tied_embeddings
-    if fault == "stale head" and not tied:
-        return
-    rollout = settings_in(server, tmp_path / "transfer")
-    (story,) = ranks(1, plant, server.model, server.address, rollout, fault)
-    pattern = FAULTS[fault]
-    import re
-
-    assert re.search(pattern, story.told), story.told
-    assert server.address in story.told
-    assert max(story.differences) < 1e-4
+@pytest.mark.parametrize("server", ["tied_vllm_server", "vllm_server"], ids=["tied", "untied"])
+def test_a_server_without_the_trainers_weights_is_found_out(server, ranks, tmp_path, request):
+    server = request.getfixturevalue(server)
+    faults = FAULTS | ({"stale head": "log-probs of the probe row differ"} if server.shape.tied_embeddings else {})
+    (stories,) = ranks(1, plant, server.model, server.address, settings_in(server, tmp_path / "transfer"), list(faults))
+    for fault, words in faults.items():
+        assert re.search(words, stories[fault].told), f"{fault}: {stories[fault].told}"
+        assert server.address in stories[fault].told or fault == "kept cache"
+        assert max(stories[fault].differences) < 1e-4
 
 
-def test_files_on_a_disk_work_alike(vllm_server, ranks, tmp_path):
-    rollout = settings_in(vllm_server, tmp_path / "transfer", "disk")
-    (story,) = ranks(1, update_and_compare, vllm_server.model, vllm_server.address, rollout, 1)
-    assert max(story.differences) < 1e-4
+def test_responses_under_way_go_on_with_the_new_weights(vllm_server, ranks, tmp_path):
+    rollout = settings_in(vllm_server, tmp_path / "transfer")
+    (found,) = ranks(1, send_under_way, vllm_server.model, vllm_server.address, rollout)
+    assert len(found) == 9
+    assert any(versions == [0, 1] for versions, _ in found)
+    assert all(difference < 1e-4 for versions, difference in found if versions[-1] == 1)
