@@ -239,8 +239,12 @@ class NCCLTransport:
             offset += self._workers[server.url]
         # Joining waits for all members, so it is done beside the requests; it cannot be interrupted, hence a daemon.
         joined = _in_daemon(lambda: Communicator(unique, world_size, self._device))
-        await asyncio.gather(*posts)
-        return await asyncio.wrap_future(joined)
+        try:
+            await asyncio.gather(*posts)
+            return await asyncio.wrap_future(joined)
+        except BaseException:
+            joined.add_done_callback(_abort_latecomer)
+            raise
 
     def _broadcast(self, update: WeightUpdate, portal: Portal, bucket: Sequence[tuple[str, Tensor]]) -> None:
         """Send one bucket and wait until it has arrived, a server fails, or it takes too long."""
@@ -290,6 +294,8 @@ def _in_daemon(function: Callable[[], Result]) -> Future[Result]:
     """Run in a thread that does not keep the process alive."""
     future: Future[Result] = Future()
 
+    future.set_running_or_notify_cancel()  # from here on nobody can cancel it
+
     def run() -> None:
         try:
             future.set_result(function())
@@ -298,3 +304,9 @@ def _in_daemon(function: Callable[[], Result]) -> Future[Result]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+def _abort_latecomer(joined: Future[Communicator]) -> None:
+    """End a group that came about after it was given up."""
+    if joined.exception() is None:
+        joined.result().abort()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_rl_run import TOML, start
 
 from megatron_klear.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, SFTConfig
 from megatron_klear.data.batches import num_predicted, pack
@@ -26,6 +27,7 @@ from megatron_klear.rollout.engine import GroupRequest
 from megatron_klear.rollout.transfer import open_transport
 from megatron_klear.rollout_config import VLLMRolloutConfig
 from megatron_klear.train.arrival import WeightsNotArrived, send_weights
+from megatron_klear.train.verify_rollouts import RolloutReport, verify_weights
 from megatron_klear.types import Prompt, Sample
 
 pytestmark = pytest.mark.vllm
@@ -295,3 +297,21 @@ def test_responses_under_way_go_on_with_the_new_weights(vllm_server, ranks, tmp_
     assert len(found) == 9
     assert any(versions == [0, 1] for versions, _ in found)
     assert all(difference < 1e-4 for versions, difference in found if versions[-1] == 1)
+
+
+def verified(toml: Path) -> RolloutReport:
+    """What `tools/verify.py weights` finds."""
+    return verify_weights(start(toml))
+
+
+def test_verify_weights_works_with_servers(vllm_server, ranks, tmp_path):
+    toml = tmp_path / "run.toml"
+    stops = list(range(64))
+    rollout = (
+        f'[rollout]\nkind = "vllm"\nservers = ["{vllm_server.address}"]\ntransfer_folder = "{tmp_path}/transfer"\n'
+    )
+    toml.write_text(TOML.format(folder=vllm_server.model.parent, stops=stops) + rollout)
+    (report,) = ranks(1, verified, toml)
+    assert report.passed, report
+    assert report.mean < 1e-4
+    assert list((tmp_path / "transfer").iterdir()) == []

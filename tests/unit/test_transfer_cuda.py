@@ -105,6 +105,30 @@ def test_ipc_posts_what_opens_every_tensor_and_keeps_them_until_the_answer(recei
     transport.close()
 
 
+def gathered_handles() -> list[dict[str, tuple]]:
+    """What a rank has after all gave their handles."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
+
+    class Card:
+        uuid = f"card-{rank}"
+
+    torch.cuda.get_device_properties = lambda device: Card
+    torch.cuda.current_stream = lambda device=None: NoStream()
+    transfer_cuda._reduce = lambda tensor: (None, (rank, float(tensor)))
+    transport = CudaIPCTransport(
+        dtype=torch.float32, device=DEVICE, rank=rank, world_size=2, bucket_bytes=1, timeout_seconds=1
+    )
+    return transport._handles([torch.tensor(1.0), torch.tensor(2.0)])
+
+
+def test_ipc_handles_of_all_ranks_come_together_on_the_first(ranks):
+    first, second = ranks(2, gathered_handles)
+    assert first == [{"card-0": (0, value), "card-1": (1, value)} for value in (1.0, 2.0)]
+    assert second == []
+
+
 class FakeGroup:
     """Stands for NCCL: members arrive through their servers' answers, broadcasts are kept."""
 
@@ -118,7 +142,7 @@ class FakeGroup:
         assert device == DEVICE
         FakeGroup.world_size = world_size
         for _ in range(world_size - 1):
-            assert self.arrived.acquire(timeout=10)
+            assert self.arrived.acquire(timeout=3)
 
     def broadcast(self, tensor):
         self.sent.append(tensor)
@@ -237,6 +261,11 @@ def test_a_group_that_not_all_join_is_given_up_in_time(receivers, group):
     fake.fault = None
     with pytest.raises(TransferFailed, match="NCCL_SOCKET_IFNAME"):
         transport.send(WEIGHTS.items(), 1, [server], receivers.portal)
+    group.arrived.release()
+    deadline = time.monotonic() + 5
+    while not group.ended and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert group.ended == ["abort"]  # of the group that came about too late
 
 
 OPENS_HANDLES = """
