@@ -1,4 +1,4 @@
-"""The weight-transfer routes of a vLLM server, in memory: what a transport sends, in which order, and faults on demand."""
+"""The weight-transfer routes of a vLLM server, in memory: what comes in which order, and faults on demand."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +17,11 @@ class FakeReceiver:
     def __init__(self, *, backend: str = "klear_file", dtype: str = "float32", workers: int = 1) -> None:
         self.description = {"backend": backend, "dtype": dtype, "device": "cpu"}
         self.workers = workers
+        self.clears_cache = True
         self.calls: list[tuple[str, Any]] = []
         self.loaded: dict[str, torch.Tensor] = {}
         self.checksums: dict[str, str] = {}
-        self.fault: Callable[[str, FakeReceiver], Any] | None = None
+        self.fault: Callable[[str, Any], Any] | None = None
         self.on_update: Callable[[dict[str, Any]], dict[str, torch.Tensor]] = lambda info: load_file(info["path"])
 
     @property
@@ -60,6 +61,8 @@ class FakeReceiver:
             self.checksums |= {key: checksum(tensor) for key, tensor in tensors.items()}
         elif name == "klear_checksums":
             return web.json_response({"results": [self.checksums] * self.workers})
+        elif name == "reset_prefix_cache":
+            return web.json_response({"success": self.clears_cache})
         return web.json_response({"results": [None] * self.workers})
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -85,19 +86,19 @@ def open_transport(
     if config.transfer in ("shared_memory", "disk"):
         on_disk = config.transfer == "disk"
         root = config.transfer_folder or Path("/dev/shm")
-        folder = None
+        folder, bucket_bytes = None, config.bucket_bytes
         if rank == 0:
             try:
                 folder = BucketFolder(root, durable=on_disk)
+                # Containers often have a small /dev/shm.
+                bucket_bytes = min(bucket_bytes, max(1, shutil.disk_usage(root).free // 2))
             except OSError as error:
                 raise UserError(
                     f"rollout.transfer = {config.transfer} cannot write to {root}: {error}; "
                     "name another folder in rollout.transfer_folder"
                 ) from None
         wait = _DISK_WAIT_SECONDS if on_disk else 0.0
-        return FileTransport(
-            folder, dtype=dtype, bucket_bytes=config.bucket_bytes, timeout_seconds=timeout, wait_seconds=wait
-        )
+        return FileTransport(folder, dtype=dtype, bucket_bytes=bucket_bytes, timeout_seconds=timeout, wait_seconds=wait)
     if device.type != "cuda":
         raise UserError(
             f"rollout.transfer = {config.transfer} moves weights between GPUs and the trainer runs on {device.type}; "

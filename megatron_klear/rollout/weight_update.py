@@ -68,6 +68,7 @@ class WeightUpdate:
         version = str(self.version)
         named = {"weight_version": version}
         self.each("finish_weight_update", lambda server: self._post(server, "/finish_weight_update", named))
+        self.each("reset_prefix_cache", self._reset_cache)
         answers = self.each("checksums", lambda server: self._rpc(server, "klear_checksums", version))
         checksums: Checksums = {}
         for url, workers in answers.items():
@@ -113,6 +114,13 @@ class WeightUpdate:
 
     async def _post(self, server: ServerClient, path: str, body: dict[str, Any] | None = None) -> None:
         await server.post(path, body, timeout_seconds=self.timeout_seconds)
+
+    async def _reset_cache(self, server: ServerClient) -> None:
+        """Drop what was computed with the old weights; a pause does it as well, but says nothing about it."""
+        path, options = "/reset_prefix_cache", {"reset_running_requests": "true"}
+        answer = await server.post(path, params=options, timeout_seconds=self.timeout_seconds)
+        if answer != {"success": True}:
+            raise ServerError(server.url, path, 200, f"the cache of the old weights is still there: {answer!r:.100}")
 
     async def _rpc(self, server: ServerClient, method: str, argument: str) -> list[Any]:
         return await server.rpc(method, [argument], timeout_seconds=self.timeout_seconds)

@@ -111,7 +111,11 @@ def _opened(start: GPPOStart) -> Iterator[tuple[Engine, RolloutEngine, ChatToken
     with world(config.parallel, config.seed) as topology:
         tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
         engine = Engine(config, topology, architecture=start.architecture)
-        yield engine, build_rollouts(config, start.architecture, tokenizer, topology), tokenizer
+        rollouts = build_rollouts(config, start.architecture, tokenizer, topology)
+        try:
+            yield engine, rollouts, tokenizer
+        finally:
+            rollouts.close()
         engine.close()
 
 

@@ -23,7 +23,10 @@ from megatron_klear.rollout.client import ServerError
 from megatron_klear.rollout.transfer import FileTransport, TransferFailed, open_transport
 from megatron_klear.rollout_config import VLLMRolloutConfig
 
-PHASES = ["klear_begin_update", "start_weight_update", "update_weights", "finish_weight_update", "klear_checksums"]
+PHASES = [
+    *("klear_begin_update", "start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache"),
+    "klear_checksums",
+]
 
 
 @pytest.fixture
@@ -145,6 +148,17 @@ def test_a_server_that_fails_is_named_and_the_others_get_everything(receivers, t
     bad.fault = None
     held = transport.send(weights.items(), 6, servers, receivers.portal)
     assert len(held) == 2
+    transport.close()
+
+
+def test_a_server_that_keeps_its_prefix_cache_is_named(receivers, tmp_path):
+    fake = FakeReceiver()
+    server = receivers.add(fake)
+    fake.clears_cache = False
+    transport = transport_in(tmp_path)
+    with pytest.raises(TransferFailed, match="cache of the old weights") as raised:
+        transport.send(some_weights([3]).items(), 1, [server], receivers.portal)
+    assert list(raised.value.failures) == [server.url]
     transport.close()
 
 
