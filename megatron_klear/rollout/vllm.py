@@ -308,9 +308,13 @@ class VLLMEngine:
         if self._asleep and holders:
             holders = self._each(holders, lambda client: client.wake_up(["kv_cache"], _CONTROL_SECONDS))
             self._asleep = False
+        going = {member.client for member in holders}
         self._on_loop(lambda: self._fleet.end_update(holders))
-        # A server aside is told to go on when it gives a sign of life.
-        self._each([member for member in self._paused if member.alive], lambda client: client.resume(_RESUME_SECONDS))
+        # One that does not hear it is told again when it gives a sign of life.
+        self._each(
+            self._paused,
+            lambda client: client.resume(_RESUME_SECONDS if client in going else self._limits.health_seconds),
+        )
         self._paused = []
 
     def _each(
