@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_klear.rollout.client import Completion, ServerClient, ServerError, WrongWeights
 
@@ -23,6 +23,26 @@ class Withdrawn(ServerError):
 
 class NoServer(Exception):
     """No server took the request in time; the message says why."""
+
+
+class ManagedServers(Protocol):
+    """Servers that the run has started itself."""
+
+    def poll(self) -> list[str]:
+        """Addresses that came back since the last call, without the present weights."""
+        ...
+
+    def answered(self, address: str) -> None:
+        """A good answer came from there."""
+        ...
+
+    def restart(self, address: str) -> None:
+        """Start it anew: it hangs."""
+        ...
+
+    def close(self) -> None:
+        """End them."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,6 +181,8 @@ class Fleet:
     def failed(self, member: Member, error: ServerError) -> None:
         """The member did not answer as it should; several times in a row put it aside for a while."""
         member.failures += 1
+        if error.status is not None:  # a sign of life, if nothing else
+            self._last_alive = time.monotonic()
         if isinstance(error, WrongWeights):
             # With a router it may be any of them.
             suspects = self.members if member is self.router else [member]
@@ -314,6 +336,7 @@ class Fleet:
     def _return(self, member: Member) -> None:
         member.alive = True
         member.misses = 0
+        self._last_alive = time.monotonic()
         # One more failure puts it aside again, for twice as long.
         member.failures = self.limits.strikes - 1
         self._hand_out()

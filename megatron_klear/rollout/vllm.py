@@ -11,7 +11,7 @@ import queue
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from megatron_klear.errors import UserError
 from megatron_klear.rollout.client import Portal, ServerClient, ServerError, open_session
 from megatron_klear.rollout.dispatch import Dispatcher, Drawn
 from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest
-from megatron_klear.rollout.fleet import Fleet, Limits, Member
+from megatron_klear.rollout.fleet import Fleet, Limits, ManagedServers, Member
 from megatron_klear.rollout.local import told_apart
 from megatron_klear.rollout.ranks import from_first_rank, same_outcome
 from megatron_klear.types import Group, Prompt
@@ -44,26 +44,6 @@ _RESUME_SECONDS = 20.0
 
 class WeightsNeeded(UserError):
     """Servers answer, and none of them holds the present weights: they have to be sent again."""
-
-
-class ManagedServers(Protocol):
-    """Servers that the run has started itself."""
-
-    def poll(self) -> list[str]:
-        """Addresses that came back since the last call, without the present weights."""
-        ...
-
-    def answered(self, address: str) -> None:
-        """A good answer came from there."""
-        ...
-
-    def restart(self, address: str) -> None:
-        """Start it anew: it hangs."""
-        ...
-
-    def close(self) -> None:
-        """End them."""
-        ...
 
 
 class VLLMEngine:
