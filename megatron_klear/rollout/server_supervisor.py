@@ -22,6 +22,7 @@ _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _KILLED = 128 + signal.SIGKILL
+_CLEANING_SECONDS = 3.0
 
 
 def descendants(pid: int) -> list[int]:
@@ -41,6 +42,13 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def _is_resource_tracker(pid: int) -> bool:
+    """Whether this is the process with which Python removes the shared memory of processes that were killed."""
+    with contextlib.suppress(OSError):
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
 def _reap(codes: dict[int, int]) -> None:
     """Collect the exit codes of all children that ended."""
     while True:
@@ -55,8 +63,11 @@ def _reap(codes: dict[int, int]) -> None:
 
 def _kill_all(codes: dict[int, int]) -> None:
     """Kill every descendant, also those born meanwhile, and wait until none is left."""
+    patience = time.monotonic() + _CLEANING_SECONDS
     while left := descendants(os.getpid()):
         for pid in left:
+            if time.monotonic() < patience and _is_resource_tracker(pid):
+                continue  # it ends by itself once those that it cleans up after are dead
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
