@@ -1,4 +1,4 @@
-"""The weight-transfer routes of a vLLM server, in memory: what a transport sends, in which order, and faults on demand."""
+"""The weight-transfer routes of a vLLM server, in memory: what comes in which order, and faults on demand."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ class FakeReceiver:
         self.calls: list[tuple[str, Any]] = []
         self.loaded: dict[str, torch.Tensor] = {}
         self.checksums: dict[str, str] = {}
-        self.fault: Callable[[str, FakeReceiver], Any] | None = None
+        self.fault: Callable[[str, Any], Any] | None = None
         self.on_update: Callable[[dict[str, Any]], dict[str, torch.Tensor]] = lambda info: load_file(info["path"])
 
     @property

@@ -20,8 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from megatron_klear.errors import UserError
-from megatron_klear.rollout.client import Portal, ServerClient
+from megatron_klear.rollout.client import Portal, ServerClient, ServerError
 from megatron_klear.rollout.engine import Checksums
 from megatron_klear.rollout.nccl import Communicator, NCCLError, new_unique_id
 from megatron_klear.rollout.transfer import BACKENDS, check_server
@@ -144,8 +143,8 @@ class CudaIPCTransport:
 class NCCLTransport:
     """Rank 0 broadcasts to all workers of all servers, in one NCCL group outside torch.distributed's.
 
-    The group is all or nothing: a server that comes or goes, or fails, makes it void, and the next `attach` builds
-    another. All processes need the same NCCL_* variables.
+    The group is all or nothing: when a server comes, goes or fails it is void, and the next `send` builds another. All
+    processes need the same NCCL_* variables.
     """
 
     needs_shared_device = False
@@ -156,44 +155,22 @@ class NCCLTransport:
         """Nothing is connected yet."""
         self._dtype, self._device, self._rank = dtype, device, rank
         self._bucket_bytes, self._timeout_seconds = bucket_bytes, timeout_seconds
+        self._workers: dict[str, int] = {}
         self._members: frozenset[str] = frozenset()
         self._group: Communicator | None = None
 
     async def attach(self, servers: Sequence[ServerClient]) -> None:
-        """Build a group of exactly these servers, unless it stands already. All of them join at once."""
-        wanted = frozenset(server.url for server in servers)
-        if self._group is not None and wanted == self._members:
-            return
-        self._void()
-        workers = await asyncio.gather(
-            *(check_server(server, BACKENDS["nccl"], self._dtype, self._timeout_seconds) for server in servers)
-        )
-        await asyncio.gather(*map(self._leave, servers))
-        unique, world_size, offset = new_unique_id(), 1 + sum(workers), 1
-        posts = []
-        for server, count in zip(servers, workers, strict=True):
-            info = {
-                "nccl_unique_id_b64": base64.b64encode(unique).decode(),
-                "rank_offset": offset,
-                "world_size": world_size,
-                "packed": False,
-            }
-            posts.append(self._post(server, "/init_weight_transfer_engine", {"init_info": info}))
-            offset += count
-        # Joining waits for all members, so it is done beside the requests; it cannot be interrupted, hence a daemon.
-        joined = _in_daemon(lambda: Communicator(unique, world_size, self._device))
-        try:
-            await asyncio.wait_for(asyncio.gather(*posts), self._timeout_seconds)
-            self._group = await asyncio.wait_for(asyncio.wrap_future(joined), self._timeout_seconds)
-        except TimeoutError:
-            raise UserError(
-                f"no NCCL group of the trainer and {', '.join(sorted(wanted))} within {self._timeout_seconds:g} s: "
-                "the hosts must reach each other (NCCL_SOCKET_IFNAME) and have the same NCCL_* variables"
-            ) from None
-        self._members = wanted
+        """Check the servers that are new; they join the group at the next `send`."""
+
+        async def attach_one(server: ServerClient) -> None:
+            backend = BACKENDS["nccl"]
+            self._workers[server.url] = await check_server(server, backend, self._dtype, self._timeout_seconds)
+
+        await asyncio.gather(*(attach_one(server) for server in servers if server.url not in self._workers))
 
     def detach(self, url: str) -> None:
-        """Give the group up if the server is in it."""
+        """Forget a server, and give the group up if it was in it."""
+        self._workers.pop(url, None)
         if url in self._members:
             self._void()
 
@@ -210,8 +187,7 @@ class NCCLTransport:
                 pass
             return {}
         update = WeightUpdate(servers, portal, version, timeout_seconds=self._timeout_seconds)
-        if self._group is None or frozenset(update.alive) != self._members:
-            update.drop_all("its NCCL group is gone; it is built anew when servers are attached")
+        self._assemble(update, portal)
         update.start()
         for bucket in buckets(weights, self._dtype, self._bucket_bytes):
             self._lose_all_or_none(update)
@@ -225,6 +201,46 @@ class NCCLTransport:
         if self._group is not None:
             self._group.close()
         self._group, self._members = None, frozenset()
+
+    def _assemble(self, update: WeightUpdate, portal: Portal) -> None:
+        """Have a group of exactly the servers of this update, or give the update up."""
+        wanted = frozenset(update.alive)
+        if self._group is not None and self._members == wanted:
+            return
+        self._void()
+        update.each("leaving the old NCCL group", self._leave)
+        if update.failures:  # the group was to have all of them
+            update.drop_all("joining the NCCL group: another server of it failed")
+        if not update.alive:
+            return
+        try:
+            self._group = portal.run(self._join(list(update.alive.values())), self._timeout_seconds)
+            self._members = wanted
+        except (ServerError, NCCLError) as error:
+            update.drop_all(f"joining the NCCL group: {error}")
+        except TimeoutError:
+            update.drop_all(
+                f"joining the NCCL group: not all came within {self._timeout_seconds:g} s; the hosts must reach each "
+                "other (NCCL_SOCKET_IFNAME) and have the same NCCL_* variables"
+            )
+
+    async def _join(self, servers: Sequence[ServerClient]) -> Communicator:
+        """All workers take their places after this process, server by server."""
+        unique, world_size, offset = new_unique_id(), 1 + sum(self._workers[server.url] for server in servers), 1
+        posts = []
+        for server in servers:
+            info = {
+                "nccl_unique_id_b64": base64.b64encode(unique).decode(),
+                "rank_offset": offset,
+                "world_size": world_size,
+                "packed": False,
+            }
+            posts.append(self._post(server, "/init_weight_transfer_engine", {"init_info": info}))
+            offset += self._workers[server.url]
+        # Joining waits for all members, so it is done beside the requests; it cannot be interrupted, hence a daemon.
+        joined = _in_daemon(lambda: Communicator(unique, world_size, self._device))
+        await asyncio.gather(*posts)
+        return await asyncio.wrap_future(joined)
 
     def _broadcast(self, update: WeightUpdate, portal: Portal, bucket: Sequence[tuple[str, Tensor]]) -> None:
         """Send one bucket and wait until it has arrived, a server fails, or it takes too long."""
