@@ -21,9 +21,8 @@ from torch import Tensor
 from megatron_klear.errors import UserError
 from megatron_klear.rollout.client import Portal, ServerClient, ServerError, open_session
 from megatron_klear.rollout.dispatch import Dispatcher, Drawn
-from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest
+from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest, told_apart
 from megatron_klear.rollout.fleet import Fleet, Limits, ManagedServers, Member
-from megatron_klear.rollout.local import told_apart
 from megatron_klear.rollout.ranks import from_first_rank, same_outcome
 from megatron_klear.types import Group, Prompt
 
