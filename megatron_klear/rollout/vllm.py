@@ -212,7 +212,7 @@ class VLLMEngine:
                 self._servers.close()
 
     async def _connect(self, addresses: Sequence[str], stop: Sequence[int], vocab: int) -> tuple[Fleet, Dispatcher]:
-        self._session = session = open_session()
+        self._session = session = open_session(len(addresses) * self._limits.requests_per_server)
         key = os.environ.get(self._config.api_key_variable) or None
         clients = [ServerClient(url, session=session, api_key=key, vocab_size=vocab) for url in addresses]
         router = None
