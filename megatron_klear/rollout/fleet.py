@@ -6,6 +6,7 @@ Everything here happens on one event loop, so nothing is locked.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 from megatron_klear.rollout.client import Completion, ServerClient, ServerError, WrongWeights
 
 NO_WEIGHTS = -1
+_LOG = logging.getLogger(__name__)
 
 
 class Withdrawn(ServerError):
@@ -190,7 +192,7 @@ class Fleet:
             if member is not self.router:
                 self.lose(member)
         if member.alive and member.failures >= self.limits.strikes:
-            self.put_aside(member)
+            self.put_aside(member, str(error))
         self._hand_out()
 
     def lose(self, member: Member) -> None:
@@ -297,7 +299,7 @@ class Fleet:
             if not await member.client.healthy(self.limits.health_seconds):
                 member.misses += 1
                 if member.alive and member.misses >= self.limits.strikes:
-                    self.put_aside(member)
+                    self.put_aside(member, "it gives no sign of health")
                     self.hung.add(member.client.url)
                     _cancel(member)  # do not wait for what it was drawing
                 continue
@@ -326,14 +328,17 @@ class Fleet:
             if label is None or not label.isdigit():
                 self.restarted.add(member.client.url)
 
-    def put_aside(self, member: Member) -> None:
+    def put_aside(self, member: Member, reason: str) -> None:
         """Give the member no requests for a while, and until it gives a sign of health."""
+        _LOG.warning("rollout server %s is put aside: %s", member.client.url, reason)
         member.alive = False
         member.times_aside += 1
         wait = self.limits.backoff_seconds * 2 ** min(member.times_aside, 20)
         member.back_at = time.monotonic() + min(wait, self.limits.max_backoff_seconds)
 
     def _return(self, member: Member) -> None:
+        if not member.alive:
+            _LOG.warning("rollout server %s answers again", member.client.url)
         member.alive = True
         member.misses = 0
         self._last_alive = time.monotonic()

@@ -9,7 +9,7 @@ import functools
 import os
 import queue
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -275,7 +275,7 @@ class VLLMEngine:
         finally:
             told = {holder.partition(" ")[0] for holder in checksums}
             holders = [member for member in members if member.client.url in told]
-            self._put_aside([member for member in members if member not in holders])
+            self._put_aside({member: "it did not get all weights" for member in members if member not in holders})
             self._end_update(holders)
         self._fruitless = 0 if holders else self._fruitless + 1
         if self._fruitless >= _FRUITLESS_UPDATES:
@@ -305,20 +305,20 @@ class VLLMEngine:
             return await asyncio.gather(*(call(member.client) for member in members), return_exceptions=True)
 
         outcomes = self._only_rank().run(together())
-        failed = []
+        failed: dict[Member, str] = {}
         for member, outcome in zip(members, outcomes, strict=True):
             if isinstance(outcome, ServerError):
-                failed.append(member)
+                failed[member] = str(outcome)
             elif outcome is not None:
                 raise outcome
         self._put_aside(failed)
         return [member for member in members if member not in failed]
 
-    def _put_aside(self, members: Sequence[Member]) -> None:
+    def _put_aside(self, members: Mapping[Member, str]) -> None:
         def put() -> None:
-            for member in members:
+            for member, reason in members.items():
                 self._fleet.lose(member)
-                self._fleet.put_aside(member)
+                self._fleet.put_aside(member, reason)
 
         self._on_loop(put)
 
