@@ -113,6 +113,7 @@ def server_command(
         *("--weight-transfer-config", json.dumps({"backend": BACKENDS[config.transfer]})),
         "--disable-uvicorn-access-log",
         *(["--enforce-eager"] if eager else []),
+        *(_whole_prompts(length) if device == "cpu" else []),
         *(["--enable-sleep-mode"] if config.transfer == "cuda_ipc" else []),
         *(["--middleware", GUARD] if api_key else []),
         *server.arguments,
@@ -124,6 +125,13 @@ def server_command(
         host=server.host,
         port=port,
     )
+
+
+def _whole_prompts(length: int) -> list[str]:
+    """Read prompts whole: one read in pieces, of a request with a seed, ends vLLM's worker on the CPU (0.32: "CPU
+    Generator does not use offset").
+    """
+    return ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(length, 8192))]
 
 
 def _memory(server: ServerConfig, device: Device) -> list[str]:

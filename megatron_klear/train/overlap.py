@@ -91,19 +91,19 @@ class OverlapFeed(ABC):
         self._failures: list[str] = []
         self._stale = 0
         self._step = 0
-        self._in_training = 0  # groups of the step that was given out last
+        self._is_training = False  # whether the step was given its groups
         self._counts: Counter[str] = Counter()  # what a mode has to remember beside the book
         self._error: UserError | None = None
 
     def next_step(self, number: int) -> StepGroups:
         """Graded groups of the step, as soon as it can have them."""
-        self._step, self._in_training = number, 0
+        self._step, self._is_training = number, False
         with self._log.time("rollout"):
             choice = self._sampler.until(self._advance)
         self._sampler.check_dropped(choice.failures, len(choice.graded) + len(choice.failures))
         verdicts = Counter(score.verdict for group in choice.graded for score in group.scores or ())
         self._grader.check(Graded(groups=choice.graded, counts=verdicts))
-        self._in_training = len(choice.chosen)
+        self._is_training = True
         return StepGroups(
             chosen=choice.chosen,
             graded=choice.graded,
@@ -287,14 +287,24 @@ class Asynchronous(OverlapFeed):
         super().__init__(config, sampler, prompts, grader, log)
         assert isinstance(config.rollout, VLLMRolloutConfig)
         self._staleness = config.rollout.max_staleness
+        algorithm = config.algorithm
+        self._most_looked_at = algorithm.max_generation_rounds * (
+            algorithm.generated_prompts or algorithm.prompts_per_step
+        )
         self._most_in_flight = config.rollout.max_groups_in_flight or float("inf")
 
     def _order(self) -> None:
-        steps = min(self._staleness + 1, self._config.train.steps - self._step)
-        room = steps * self._config.algorithm.prompts_per_step - self._in_training
-        room -= sum(self._takes_room(entry) for entry in self._entries)
+        # A step in training counts whole, however few groups it found: its weights are not there yet.
+        steps = min(self._staleness + 1, self._config.train.steps - self._step) - self._is_training
+        size = self._config.algorithm.prompts_per_step
         drawing = sum(entry.group is None for entry in self._entries)
-        for _ in range(int(max(0, min(room, self._most_in_flight - drawing)))):
+        room = min(
+            steps * size - sum(self._takes_room(entry) for entry in self._entries),
+            # Groups without a lesson are replaced only as often as a step may look at more.
+            self._most_looked_at + max(steps - 1, 0) * size - len(self._entries) - len(self._failures) if steps else 0,
+            self._most_in_flight - drawing,
+        )
+        for _ in range(int(max(0, room))):
             prompt = self._prompts.take(1)[0]
             # A seed of its own each time a prompt comes up: it may be under way twice.
             self._enter(prompt, prompt, round_seed(self._config, self._counts["asked"], 0), None)
@@ -311,8 +321,7 @@ class Asynchronous(OverlapFeed):
         usable = sorted((entry for entry in graded if entry not in useless), key=lambda entry: entry.oldest)
         unfinished = [entry for entry in self._entries if not entry.is_graded]
         looked_at = len(graded) + len(self._failures)
-        most = algorithm.max_generation_rounds * (algorithm.generated_prompts or algorithm.prompts_per_step)
-        if len(usable) < algorithm.prompts_per_step and looked_at < most and unfinished:
+        if len(usable) < algorithm.prompts_per_step and looked_at < self._most_looked_at and unfinished:
             return None
         chosen, left = usable[: algorithm.prompts_per_step], usable[algorithm.prompts_per_step :]
         if self._must_wait(chosen, left, unfinished):
@@ -329,7 +338,7 @@ class Asynchronous(OverlapFeed):
     def _must_wait(self, chosen: Sequence[Entry], left: Sequence[Entry], unfinished: Sequence[Entry]) -> bool:
         """Whether more would be left for the next steps than they can take in time, and waiting can mend it."""
         size = self._config.algorithm.prompts_per_step
-        for steps in range(self._staleness):
+        for steps in range(self._staleness + 1):
             last = self._step + steps - self._staleness  # versions up to here can be trained `steps` steps on, no later
             late = [entry for entry in unfinished if entry.oldest <= last]
             due = len(late) + sum(entry.oldest <= last for entry in left)

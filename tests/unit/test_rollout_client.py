@@ -154,6 +154,24 @@ def test_whatever_comes_is_read_or_refused(answer: Any):
     assert len(read.token_ids) == len(read.logprobs) <= 5
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("logprob", -(10**400)), ("logprob", True), ("logprob", -9999.0), ("version", "9" * 5000), ("version", "²")],
+)
+def test_numbers_beyond_all_bounds_are_refused(key: str, value: Any):
+    entry = {"token_id": 1, "logprob": -1.0}
+    span = {"version": "3", "start": 0, "end": 1}
+    answer = {"finish_reason": "length", "token_ids": [1], "logprobs": {"content": [entry]}, "weight_versions": [span]}
+
+    def read() -> None:
+        read_completion({"choices": [answer]}, max_tokens=1, vocab_size=VOCAB, stop=frozenset())
+
+    read()
+    (entry if key == "logprob" else span)[key] = value
+    with pytest.raises(Malformed):
+        read()
+
+
 def test_the_portal_runs_coroutines_and_gives_up_in_time():
     portal = Portal()
 

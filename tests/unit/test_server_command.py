@@ -88,6 +88,7 @@ def test_a_server_on_the_cpu(folder: Path):
     assert option(command, "--generation-config") == "vllm"
     assert json.loads(option(command, "--weight-transfer-config")) == {"backend": "klear_file"}
     assert "--enforce-eager" in command.arguments
+    assert "--no-enable-chunked-prefill" in command.arguments
     assert not {"--gpu-memory-utilization", "--enable-sleep-mode", "--middleware"} & set(command.arguments)
     assert command.variables["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert "CUDA_VISIBLE_DEVICES" not in command.variables
