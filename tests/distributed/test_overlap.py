@@ -11,8 +11,6 @@ from megatron_klear.mcore import manifest
 from megatron_klear.rollout.engine import FinishedGroup
 from megatron_klear.rollout_config import LocalRolloutConfig
 
-MODES = ("synchronous", "one_step_off", "asynchronous")
-LAYOUTS = {"1": 1, "DP2": 2, "TP2": 2}
 TIMINGS = {"step_seconds", "tokens_per_second", "sync_seconds", "server_retries"}
 
 
@@ -102,25 +100,23 @@ def toml(tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("overlap"))
 
 
-def flags_of(layout: str) -> tuple[str, ...]:
-    return ("--parallel.tensor", "2") if layout == "TP2" else ()
-
-
-@pytest.mark.parametrize("layout", ["1", "DP2"])
-def test_synchronous_in_the_background_is_the_local_engine_s_run(toml, tmp_path, ranks, layout: str):
-    processes = LAYOUTS[layout]
-    ranks(processes, plain, toml, tmp_path / "local", processes, *flags_of(layout))
-    ranks(processes, overlapped, toml, tmp_path / "background", processes, "synchronous", "", *flags_of(layout))
-    assert records(tmp_path / "local") == records(tmp_path / "background")
+def test_synchronous_in_the_background_is_the_local_engine_s_run(toml, tmp_path, ranks):
+    """The same tokens; numbers up to the rounding of a batch of one prompt against one of many."""
+    ranks(2, plain, toml, tmp_path / "local", 2)
+    ranks(2, overlapped, toml, tmp_path / "background", 2, "synchronous", "")
+    for found, expected in zip(records(tmp_path / "background"), records(tmp_path / "local"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
     files = [sorted((tmp_path / name / "rollouts").iterdir()) for name in ("local", "background")]
-    assert [file.read_text() for file in files[0]] == [file.read_text() for file in files[1]]
+    samples = [[json.loads(line) for file in these for line in file.read_text().splitlines()] for these in files]
+    for ours, theirs in zip(*samples, strict=True):
+        for key in ("prompt_id", "token_ids", "reward", "finish", "weight_version"):
+            assert ours[key] == theirs[key]
 
 
-@pytest.mark.parametrize("layout", ["DP2", "TP2"])
-@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize(("mode", "layout"), [("one_step_off", "TP2"), ("asynchronous", "DP2")])
 def test_overlapping_runs_train_on_what_older_policies_drew(toml, tmp_path, ranks, mode: str, layout: str):
-    processes = LAYOUTS[layout]
-    ranks(processes, overlapped, toml, tmp_path / "run", processes, mode, "", *flags_of(layout))
+    flags = ("--parallel.tensor", "2") if layout == "TP2" else ()
+    ranks(2, overlapped, toml, tmp_path / "run", 2, mode, "", *flags)
     steps = records(tmp_path / "run")
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
     assert all(step["weight_version_lag_max"] <= 1 for step in steps)
@@ -132,16 +128,15 @@ def test_overlapping_runs_train_on_what_older_policies_drew(toml, tmp_path, rank
     assert steps[0]["mismatch_max"] < 1e-3
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
 def test_a_server_that_comes_back_is_given_the_weights_by_all_ranks(toml, tmp_path, ranks, mode: str):
     loads = ranks(2, overlapped, toml, tmp_path / "run", 2, mode, "restarted")
     assert loads[0] == loads[1] > 7  # before the first step, at each of five, and after the last
     assert len(records(tmp_path / "run")) == 5
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_dropped_groups_are_counted(toml, tmp_path, ranks, mode: str):
-    ranks(1, overlapped, toml, tmp_path / "run", 1, mode, "dropped")
+def test_dropped_groups_are_counted(toml, tmp_path, ranks):
+    ranks(1, overlapped, toml, tmp_path / "run", 1, "asynchronous", "dropped")
     assert sum(step["groups_dropped"] for step in records(tmp_path / "run")) >= 2
 
 
