@@ -151,7 +151,7 @@ def made(prompts, mode, seed, rounds, generated, staleness, most, fail, lose_wei
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(**runs)
 def test_every_prompt_is_used_once(prompts, **settings):
     run = made(prompts, **settings).whole()
@@ -160,7 +160,7 @@ def test_every_prompt_is_used_once(prompts, **settings):
         assert run.engine.most_in_flight <= min((settings["staleness"] + 1) * PER_STEP, settings["most"] or 10**6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(kills=st.lists(st.integers(0, STEPS - 1), max_size=6), **runs)
 def test_every_prompt_is_used_once_whenever_the_run_is_killed(prompts, kills, **settings):
     run = made(prompts, **settings)
@@ -172,7 +172,7 @@ def test_every_prompt_is_used_once_whenever_the_run_is_killed(prompts, kills, **
     check(run)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), staleness=st.integers(1, 3), rounds=st.integers(1, 3))
 def test_no_group_grows_too_old_when_all_can_be_had(prompts, seed, staleness, rounds):
     run = made(prompts, "asynchronous", seed, rounds, None, staleness, None, 0.0, 0.0).whole()
