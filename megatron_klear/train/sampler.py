@@ -95,7 +95,10 @@ class Sampler:
                     ended[key_of(finished.request)] = finished
                 else:
                     self._others.append(finished)
-            return [ended[key_of(request)] for request in requests] if len(ended) == len(requests) else None
+            if len(ended) == len(requests):
+                return [ended[key_of(request)] for request in requests]
+            self.check_lost()
+            return None
 
         finished = self.until(advance)
         self.check_dropped([one.failure for one in finished if one.group is None], len(finished))
@@ -157,6 +160,11 @@ class Sampler:
             f"{self._max_dropped_share:g}: {reasons}. Look at the servers' logs, raise rollout.deadline_seconds, or "
             "allow more"
         )
+
+    def check_lost(self) -> None:
+        """Rank 0: raise UserError where the engine has nothing under way, for a caller that waits for something."""
+        if not self.in_flight:
+            raise UserError("the rollout engine ended fewer requests than it was given: some would never come")
 
     def _ended(self, timeout_seconds: float) -> list[FinishedGroup]:
         assert self.background is not None

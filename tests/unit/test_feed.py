@@ -256,6 +256,13 @@ class Silent(FakeRollouts):
         return []
 
 
+class Forgetful(FakeRollouts):
+    """Requests that never end, and are not under way either."""
+
+    def submit(self, requests):
+        pass
+
+
 class Gone(FakeRollouts):
     """No server is left."""
 
@@ -264,7 +271,9 @@ class Gone(FakeRollouts):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "words"), [(Silent, "groups under way"), (Gone, "no server is left")])
+@pytest.mark.parametrize(
+    ("kind", "words"), [(Silent, "groups under way"), (Gone, "no server is left"), (Forgetful, "never come")]
+)
 def test_servers_that_never_answer_end_the_run(prompts, mode: str, kind, words: str):
     run = Run(prompts, mode, 0)
     engine = kind(0)
