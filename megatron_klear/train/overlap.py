@@ -215,6 +215,8 @@ class OverlapFeed(ABC):
                     entry.group, entry.grading = one.group, self._grader.begin([one.group])
         elif grading:
             wait(grading, timeout_seconds, FIRST_COMPLETED)
+        elif any(entry.submitted is not None and entry.group is None for entry in self._entries):
+            self._sampler.check_lost()
         for entry in self._entries:
             if entry.grading is not None and entry.grading.done():
                 entry.group = self._judge.penalised(entry.grading.result().groups[0])

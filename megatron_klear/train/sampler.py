@@ -95,7 +95,10 @@ class Sampler:
                     ended[key_of(finished.request)] = finished
                 else:
                     self._others.append(finished)
-            return [ended[key_of(request)] for request in requests] if len(ended) == len(requests) else None
+            if len(ended) == len(requests):
+                return [ended[key_of(request)] for request in requests]
+            self.check_lost()
+            return None
 
         finished = self.until(advance)
         self.check_dropped([one.failure for one in finished if one.group is None], len(finished))
@@ -158,6 +161,11 @@ class Sampler:
             "allow more"
         )
 
+    def check_lost(self) -> None:
+        """Rank 0: raise UserError where the engine has nothing under way, for a caller that waits for something."""
+        if not self.in_flight:
+            raise UserError("the rollout engine ended fewer requests than it was given: some would never come")
+
     def _ended(self, timeout_seconds: float) -> list[FinishedGroup]:
         assert self.background is not None
         waiting = self.background.in_flight
@@ -167,8 +175,8 @@ class Sampler:
             self._last_news = now
         elif now - self._last_news > self._patience:
             raise UserError(
-                f"no rollout ended in {now - self._last_news:.0f} s, {waiting} groups are under way: the servers hang, "
-                "or one response takes longer than rollout.deadline_seconds; their logs say more"
+                f"no rollout ended in {now - self._last_news:.0f} s, with {waiting} groups under way: the servers "
+                "hang, or one response takes longer than rollout.deadline_seconds; their logs say more"
             )
         self._dropped += sum(one.group is None for one in finished)
         return finished
