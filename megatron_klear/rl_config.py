@@ -173,7 +173,10 @@ class AlgorithmConfig(Settings):
     old_logprobs: Literal["recompute", "sampler"] = "recompute"
     """Recomputed by the trainer at the start of a step, or taken from the sampler."""
     correction: Literal["none", "truncated", "masked"] = "truncated"
-    """Importance correction of train/sampler mismatch on the token: min(r, cap), or tokens outside [1/cap, cap] out."""
+    """Correction of what another policy drew, by the ratio r of trainer to sampler: weights min(r, cap), or r within
+    [1/cap, cap] and 0 outside."""
+    correction_level: Literal["token", "sequence", "sequence_geometric"] = "token"
+    """Whose ratio: each token's, the product over a response, or its geometric mean."""
     correction_cap: float = Field(default=2.0, gt=1)
 
     @model_validator(mode="after")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -98,8 +97,7 @@ def _token_ids(tokens: list[Any], vocab_size: int | None) -> npt.NDArray[np.int3
 def _logprobs(values: list[Any]) -> npt.NDArray[np.float32]:
     for value in values:
         # NaN fails every comparison.
-        number = type(value) in (float, int)
-        if not number or not math.isfinite(value) or not _UNKNOWN < value <= _ROUNDING:
+        if type(value) not in (float, int) or not _UNKNOWN < value <= _ROUNDING:
             raise Malformed(f"{value!r:.100} is no log-prob")
     return np.minimum(np.array(values, dtype=np.float32), np.float32(0))
 
@@ -128,6 +126,6 @@ def _spans(spans: Any, length: int) -> tuple[VersionSpan, ...]:
 
 def _version(span: Any) -> int:
     text = _field(span, "version", str)
-    if not text.isascii() or not text.isdigit():
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
         raise ForeignWeights(f"weight version {text!r:.100} is none that the trainer sent")
     return int(text)

@@ -6,6 +6,7 @@ An answer is read strictly: whatever does not hold together is a `GarbageAnswer`
 from __future__ import annotations
 
 import asyncio
+import resource
 import threading
 from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
@@ -31,6 +32,7 @@ _CONNECT_SECONDS = 10.0
 # Below the 5 s after which the server closes an idle connection: else a request may go out on one just closed.
 _KEEP_ALIVE_SECONDS = 3.0
 _SHOWN_CHARACTERS = 500
+_OTHER_FILES = 1024
 
 
 class ServerError(Exception):
@@ -180,12 +182,12 @@ class ServerClient:
                 if response.status != 200:
                     raise ServerError(self.url, path, response.status, body.decode(errors="replace"))
                 return await response.json(content_type=None) if body else None
-        except ValueError as error:  # neither JSON nor text
-            raise GarbageAnswer(self.url, path, 200, f"not JSON: {error}") from None
         except TimeoutError:
             raise ServerError(self.url, path, None, f"nothing within {timeout_seconds:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise ServerError(self.url, path, None, f"{type(error).__name__}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise GarbageAnswer(self.url, path, 200, f"not JSON: {error}") from None
 
     async def rpc(
         self, method: str, args: Sequence[str] = (), kwargs: dict[str, str] | None = None, timeout_seconds: float = 300
@@ -217,8 +219,13 @@ class ServerClient:
         await self.post("/wake_up", params={"tags": list(tags)} if tags else None, timeout_seconds=timeout_seconds)
 
 
-def open_session() -> aiohttp.ClientSession:
-    """One connection pool for all servers; to be called on the loop that uses it."""
+def open_session(connections: int = 256) -> aiohttp.ClientSession:
+    """One connection pool for all servers, of up to `connections`; to be called on the loop that uses it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS)
     return aiohttp.ClientSession(connector=connector)
 

@@ -5,8 +5,9 @@ The sampler's log-probs are those of the distribution really sampled from: after
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -123,3 +124,14 @@ class BackgroundRollouts(RolloutEngine, Protocol):
     def needs_weights(self) -> bool:
         """Whether a server came back without the present weights; it gets no requests until the next `load_weights`."""
         ...
+
+
+def told_apart(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts that come again get an id of their own, so that they are not answered alike: `id~1`, `id~2`."""
+    seen: Counter[str] = Counter()
+    apart = []
+    for prompt in prompts:
+        again = seen[prompt.id]
+        seen[prompt.id] += 1
+        apart.append(replace(prompt, id=f"{prompt.id}~{again}") if again else prompt)
+    return apart

@@ -6,15 +6,17 @@ Everything here happens on one event loop, so nothing is locked.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_klear.rollout.client import Completion, ServerClient, ServerError, WrongWeights
 
 NO_WEIGHTS = -1
+_LOG = logging.getLogger(__name__)
 
 
 class Withdrawn(ServerError):
@@ -23,6 +25,26 @@ class Withdrawn(ServerError):
 
 class NoServer(Exception):
     """No server took the request in time; the message says why."""
+
+
+class ManagedServers(Protocol):
+    """Servers that the run has started itself."""
+
+    def poll(self) -> list[str]:
+        """Addresses that came back since the last call, without the present weights."""
+        ...
+
+    def answered(self, address: str) -> None:
+        """A good answer came from there."""
+        ...
+
+    def restart(self, address: str) -> None:
+        """Start it anew: it hangs."""
+        ...
+
+    def close(self) -> None:
+        """End them."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,6 +183,8 @@ class Fleet:
     def failed(self, member: Member, error: ServerError) -> None:
         """The member did not answer as it should; several times in a row put it aside for a while."""
         member.failures += 1
+        if error.status is not None:  # a sign of life, if nothing else
+            self._last_alive = time.monotonic()
         if isinstance(error, WrongWeights):
             # With a router it may be any of them.
             suspects = self.members if member is self.router else [member]
@@ -168,7 +192,7 @@ class Fleet:
             if member is not self.router:
                 self.lose(member)
         if member.alive and member.failures >= self.limits.strikes:
-            self.put_aside(member)
+            self.put_aside(member, str(error))
         self._hand_out()
 
     def lose(self, member: Member) -> None:
@@ -275,7 +299,7 @@ class Fleet:
             if not await member.client.healthy(self.limits.health_seconds):
                 member.misses += 1
                 if member.alive and member.misses >= self.limits.strikes:
-                    self.put_aside(member)
+                    self.put_aside(member, "it gives no sign of health")
                     self.hung.add(member.client.url)
                     _cancel(member)  # do not wait for what it was drawing
                 continue
@@ -304,16 +328,20 @@ class Fleet:
             if label is None or not label.isdigit():
                 self.restarted.add(member.client.url)
 
-    def put_aside(self, member: Member) -> None:
+    def put_aside(self, member: Member, reason: str) -> None:
         """Give the member no requests for a while, and until it gives a sign of health."""
+        _LOG.warning("rollout server %s is put aside: %s", member.client.url, reason)
         member.alive = False
         member.times_aside += 1
         wait = self.limits.backoff_seconds * 2 ** min(member.times_aside, 20)
         member.back_at = time.monotonic() + min(wait, self.limits.max_backoff_seconds)
 
     def _return(self, member: Member) -> None:
+        if not member.alive:
+            _LOG.warning("rollout server %s answers again", member.client.url)
         member.alive = True
         member.misses = 0
+        self._last_alive = time.monotonic()
         # One more failure puts it aside again, for twice as long.
         member.failures = self.limits.strikes - 1
         self._hand_out()

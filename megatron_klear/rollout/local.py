@@ -6,9 +6,9 @@ must fit on one device. Larger ones want a server.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from megatron_klear.checksum import checksum
 from megatron_klear.rl_config import SamplingConfig
 from megatron_klear.rollout.decoder import Cache, Decoder
 from megatron_klear.rollout.draw import UniformStream, draw, log_distribution
-from megatron_klear.rollout.engine import Checksums
+from megatron_klear.rollout.engine import Checksums, told_apart
 from megatron_klear.types import Group, Prompt, Sample
 
 _UNIFORMS = 256
@@ -191,17 +191,6 @@ class _Batch:
         distribution = log_distribution(logits, sampling.temperature, sampling.top_k, sampling.top_p)
         tokens = draw(distribution, torch.from_numpy(uniforms).to(logits.device))
         return tokens, distribution.gather(-1, tokens[:, None]).squeeze(-1)
-
-
-def told_apart(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts that come again in one call get an id of their own, so that they are not answered alike."""
-    seen: Counter[str] = Counter()
-    apart = []
-    for prompt in prompts:
-        seen[prompt.id] += 1
-        again = seen[prompt.id] - 1
-        apart.append(replace(prompt, id=f"{prompt.id}~{again}") if again else prompt)
-    return apart
 
 
 def _as_sample(prompt: Prompt, sequence: _Sequence, finish: str, version: int) -> Sample:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _KILLED = 128 + signal.SIGKILL
-_SEGMENT = re.compile(r"/dev/shm/(?:psm_|sem\.mp-)\w+")
+_CLEANING_SECONDS = 3.0
 
 
 def descendants(pid: int) -> list[int]:
@@ -43,13 +42,11 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def shared_memory_of(processes: list[int]) -> set[Path]:
-    """The segments of Python's shared memory and semaphores that these have mapped; SIGKILL would leave them behind."""
-    found = set()
-    for pid in processes:
-        with contextlib.suppress(OSError):
-            found |= set(_SEGMENT.findall(Path(f"/proc/{pid}/maps").read_text()))
-    return {Path(path) for path in found}
+def _is_resource_tracker(pid: int) -> bool:
+    """Whether this is the process with which Python removes the shared memory of processes that were killed."""
+    with contextlib.suppress(OSError):
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def _reap(codes: dict[int, int]) -> None:
@@ -65,16 +62,16 @@ def _reap(codes: dict[int, int]) -> None:
 
 
 def _kill_all(codes: dict[int, int]) -> None:
-    """Kill every descendant, also those born meanwhile, wait until none is left, and remove their shared memory."""
-    segments = shared_memory_of(descendants(os.getpid()))
+    """Kill every descendant, also those born meanwhile, and wait until none is left."""
+    patience = time.monotonic() + _CLEANING_SECONDS
     while left := descendants(os.getpid()):
         for pid in left:
+            if time.monotonic() < patience and _is_resource_tracker(pid):
+                continue  # it ends by itself once those that it cleans up after are dead
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
         _reap(codes)
-    for segment in segments:
-        segment.unlink(missing_ok=True)
 
 
 def supervise(parent: int, grace_seconds: float, command: list[str]) -> int:

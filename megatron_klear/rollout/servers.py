@@ -319,9 +319,11 @@ def _tail(server: _Server) -> str:
 
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
-    """The exit code of a supervisor that ended, without freeing its process id: it names the group still."""
+    """Exit code as a shell tells it of a supervisor that ended, whose process id is kept: its group has that name."""
     ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    return None if ended is None else ended.si_status
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
 
 
 def _signal(process: subprocess.Popen[bytes] | None, number: signal.Signals) -> None:

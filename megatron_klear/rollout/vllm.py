@@ -9,9 +9,9 @@ import functools
 import os
 import queue
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,8 @@ from torch import Tensor
 from megatron_klear.errors import UserError
 from megatron_klear.rollout.client import Portal, ServerClient, ServerError, open_session
 from megatron_klear.rollout.dispatch import Dispatcher, Drawn
-from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest
-from megatron_klear.rollout.fleet import Fleet, Limits, Member
-from megatron_klear.rollout.local import told_apart
+from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest, told_apart
+from megatron_klear.rollout.fleet import Fleet, Limits, ManagedServers, Member
 from megatron_klear.rollout.ranks import from_first_rank, same_outcome
 from megatron_klear.types import Group, Prompt
 
@@ -44,26 +43,6 @@ _RESUME_SECONDS = 20.0
 
 class WeightsNeeded(UserError):
     """Servers answer, and none of them holds the present weights: they have to be sent again."""
-
-
-class ManagedServers(Protocol):
-    """Servers that the run has started itself."""
-
-    def poll(self) -> list[str]:
-        """Addresses that came back since the last call, without the present weights."""
-        ...
-
-    def answered(self, address: str) -> None:
-        """A good answer came from there."""
-        ...
-
-    def restart(self, address: str) -> None:
-        """Start it anew: it hangs."""
-        ...
-
-    def close(self) -> None:
-        """End them."""
-        ...
 
 
 class VLLMEngine:
@@ -233,7 +212,7 @@ class VLLMEngine:
                 self._servers.close()
 
     async def _connect(self, addresses: Sequence[str], stop: Sequence[int], vocab: int) -> tuple[Fleet, Dispatcher]:
-        self._session = session = open_session()
+        self._session = session = open_session(len(addresses) * self._limits.requests_per_server)
         key = os.environ.get(self._config.api_key_variable) or None
         clients = [ServerClient(url, session=session, api_key=key, vocab_size=vocab) for url in addresses]
         router = None
@@ -296,7 +275,7 @@ class VLLMEngine:
         finally:
             told = {holder.partition(" ")[0] for holder in checksums}
             holders = [member for member in members if member.client.url in told]
-            self._put_aside([member for member in members if member not in holders])
+            self._put_aside({member: "it did not get all weights" for member in members if member not in holders})
             self._end_update(holders)
         self._fruitless = 0 if holders else self._fruitless + 1
         if self._fruitless >= _FRUITLESS_UPDATES:
@@ -308,9 +287,13 @@ class VLLMEngine:
         if self._asleep and holders:
             holders = self._each(holders, lambda client: client.wake_up(["kv_cache"], _CONTROL_SECONDS))
             self._asleep = False
+        going = {member.client for member in holders}
         self._on_loop(lambda: self._fleet.end_update(holders))
-        # A server aside is told to go on when it gives a sign of life.
-        self._each([member for member in self._paused if member.alive], lambda client: client.resume(_RESUME_SECONDS))
+        # One that does not hear it is told again when it gives a sign of life.
+        self._each(
+            self._paused,
+            lambda client: client.resume(_RESUME_SECONDS if client in going else self._limits.health_seconds),
+        )
         self._paused = []
 
     def _each(
@@ -322,20 +305,20 @@ class VLLMEngine:
             return await asyncio.gather(*(call(member.client) for member in members), return_exceptions=True)
 
         outcomes = self._only_rank().run(together())
-        failed = []
+        failed: dict[Member, str] = {}
         for member, outcome in zip(members, outcomes, strict=True):
             if isinstance(outcome, ServerError):
-                failed.append(member)
+                failed[member] = str(outcome)
             elif outcome is not None:
                 raise outcome
         self._put_aside(failed)
         return [member for member in members if member not in failed]
 
-    def _put_aside(self, members: Sequence[Member]) -> None:
+    def _put_aside(self, members: Mapping[Member, str]) -> None:
         def put() -> None:
-            for member in members:
+            for member, reason in members.items():
                 self._fleet.lose(member)
-                self._fleet.put_aside(member)
+                self._fleet.put_aside(member, reason)
 
         self._on_loop(put)
 

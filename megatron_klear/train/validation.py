@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_klear.rl_config import ValidationConfig
-from megatron_klear.rollout.engine import RolloutEngine
 from megatron_klear.train.grading import Grader
 from megatron_klear.train.log import RunLog
+from megatron_klear.train.sampler import Sampler
 from megatron_klear.types import Prompt, Verdict
 
 _SEED = 20_250_811
@@ -22,11 +22,11 @@ class Validator:
     config: ValidationConfig
     prompts: list[Prompt]
 
-    def report(self, rollouts: RolloutEngine, grader: Grader, log: RunLog, *, step: int) -> float | None:
+    def report(self, sampler: Sampler, grader: Grader, log: RunLog, *, step: int) -> float | None:
         """Log avg@k and pass@k (any of the k right) after rollout step `step`; None without problems."""
         if not self.prompts:
             return None
-        graded = grader.grade(rollouts.generate(self.prompts, self.config.sampling, _SEED))
+        graded = grader.grade(sampler.draw(self.prompts, self.config.sampling, _SEED))
         right = [[score.verdict is Verdict.RIGHT for score in group.scores or ()] for group in graded.groups]
         accuracy = float(np.mean([np.mean(of_prompt) for of_prompt in right]))
         lengths = [int(sample.trained.sum()) for group in graded.groups for sample in group.samples]
@@ -36,7 +36,7 @@ class Validator:
                 "accuracy": accuracy,
                 "pass_at_k": float(np.mean([any(of_prompt) for of_prompt in right])),
                 "samples_per_prompt": self.config.sampling.samples_per_prompt,
-                "num_prompts": len(self.prompts),
+                "num_prompts": len(graded.groups),
                 "response_length_mean": float(np.mean(lengths)),
             },
         )
