@@ -167,8 +167,8 @@ class Sampler:
             self._last_news = now
         elif now - self._last_news > self._patience:
             raise UserError(
-                f"no rollout ended in {now - self._last_news:.0f} s, with {waiting} groups under way: the servers hang, or "
-                "one response takes longer than rollout.deadline_seconds; their logs say more"
+                f"no rollout ended in {now - self._last_news:.0f} s, with {waiting} groups under way: the servers "
+                "hang, or one response takes longer than rollout.deadline_seconds; their logs say more"
             )
         self._dropped += sum(one.group is None for one in finished)
         return finished
