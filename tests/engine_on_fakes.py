@@ -9,6 +9,7 @@ import torch
 from fake_vllm import STOP, VOCAB, FakeServer, response_to
 from torch import Tensor
 
+from megatron_klear.errors import UserError
 from megatron_klear.rollout.client import Portal, ServerClient
 from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest
 from megatron_klear.rollout.fleet import Limits
@@ -87,9 +88,45 @@ class FakeTransport:
         self.closed = True
 
 
+class FakeServers:
+    """Servers that the run started itself, as far as the engine knows them."""
+
+    def __init__(self) -> None:
+        """Nothing happened yet."""
+        self.came_back: list[str] = []
+        self.good: set[str] = set()
+        self.restarts: list[str] = []
+        self.failure: UserError | None = None
+        self.closed = False
+
+    def poll(self) -> list[str]:
+        """Addresses that came back."""
+        if self.failure is not None:
+            raise self.failure
+        found, self.came_back = self.came_back, []
+        return found
+
+    def answered(self, address: str) -> None:
+        """Note it."""
+        self.good.add(address)
+
+    def restart(self, address: str) -> None:
+        """Note it."""
+        self.restarts.append(address)
+
+    def close(self) -> None:
+        """Note it."""
+        self.closed = True
+
+
 @contextmanager
 def engine_on(
-    servers: Sequence[FakeServer], *, limits: Limits = FAST, version: int | None = 3, **settings: object
+    servers: Sequence[FakeServer],
+    *,
+    limits: Limits = FAST,
+    version: int | None = 3,
+    managed: FakeServers | None = None,
+    **settings: object,
 ) -> Iterator[VLLMEngine]:
     """An engine on the servers, which hold weights of `version` unless it is None."""
     config = VLLMRolloutConfig.model_validate({"servers": [server.url for server in servers]} | settings)
@@ -101,6 +138,7 @@ def engine_on(
         stop_token_ids=[STOP],
         vocab_size=VOCAB,
         dtype=torch.float32,
+        servers=managed,
         limits=limits,
     )
     try:

@@ -12,8 +12,8 @@ PYTHON = """#!/usr/bin/env bash
 [ -z "$BREAK" ] || case "$*" in *"$BREAK"*) echo "no such thing" >&2; exit 1;; esac
 case "$*" in
     --version) echo Python 3.11.7;;
-    *"-m venv"*) mkdir -p "$3/bin"
-        cp "$0" "$3/bin/python"; echo home >"$3/pyvenv.cfg"; echo "#!$3/bin/python" >"$3/bin/tool";;
+    *"-m venv"*)
+        mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; touch "$3/pyvenv.cfg"; echo "#!$3/bin/python" >"$3/bin/tool";;
     *"pip install"*) echo "$*" >>"$PIP_LOG";;
 esac
 """

@@ -3,10 +3,11 @@
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from engine_on_fakes import FakeTransport, assert_whole, drain, engine_on, prompt, weights
+from engine_on_fakes import FAST, FakeServers, FakeTransport, assert_whole, drain, engine_on, prompt, weights
 from fake_vllm import FakeServer, sampling, token_after
 
 from megatron_klear.errors import UserError
@@ -257,6 +258,33 @@ def test_generate_asks_for_weights_where_no_server_has_them():
             engine.generate([prompt(1)], sampling(), seed=1)
         engine.on_weights_needed = lambda: engine.load_weights(weights(), 3) and None
         assert len(engine.generate([prompt(1), prompt(2)], sampling(), seed=1)) == 2
+
+
+def test_servers_of_the_run_are_watched(servers: list[FakeServer]):
+    first, second = servers
+    managed = FakeServers()
+    with engine_on(servers, managed=managed, limits=replace(FAST, health_seconds=0.1)) as engine:
+        drain(engine, requests(10))
+        engine.take(0.0)
+        assert managed.good == {first.url, second.url}, "an answer ends the count of restarts"
+        # Restarted so fast that nobody saw it away.
+        first.version = "default"
+        managed.came_back = [first.url]
+        first.requests.clear()
+        engine.take(0.0)
+        for finished in drain(engine, requests(10)):
+            assert_whole(finished)
+        assert not first.requests
+        assert engine.needs_weights
+        engine.load_weights(weights(), 3)
+        assert transport_of(engine).detached == [first.url]
+        second.healthy = False
+        engine.submit(requests(1))
+        wait_until(lambda: engine.take(0.01) is not None and managed.restarts == [second.url])
+        managed.failure = UserError("server 0 died after 10 restarts")
+        with pytest.raises(UserError, match="10 restarts"):
+            engine.take(1.0)
+    assert managed.closed
 
 
 def test_sleep_is_for_servers_on_the_trainers_cards(servers: list[FakeServer]):
