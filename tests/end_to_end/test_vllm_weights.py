@@ -28,7 +28,7 @@ from megatron_klear.rollout.transfer import open_transport
 from megatron_klear.rollout_config import VLLMRolloutConfig
 from megatron_klear.train.arrival import WeightsNotArrived, send_weights
 from megatron_klear.train.verify_rollouts import RolloutReport, verify_weights
-from megatron_klear.types import Prompt, Sample
+from megatron_klear.types import Prompt, Sample, VersionSpan
 
 pytestmark = pytest.mark.vllm
 
@@ -236,9 +236,11 @@ def send_under_way(model: Path, address: str, rollout: VLLMRolloutConfig) -> lis
         for sample in samples:
             batch = pack([sample], [1.0])
             own = run.engine.logprobs([batch], temperature=SAMPLING.temperature)[0]
-            apart = (own - batch.sampler_logprobs)[batch.weights != 0].abs()
-            last = sample.version_spans[-1]
-            found.append(([span.version for span in sample.version_spans], float(apart[last.start :].max())))
+            apart = ((own - batch.sampler_logprobs) * (batch.weights != 0)).abs()
+            spans = sample.version_spans or (VersionSpan(sample.policy_version, 0, len(sample.tokens)),)
+            # A row's entry is about the token after it.
+            drawn_last = slice(max(spans[-1].start - 1, 0), spans[-1].end - 1)
+            found.append(([span.version for span in spans], float(apart[drawn_last].max())))
         run.close()
     return found
 
