@@ -3,8 +3,10 @@
 Faults are planted between the trainer and the server, in the client.
 """
 
+import itertools
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from megatron_klear.rollout.transfer import open_transport
 from megatron_klear.rollout_config import VLLMRolloutConfig
 from megatron_klear.train.arrival import WeightsNotArrived, send_weights
 from megatron_klear.train.verify_rollouts import RolloutReport, verify_weights
-from megatron_klear.types import Prompt, Sample
+from megatron_klear.types import Prompt, Sample, VersionSpan
 
 pytestmark = pytest.mark.vllm
 
@@ -205,17 +207,26 @@ def plant(model: Path, address: str, rollout: VLLMRolloutConfig, faults: list[st
             FaultyClient.folder = rollout.transfer_folder / fault
             hf_folder(run.engine, model, FaultyClient.folder)
             FaultyClient.fault = fault
+            whole = run.engine.hf_weights
+            if fault == "broken off":
+                run.engine.hf_weights = lambda whole=whole: broken_off(whole())
             try:
                 run.send()
                 run.draw()
-            except (WeightsNotArrived, vllm.WeightsNeeded) as error:
+            except (WeightsNotArrived, vllm.WeightsNeeded, OSError) as error:
                 story.told = str(error)
-            FaultyClient.fault = ""
+            FaultyClient.fault, run.engine.hf_weights = "", whole
             run.send()
             story.differences.append(run.difference(run.draw()))
         run.close()
     vllm.ServerClient = ServerClient
     return stories
+
+
+def broken_off(weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Some of the weights, of which a bucket or two are sent, in the middle of a layer."""
+    yield from itertools.islice(weights, 10)
+    raise OSError("the network is gone")
 
 
 def send_under_way(model: Path, address: str, rollout: VLLMRolloutConfig) -> list[tuple[list[int], float]]:
@@ -236,9 +247,11 @@ def send_under_way(model: Path, address: str, rollout: VLLMRolloutConfig) -> lis
         for sample in samples:
             batch = pack([sample], [1.0])
             own = run.engine.logprobs([batch], temperature=SAMPLING.temperature)[0]
-            apart = (own - batch.sampler_logprobs)[batch.weights != 0].abs()
-            last = sample.version_spans[-1]
-            found.append(([span.version for span in sample.version_spans], float(apart[last.start :].max())))
+            apart = ((own - batch.sampler_logprobs) * (batch.weights != 0)).abs()
+            spans = sample.version_spans or (VersionSpan(sample.policy_version, 0, len(sample.tokens)),)
+            # A row's entry is about the token after it.
+            drawn_last = slice(max(spans[-1].start - 1, 0), spans[-1].end - 1)
+            found.append(([span.version for span in spans], float(apart[drawn_last].max())))
         run.close()
     return found
 
@@ -277,6 +290,7 @@ FAULTS = {
     "one element": r"1 tensors differ.*model\.layers\.1\.self_attn\.q_norm\.weight",
     "lost bucket": r"on one side only \(model\.",
     "kept cache": "no rollout server holds the present weights",
+    "broken off": "the network is gone",
 }
 
 
@@ -287,7 +301,7 @@ def test_a_server_without_the_trainers_weights_is_found_out(server, ranks, tmp_p
     (stories,) = ranks(1, plant, server.model, server.address, settings_in(server, tmp_path / "transfer"), list(faults))
     for fault, words in faults.items():
         assert re.search(words, stories[fault].told), f"{fault}: {stories[fault].told}"
-        assert server.address in stories[fault].told or fault == "kept cache"
+        assert server.address in stories[fault].told or fault in ("kept cache", "broken off")
         assert max(stories[fault].differences) < 1e-4
 
 
