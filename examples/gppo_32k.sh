@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# GPPO on mathematics with responses of up to 32K tokens, one node of 8 GPUs. Not yet run. Data: problems in data/rl/
-# (docs/data.md); model: the Hugging Face folder of a fine-tuned Qwen3-8B in models/Qwen3-8B-SFT.
+# GPPO on mathematics with responses of up to 32K tokens, one node of 8 GPUs, rollouts from vLLM on the same cards. Not yet
+# run. Data: problems in data/rl/ (docs/data.md); model: the Hugging Face folder of a fine-tuned Qwen3-8B in
+# models/Qwen3-8B-SFT. On 64 GPUs: gppo_32k.slurm.
 #
 #     bash examples/gppo_32k.sh [--dotted.key value ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+bash tools/make_vllm_env.sh vllm-env # nothing where it is there already
 # What the run would take and lack, before eight GPUs are started.
 python train_gppo.py --config examples/gppo_32k.toml --dry-run="${GPUS:-8}" "$@"
 CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc-per-node "${GPUS:-8}" train_gppo.py --config examples/gppo_32k.toml "$@"

@@ -26,6 +26,7 @@ from megatron_klear.rl.losses import (
     SequenceLoss,
     resolve_loss,
 )
+from megatron_klear.rollout_config import LocalRolloutConfig, Rollout
 from megatron_klear.types import TokenLoss
 
 PolicyLoss = GPPO | PPO | CISPO | CappedCISPO | REINFORCE | GSPO | NLL
@@ -117,16 +118,6 @@ class SamplingConfig(Settings):
     """Ends of a response besides the tokenizer's end of sequence and the model's generation_config.json."""
 
 
-class LocalRolloutConfig(Settings):
-    """`[rollout] kind = "local"`: in-process sampling with a KV cache."""
-
-    kind: Literal["local"] = "local"
-    max_sequences: PositiveInt = 64
-    """Sequences decoded at once on one rank."""
-    dtype: Literal["model", "fp32"] = "model"
-    """Precision of the sampler's weights and cache."""
-
-
 class RewardConfig(Settings):
     """`[reward]`: how responses are judged."""
 
@@ -182,7 +173,10 @@ class AlgorithmConfig(Settings):
     old_logprobs: Literal["recompute", "sampler"] = "recompute"
     """Recomputed by the trainer at the start of a step, or taken from the sampler."""
     correction: Literal["none", "truncated", "masked"] = "truncated"
-    """Importance correction of train/sampler mismatch on the token: min(r, cap), or tokens outside [1/cap, cap] out."""
+    """Correction of what another policy drew, by the ratio r of trainer to sampler: weights min(r, cap), or r within
+    [1/cap, cap] and 0 outside."""
+    correction_level: Literal["token", "sequence", "sequence_geometric"] = "token"
+    """Whose ratio: each token's, the product over a response, or its geometric mean."""
     correction_cap: float = Field(default=2.0, gt=1)
 
     @model_validator(mode="after")
@@ -224,7 +218,7 @@ class GPPOConfig(RunConfig):
 
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
-    rollout: LocalRolloutConfig = LocalRolloutConfig()
+    rollout: Rollout = LocalRolloutConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     loss: Loss = _TABLES[GPPO]()  # type: ignore[valid-type]

@@ -135,8 +135,12 @@ def _walk(cls: type[BaseModel], prefix: str, *, required: bool) -> Iterator[Key]
         dotted = prefix + name
         tables = tables_in(field.annotation)
         if tables and not is_list(field.annotation):
+            if len(tables) > 1:
+                yield _choice(dotted, field, tables)
+            chosen = {dotted + ".kind"} if len(tables) > 1 else set()
             for table in tables:
-                yield from _walk(table, dotted + ".", required=required and field.is_required())
+                inner = _walk(table, dotted + ".", required=required and field.is_required())
+                yield from (key for key in inner if key.name not in chosen)
             continue
         default = _default(field)
         yield Key(
@@ -147,6 +151,20 @@ def _walk(cls: type[BaseModel], prefix: str, *, required: bool) -> Iterator[Key]
             required=required and default is PydanticUndefined,
             doc=" ".join((field.description or "").split()),
         )
+
+
+def _choice(dotted: str, field: FieldInfo, tables: list[type[BaseModel]]) -> Key:
+    """The `kind` that chooses one of several tables."""
+    kinds = tuple(table.model_fields["kind"].default for table in tables)
+    annotation = Literal[kinds]  # type: ignore[valid-type]
+    return Key(
+        name=dotted + ".kind",
+        annotation=annotation,
+        words=in_words(annotation),
+        default=getattr(field.default, "kind", PydanticUndefined),
+        required=False,
+        doc="",
+    )
 
 
 def _default(field: FieldInfo) -> Any:

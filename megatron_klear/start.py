@@ -17,6 +17,7 @@ from megatron_klear.architecture import Architecture, read_architecture
 from megatron_klear.checks import check_files, check_layout, check_packages, check_plan, check_prompt_files, warn_run
 from megatron_klear.config import SFTConfig
 from megatron_klear.estimate import describe_plan
+from megatron_klear.rollout_checks import check_rollout
 from megatron_klear.settings import exit_on_bad_input, exit_with, load, parse_command_line
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def start_gppo(argv: Sequence[str] | None = None, *, description: str = "") -> G
     with exit_on_bad_input():
         architecture = read_architecture(config.model.path)
     planning = check_layout(config, architecture, world_size)
-    problems = [*planning, *check_packages(config), *check_prompt_files(config)]
+    problems = [*planning, *check_packages(config), *check_prompt_files(config), *check_rollout(config, architecture)]
     if command.dry_run and not planning and os.environ.get("RANK", "0") == "0":
         print(describe_rl_plan(config, architecture, world_size, device_memory_bytes=smallest_gpu_bytes()))
     if problems:

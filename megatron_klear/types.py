@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,18 +21,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class VersionSpan(NamedTuple):
+    """Tokens `start` to `end` (exclusive) of a sample were drawn by the policy of version `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """One token sequence to train on: a prompt and what followed it.
 
     `trained` is true on the tokens the loss reads: the response, or in SFT the assistant's turns.
     `logprobs` are those of the policy that sampled the tokens, 0 where `trained` is false; None in SFT.
+    `policy_version` is the oldest policy that drew a token; where several did, `version_spans` tells which drew what,
+    in order and without a gap over the response, and is empty where one policy drew all.
     """
 
     tokens: npt.NDArray[np.int32]  # [n]
     trained: npt.NDArray[np.bool_]  # [n]
     logprobs: npt.NDArray[np.float32] | None = None  # [n]
     policy_version: int = 0
+    version_spans: tuple[VersionSpan, ...] = ()
     finish: Literal["stop", "length", "none"] = "none"
 
 

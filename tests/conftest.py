@@ -1,12 +1,13 @@
 """Fixtures shared by all tests."""
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import vllm_server as vllm_server_module
 from pool import Pool
+from vllm_server import RunningServer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,8 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
         if not torch.cuda.is_available():
             absent["gpu"] = "no CUDA device"
-    if importlib.util.find_spec("vllm") is None:
-        absent["vllm"] = "no vLLM in this environment"
+    if reason := vllm_server_module.why_absent():
+        absent["vllm"] = reason
     for item in items:
         for marker, reason in absent.items():
             if item.get_closest_marker(marker):
@@ -43,3 +44,18 @@ def ranks() -> Iterator[Pool]:
     pool = Pool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A real vLLM server on the CPU, fp32, untied; for tests marked `vllm`. Weights are those of the last test."""
+    with vllm_server_module.running_server(tmp_path_factory.mktemp("vllm")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tied_vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """The same with a model whose head is its embeddings."""
+    folder = tmp_path_factory.mktemp("tied_vllm")
+    with vllm_server_module.running_server(folder, vllm_server_module.TIED_SHAPE) as server:
+        yield server

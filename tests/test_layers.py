@@ -16,7 +16,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 # Layers from below: a room imports rooms of lower layers, and of its own where that layer is not made of islands.
 BOTTOM = {"errors", "types", "architecture", "zigzag", "checksum", "schema", "toml_writer"}
 ISLANDS = {"rl", "data", "rewards", "kernels"}
-SETTINGS = {"config", "rl_config", "settings", "estimate", "checks", "start"}
+SETTINGS = {"config", "rl_config", "rollout_config", "settings", "estimate", "checks", "rollout_checks", "start"}
 ENGINES = {"mcore", "rollout"}
 LOOPS = {"train", "evaluation"}
 ALLOWED = (
@@ -34,7 +34,18 @@ ONLY_IN = {
     "flash_attn": {"mcore"},
     "vllm": {"rollout"},
 }
-WITHOUT_TORCH = ["config", "settings", "estimate", "checks", "start", "rewards", "data.packing", "data.sources"]
+WITHOUT_TORCH = [
+    "config",
+    "rollout_config",
+    "settings",
+    "estimate",
+    "checks",
+    "rollout_checks",
+    "start",
+    "rewards",
+    "data.packing",
+    "data.sources",
+]
 
 
 def room_of(path: Path) -> str:

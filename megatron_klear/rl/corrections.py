@@ -1,6 +1,7 @@
-"""Train/sampler mismatch: the two compute the same log-probs differently, so samples are slightly off-policy.
+"""Corrections of samples that another policy drew than the one that is trained, and how far the two are apart.
 
-r = exp(logprobs - sampler_logprobs) is the importance ratio of a token, trainer over sampler, both of the same weights.
+r = exp(logprobs - sampler_logprobs) is the importance ratio of a token, trainer over sampler. Of the same weights it is
+near 1, since the two only compute differently; where rollouts overlap with training it holds the staleness too.
 """
 
 from __future__ import annotations
@@ -13,24 +14,36 @@ import torch
 from torch import Tensor
 
 Correction = Literal["none", "truncated", "masked"]
+CorrectionLevel = Literal["token", "sequence", "sequence_geometric"]
 PERCENTILES = (1, 50, 99)
 
 
-def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, correction: Correction, cap: float = 2.0) -> Tensor:
+def importance_weights(
+    logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    correction: Correction,
+    cap: float = 2.0,
+    *,
+    level: CorrectionLevel = "token",
+    trained: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """What each token's loss is multiplied by [T], without a gradient.
 
-    `truncated`: min(r, cap). `masked`: r where 1/cap <= r <= cap, else 0. `none`: 1.
+    `truncated`: min(r, cap), truncated importance sampling (F. Yao et al., "Your Efficient RL Framework Secretly Brings
+    You Off-Policy RL Training", 2025). `masked`: r where 1/cap <= r <= cap, else 0 (IcePop, arXiv 2510.18855, with the
+    one bound the inverse of the other). `none`: 1. At the levels of the sequence r is that of `log_ratios`, the same
+    for all trained tokens of a response, which is kept or masked as a whole.
     Raises ValueError where shapes differ, `cap` is not above 1, or a log-prob is NaN or positive infinity.
     """
-    if logprobs.shape != sampler_logprobs.shape:
-        raise ValueError(f"log-probs of shapes {tuple(logprobs.shape)} and {tuple(sampler_logprobs.shape)}")
     if not cap > 1:
         raise ValueError(f"the cap {cap} must be above 1")
+    log_ratio = log_ratios(logprobs, sampler_logprobs, level, trained=trained, cu_seqlens=cu_seqlens)
     if correction == "none":
         return torch.ones_like(logprobs)
-    log_ratio = (logprobs - sampler_logprobs).detach().float()
     if torch.isnan(log_ratio).any():
-        token = int(torch.isnan(log_ratio).nonzero()[0, 0])
+        wrong = torch.isnan(logprobs - sampler_logprobs)
+        token = int((wrong if trained is None else wrong & trained).nonzero()[0, 0])
         raise ValueError(
             f"token {token}: log-probs {float(logprobs[token])} of the trainer and {float(sampler_logprobs[token])} of "
             "the sampler have no ratio"
@@ -42,6 +55,63 @@ def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, correction: C
     if correction == "masked":
         return torch.where(log_ratio.abs() <= bound, ratio, 0.0)
     raise ValueError(f"unknown correction {correction!r}: none, truncated or masked")
+
+
+def log_ratios(
+    logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    level: CorrectionLevel = "token",
+    *,
+    trained: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """log r [T], fp32, without a gradient; 0 where `trained` [T] is false, if it is given.
+
+    `token`: of each token. `sequence`: the sum over the trained tokens of a response, so that r is the ratio of the
+    whole response's probabilities, the unbiased weight, whose variance grows with the length. `sequence_geometric`:
+    their mean (GSPO, arXiv 2507.18071, Eq. 7). Both need `trained` and `cu_seqlens` [S + 1], the responses' bounds.
+    """
+    if logprobs.shape != sampler_logprobs.shape:
+        raise ValueError(f"log-probs of shapes {tuple(logprobs.shape)} and {tuple(sampler_logprobs.shape)}")
+    of_token = (logprobs - sampler_logprobs).detach().float()
+    if trained is not None:
+        of_token = torch.where(trained, of_token, 0.0)
+    if level == "token":
+        return of_token
+    if level not in ("sequence", "sequence_geometric"):
+        raise ValueError(f"unknown level {level!r} of a correction: token, sequence or sequence_geometric")
+    if trained is None or cu_seqlens is None:
+        raise ValueError(f"a correction at the level {level} needs the responses' bounds and trained tokens")
+    lengths = cu_seqlens.to(of_token.device).long().diff()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=of_token.device), lengths)
+    # In float64, so that a response's ratio does not depend on where in its row it lies.
+    of_sequence = of_token.new_zeros(len(lengths), dtype=torch.float64).index_add_(0, sequence, of_token.double())
+    if level == "sequence_geometric":
+        counts = torch.zeros_like(of_sequence).index_add_(0, sequence, trained.double())
+        of_sequence = of_sequence / counts.clamp(min=1)
+    return torch.where(trained, of_sequence.float()[sequence], 0.0)
+
+
+def correction_metrics(factors: Tensor, log_ratio: Tensor, correction: Correction) -> dict[str, float]:
+    """How much a correction touched, over trained tokens: `factors` [T] it made of `log_ratio` [T].
+
+    `correction_clipped_share` of the tokens have another weight than their ratio, either truncated to the cap
+    (`correction_truncated_share`) or masked (`correction_masked_share`); `correction_weight_mean` is the mean weight.
+    """
+    touched = (factors - log_ratio.exp()).abs() > 1e-6
+    if correction == "none":
+        touched = torch.zeros_like(touched)
+    masked = touched & (factors == 0)
+
+    def share(of: Tensor) -> float:
+        return float(of.float().mean()) if len(of) else 0.0
+
+    return {
+        "correction_clipped_share": share(touched),
+        "correction_truncated_share": share(touched & ~masked),
+        "correction_masked_share": share(masked),
+        "correction_weight_mean": float(factors.double().mean()) if len(factors) else 1.0,
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,40 +1,137 @@
-"""What a rollout engine is: three verbs, collective, the same answer on every rank.
+"""What a rollout engine is: a few verbs, collective, the same answer on every rank.
 
 The sampler's log-probs are those of the distribution really sampled from: after temperature, top-k and top-p.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from megatron_klear.types import Group, Prompt
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from megatron_klear.rl_config import SamplingConfig
 
 
+Checksums = dict[str, dict[str, str]]
+"""For every holder of weights, a server or a worker of one: checksum by tensor's name."""
+
+
 class RolloutEngine(Protocol):
     """Draws responses from the policy whose weights it was given last."""
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, str]:
-        """Take the policy's weights under their Hugging Face names; `version` marks every sample drawn from now on.
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision in which the engine holds the weights."""
+        ...
 
-        Returns a checksum by name of what the engine holds after loading, for the trainer to compare.
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Checksums:
+        """Take the policy's weights under their Hugging Face names; `version` marks every token drawn from now on.
+
+        Goes through `weights` once and keeps no tensor of it. Returns, for every holder of weights (a server, or a
+        worker of one), a checksum by name of what it holds, or where it repacks tensors, of what it loaded; for the
+        trainer to compare. Responses under way go on with the new weights.
+        """
+        ...
+
+    def probe(self, tokens: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.float32]]:
+        """Every server's log-probs [n - 1] of tokens[1:] given what precedes each, at temperature 1.
+
+        Empty where the checksums are those of the very tensors sampled with, which leaves nothing to probe.
         """
         ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
         """Draw `samples_per_prompt` responses to each prompt.
 
-        Every rank passes the same prompts and gets all groups, in order. A sample depends on the weights, its prompt
-        and a generator seeded by (`seed`, prompt id, number of the sample), not on what else is in the batch or on
-        the number of ranks.
+        Every rank passes the same prompts and gets the same groups, in order. A sample depends on the weights, its
+        prompt and a generator seeded by (`seed`, prompt id, number of the sample), not on what else is in the batch or
+        on the number of ranks; with servers, up to rounding of their batched arithmetic. A server engine leaves out
+        groups that it could not get within the deadline, and counts them in `counters`.
         """
+        ...
+
+    def counters(self) -> dict[str, float]:
+        """What happened since the last call, to be logged: `server_retries`, `groups_dropped`; then starts anew."""
         ...
 
     def sleep(self) -> None:
         """Give back memory that only sampling needs, until the next `load_weights`."""
         ...
+
+    def close(self) -> None:
+        """End what the engine started: connections, servers, files."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupRequest:
+    """Responses to draw to one prompt. `seed` with the prompt's id and a sample's number seeds each of them."""
+
+    prompt: Prompt
+    sampling: SamplingConfig
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedGroup:
+    """A request that ended: with its group, or without one and why."""
+
+    request: GroupRequest
+    group: Group | None
+    failure: str = ""
+
+
+class BackgroundRollouts(RolloutEngine, Protocol):
+    """A rollout engine that draws while the caller does other work.
+
+    `submit` and `take` are for the one rank that talks to servers (rank 0, where `is_submitter` is true), from one
+    thread; `load_weights` stays collective and may be called with requests under way: their tokens before and after
+    it are told apart by `version_spans`.
+    """
+
+    @property
+    def is_submitter(self) -> bool:
+        """Whether this rank submits and takes."""
+        ...
+
+    def submit(self, requests: Sequence[GroupRequest]) -> None:
+        """Queue requests and return at once."""
+        ...
+
+    def take(self, timeout_seconds: float) -> list[FinishedGroup]:
+        """Requests that ended since the last call, waiting for the first of them at most so long; may be empty.
+
+        Raises UserError where no server is left to answer.
+        """
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """Requests submitted and not taken yet."""
+        ...
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether a server came back without the present weights; it gets no requests until the next `load_weights`."""
+        ...
+
+
+def told_apart(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts that come again get an id of their own, so that they are not answered alike: `id~1`, `id~2`."""
+    seen: Counter[str] = Counter()
+    apart = []
+    for prompt in prompts:
+        again = seen[prompt.id]
+        seen[prompt.id] += 1
+        apart.append(replace(prompt, id=f"{prompt.id}~{again}") if again else prompt)
+    return apart

@@ -6,9 +6,9 @@ must fit on one device. Larger ones want a server.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from megatron_klear.checksum import checksum
 from megatron_klear.rl_config import SamplingConfig
 from megatron_klear.rollout.decoder import Cache, Decoder
 from megatron_klear.rollout.draw import UniformStream, draw, log_distribution
+from megatron_klear.rollout.engine import Checksums, told_apart
 from megatron_klear.types import Group, Prompt, Sample
 
 _UNIFORMS = 256
@@ -53,17 +54,26 @@ class LocalEngine:
         self._rows = max_sequences
         self.version = -1
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, str]:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights sampled with."""
+        return self._decoder.dtype
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Checksums:
         """Take the weights; returns a checksum by name of what is held now."""
         self._decoder.load(weights)
         self.version = version
-        return {name: checksum(tensor) for name, tensor in self._decoder.weights.items()}
+        return {"local": {name: checksum(tensor) for name, tensor in self._decoder.weights.items()}}
+
+    def probe(self, tokens: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.float32]]:
+        """Nothing to probe: checksums are those of the tensors that the decoder reads."""
+        return {}
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
         """Draw the responses; prompts are dealt over all ranks, and every rank gets all groups."""
         if self.version < 0:
             raise RuntimeError("the rollout engine has no weights yet: call load_weights first")
-        prompts = _told_apart(prompts)
+        prompts = told_apart(prompts)
         size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         mine = list(range(rank, len(prompts), size))
         finished = self._sample([prompts[index] for index in mine], sampling, seed)
@@ -75,9 +85,16 @@ class LocalEngine:
         whole = {index: group for share in shares for index, group in share.items()}
         return [whole[index] for index in range(len(prompts))]
 
+    def counters(self) -> dict[str, float]:
+        """Nothing is retried or dropped here."""
+        return {"server_retries": 0.0, "groups_dropped": 0.0}
+
     def sleep(self) -> None:
         """Give back the fused copies of the weights."""
         self._decoder.free()
+
+    def close(self) -> None:
+        """Nothing was started."""
 
     def _sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
         if not prompts:
@@ -174,17 +191,6 @@ class _Batch:
         distribution = log_distribution(logits, sampling.temperature, sampling.top_k, sampling.top_p)
         tokens = draw(distribution, torch.from_numpy(uniforms).to(logits.device))
         return tokens, distribution.gather(-1, tokens[:, None]).squeeze(-1)
-
-
-def _told_apart(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts that come again in one call get an id of their own, so that they are not answered alike."""
-    seen: Counter[str] = Counter()
-    apart = []
-    for prompt in prompts:
-        seen[prompt.id] += 1
-        again = seen[prompt.id] - 1
-        apart.append(replace(prompt, id=f"{prompt.id}~{again}") if again else prompt)
-    return apart
 
 
 def _as_sample(prompt: Prompt, sequence: _Sequence, finish: str, version: int) -> Sample:

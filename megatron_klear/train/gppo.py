@@ -10,6 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,20 +18,20 @@ import torch
 from torch import Tensor
 
 from megatron_klear.data.packing import RowSettings, sequence_work
-from megatron_klear.data.prompts import PromptStream
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.engine import Engine
-from megatron_klear.rl.advantages import advantages, keep_informative, penalise_overlong
-from megatron_klear.rl.corrections import importance_weights, measure_mismatch
+from megatron_klear.rl.advantages import advantages
+from megatron_klear.rl.corrections import correction_metrics, importance_weights, log_ratios, measure_mismatch
 from megatron_klear.rl.losses import SequenceLoss
+from megatron_klear.rl.versions import version_lag
 from megatron_klear.rl_config import AlgorithmConfig, GPPOConfig, build_loss
-from megatron_klear.rollout.engine import RolloutEngine
-from megatron_klear.train.arrival import send_weights
+from megatron_klear.train.feed import Feed
 from megatron_klear.train.grading import Grader
 from megatron_klear.train.guard import SkipGuard
 from megatron_klear.train.log import RunLog
 from megatron_klear.train.rollout_files import write_rollouts
 from megatron_klear.train.run_folder import checkpoints_of
+from megatron_klear.train.sampler import Sampler
 from megatron_klear.train.updates import cut_into_updates, pack_update
 from megatron_klear.train.validation import Validator
 from megatron_klear.types import Group, PackedBatch, StepStats, Verdict
@@ -39,56 +40,64 @@ from megatron_klear.types import Group, PackedBatch, StepStats, Verdict
 def train(
     config: GPPOConfig,
     engine: Engine,
-    rollouts: RolloutEngine,
-    prompts: PromptStream,
-    grader: Grader,
+    sampler: Sampler,
+    feed: Feed,
     validator: Validator,
+    grader: Grader,
     log: RunLog,
     *,
     start: int = 0,
 ) -> None:
-    """Run rollout steps `start` to `config.train.steps`."""
+    """Run rollout steps `start` to `config.train.steps`. Weights have the number of steps trained as their version."""
     guard = SkipGuard(config.output / "skipped", config.train.max_skipped_steps, engine.topology.rank)
     if start == 0:
-        send_weights(engine, rollouts, version=0)
-        validator.report(rollouts, grader, log, step=0)
+        sampler.sync(0)
+        validator.report(sampler, grader, log, step=0)
     log.start()
     for number in range(start, config.train.steps):
         step = Step(config, engine, number)
         with log.time("sync"):
-            send_weights(engine, rollouts, version=engine.step)
-        groups = step.collect(rollouts, prompts, grader, log)
-        rollouts.sleep()
+            sampler.sync(number)
+        groups = step.collect(feed, log)
         with log.time("old_logprobs"):
             updates = step.prepare(groups)
         stats = []
         for batches in updates:
             with log.time("train"):
                 stats.append(step.update(batches))
+            feed.work()
             guard.observe(stats[-1], batches, log)
         if config.train.keep_rollouts and engine.topology.rank == 0:
             write_rollouts(config.output / "rollouts", number + 1, step.all_groups, step.advantage_of)
-        log.step(step.summary(stats))
+        log.step(step.summary(stats, sync_seconds=log.seconds("sync")))
         last = number + 1 == config.train.steps
         if last or (config.validation.every and (number + 1) % config.validation.every == 0):
             with log.time("validation", outside_step=True):
-                send_weights(engine, rollouts, version=engine.step)
-                validator.report(rollouts, grader, log, step=number + 1)
+                sampler.sync(number + 1)
+                validator.report(sampler, grader, log, step=number + 1)
         with log.time("save", outside_step=True):
             engine.finish_save(blocking=False)
             if last or (config.checkpoint.save_every and (number + 1) % config.checkpoint.save_every == 0):
-                save(config, engine, prompts, number + 1, blocking=last)
+                save(config, engine, feed, number + 1, blocking=last)
 
 
-def save(config: GPPOConfig, engine: Engine, prompts: PromptStream, rollout_step: int, *, blocking: bool) -> None:
+def save(config: GPPOConfig, engine: Engine, feed: Feed, rollout_step: int, *, blocking: bool) -> None:
     """Write a checkpoint after a rollout step and let the oldest go."""
     checkpoints = checkpoints_of(config)
-    extra = {"rollout_step": rollout_step, "prompts": prompts.state_dict()}
-    engine.save(manifest.step_folder(checkpoints, rollout_step), extra)
+    state, files = feed.state_dict(), feed.files()
+    extra = {"rollout_step": rollout_step, "feed": state, "files": sorted(files)}
+    engine.save(manifest.step_folder(checkpoints, rollout_step), extra, files)
     if blocking:
         engine.finish_save()
     if engine.topology.rank == 0:
         manifest.retire(checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
+
+
+def resume(engine: Engine, feed: Feed, checkpoint: Path) -> int:
+    """Go on from a checkpoint that `save` wrote; the number of rollout steps done."""
+    extra = engine.load(checkpoint)
+    feed.load_state_dict(extra["feed"], {name: (checkpoint / name).read_bytes() for name in extra["files"]})
+    return int(extra["rollout_step"])
 
 
 @dataclass
@@ -105,29 +114,17 @@ class Step:
         self.num_informative = 0
         self.verdicts: Counter[Verdict] = Counter()
         self.mismatch: dict[str, float] = {}
+        self.counters: dict[str, float] = {}
 
-    def collect(self, rollouts: RolloutEngine, prompts: PromptStream, grader: Grader, log: RunLog) -> list[Group]:
-        """Sample and grade until there are enough groups with unequal rewards, at most so many rounds."""
-        algorithm = self.config.algorithm
-        chosen: list[Group] = []
-        for round_number in range(algorithm.max_generation_rounds):
-            with log.time("rollout"):
-                taken = prompts.take(algorithm.generated_prompts or algorithm.prompts_per_step)
-                seed = self.config.seed * 1_000_003 + self.number * 1009 + round_number
-                groups = rollouts.generate(taken, self.config.sampling, seed)
-            with log.time("reward"):
-                graded = grader.grade(groups)
-            self.verdicts += graded.counts
-            groups = [self._penalised(group) for group in graded.groups]
-            self.all_groups += groups
-            informative = keep_informative(groups)
-            self.num_informative += len(informative)
-            chosen += informative if algorithm.drop_zero_advantage else groups
-            if len(chosen) >= algorithm.prompts_per_step:
-                break
-        if not chosen:
+    def collect(self, feed: Feed, log: RunLog) -> list[Group]:
+        """The graded groups to train on."""
+        given = feed.next_step(self.number)
+        self.all_groups, self.num_informative = given.graded, given.num_informative
+        self.verdicts = Counter(score.verdict for group in given.graded for score in group.scores or ())
+        self.counters = version_lag(given.chosen, self.number) | dict(given.counters)
+        if not given.chosen:
             log.say(f"step {self.number + 1}: every group has equal rewards, there is nothing to learn from; no update")
-        return chosen[: algorithm.prompts_per_step]
+        return given.chosen
 
     def prepare(self, groups: Sequence[Group]) -> list[list[PackedBatch]]:
         """This rank's rows of every update, with the old log-probs and the correction of what the sampler saw."""
@@ -173,7 +170,7 @@ class Step:
             kl_coefficient=self.config.algorithm.kl_coefficient,
         )
 
-    def summary(self, stats: Sequence[StepStats]) -> StepStats:
+    def summary(self, stats: Sequence[StepStats], *, sync_seconds: float) -> StepStats:
         """The rollout step's record: means over its updates, and what was sampled."""
         trained = max(sum(step.num_trained_tokens for step in stats), 1)
         samples = [sample for group in self.all_groups for sample in group.samples]
@@ -190,12 +187,13 @@ class Step:
             "entropy": _mean([step.metrics["entropy"] for step in stats]),
             "updates": float(len(stats)),
             "rollout_tokens": float(sum(lengths)),
+            "sync_seconds": sync_seconds,
         }
         for region in range(1, 6):
             touched = sum(step.metrics.get(f"clip_region_{region}_tokens", 0.0) for step in stats)
             metrics[f"clip_region_{region}"] = touched / trained
         metrics |= {f"verdict/{verdict.value}": float(self.verdicts[verdict]) for verdict in Verdict}
-        metrics |= self.mismatch or self._measure([], [])
+        metrics |= self.counters | (self.mismatch or self._measure([], []))
         return StepStats(
             step=self.number + 1,
             loss=_mean([step.loss for step in stats]),
@@ -206,18 +204,6 @@ class Step:
             num_sequences=sum(step.num_sequences for step in stats),
             skipped=any(step.skipped for step in stats),
             metrics=metrics,
-        )
-
-    def _penalised(self, group: Group) -> Group:
-        """The group with the soft penalty on responses close to the length cap, where one is configured."""
-        penalty = self.config.algorithm.overlong_penalty
-        if penalty is None:
-            return group
-        return penalise_overlong(
-            group,
-            max_tokens=self.config.sampling.max_tokens,
-            buffer_tokens=penalty.buffer_tokens,
-            factor=penalty.factor,
         )
 
     def _with_logprobs(self, batches: list[PackedBatch]) -> list[PackedBatch]:
@@ -239,20 +225,16 @@ class Step:
         return done
 
     def _measure(self, old_logprobs: Sequence[Tensor], batches: Sequence[PackedBatch]) -> dict[str, float]:
-        """Train/sampler mismatch over the trained tokens of all ranks."""
-        pairs = [
-            torch.stack([old, batch.sampler_logprobs], dim=1)[batch.weights != 0]
+        """Train/sampler mismatch over the trained tokens of all ranks, and what the correction made of it."""
+        rows = [
+            _mismatch_row(batch, old, self.config.algorithm)
             for old, batch in zip(old_logprobs, batches, strict=True)
             if batch.sampler_logprobs is not None
         ]
-        own = torch.cat([*pairs, torch.zeros(0, 2)]).numpy()
-        trainer, sampler = torch.from_numpy(self.engine.topology.gather_arrays(own)).unbind(dim=1)
+        own = torch.cat([*rows, torch.zeros(0, 4)]).numpy()
+        trainer, sampler, factor, log_ratio = torch.from_numpy(self.engine.topology.gather_arrays(own)).unbind(dim=1)
         found = measure_mismatch(trainer, sampler, torch.ones_like(trainer, dtype=torch.bool)).metrics()
-        algorithm = self.config.algorithm
-        weights = importance_weights(trainer, sampler, algorithm.correction, algorithm.correction_cap)
-        changed = (weights - (trainer - sampler).exp()).abs() > 1e-6
-        touched = float(changed.float().mean()) if len(changed) and algorithm.correction != "none" else 0.0
-        return found | {"correction_clipped_share": touched}
+        return found | correction_metrics(factor, log_ratio, self.config.algorithm.correction)
 
     def _temperature(self) -> float:
         """Log-probs are those of the distribution sampled from; greedy sampling has the policy's own."""
@@ -265,11 +247,40 @@ def _against_sequence(loss: SequenceLoss, batch: PackedBatch, logprobs: Tensor) 
     return dataclasses.replace(batch, old_logprobs=old)
 
 
+def _factors(batch: PackedBatch, old_logprobs: Tensor, algorithm: AlgorithmConfig) -> Tensor:
+    """What each token's policy loss is multiplied by for not being the trainer's own sample."""
+    assert batch.sampler_logprobs is not None
+    return importance_weights(
+        old_logprobs,
+        batch.sampler_logprobs,
+        algorithm.correction,
+        algorithm.correction_cap,
+        level=algorithm.correction_level,
+        trained=batch.weights != 0,
+        cu_seqlens=batch.cu_seqlens,
+    )
+
+
+def _mismatch_row(batch: PackedBatch, old_logprobs: Tensor, algorithm: AlgorithmConfig) -> Tensor:
+    """Of the row's trained tokens [n, 4]: log-probs of trainer and sampler, the correction, the log-ratio it read."""
+    assert batch.sampler_logprobs is not None
+    trained = batch.weights != 0
+    log_ratio = log_ratios(
+        old_logprobs,
+        batch.sampler_logprobs,
+        algorithm.correction_level,
+        trained=trained,
+        cu_seqlens=batch.cu_seqlens,
+    )
+    columns = [old_logprobs, batch.sampler_logprobs, _factors(batch, old_logprobs, algorithm), log_ratio]
+    return torch.stack(columns, dim=1)[trained]
+
+
 def _corrected(batch: PackedBatch, old_logprobs: Tensor, algorithm: AlgorithmConfig) -> PackedBatch:
     """The row with its policy weights multiplied by the importance weights of trainer over sampler."""
     if batch.sampler_logprobs is None or algorithm.correction == "none":
         return batch
-    factors = importance_weights(old_logprobs, batch.sampler_logprobs, algorithm.correction, algorithm.correction_cap)
+    factors = _factors(batch, old_logprobs, algorithm)
     return dataclasses.replace(batch, weights=torch.where(batch.weights != 0, batch.weights * factors, 0.0))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +28,8 @@ class Grader:
             scheme=config.scheme, require_thinking=config.require_thinking, functions=config.functions
         )
         self._pool: GradingPool | None = None
+        self._in_use = Lock()  # the pool serves one caller at a time
+        self._background: ThreadPoolExecutor | None = None
         if rank == 0:
             self._pool = GradingPool(
                 data_sources, settings, timeout_seconds=config.timeout_seconds, workers=config.workers
@@ -36,7 +40,7 @@ class Grader:
         message: list[Any] = [None]
         if self._pool is not None:
             try:
-                message = [score(groups, self._pool)]
+                message = [self._score(groups)]
             except UserError as error:
                 message = [error]
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -47,6 +51,21 @@ class Grader:
         self._alarm.check(graded)
         return graded
 
+    def begin(self, groups: Sequence[Group]) -> Future[Graded]:
+        """Rank 0: grade in the background, without the alarm; `check` is for what came of it."""
+        if self._background is None:
+            self._background = ThreadPoolExecutor(1, thread_name_prefix="grading")
+        return self._background.submit(self._score, list(groups))
+
+    def check(self, graded: Graded) -> None:
+        """Raise GradingAlarm when too many could not be graded."""
+        self._alarm.check(graded)
+
+    def _score(self, groups: Sequence[Group]) -> Graded:
+        assert self._pool is not None
+        with self._in_use:
+            return score(groups, self._pool)
+
     def __enter__(self) -> Grader:
         """The grader."""
         return self
@@ -55,5 +74,7 @@ class Grader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the workers."""
+        if self._background is not None:
+            self._background.shutdown(cancel_futures=True)
         if self._pool is not None:
             self._pool.close()

@@ -100,6 +100,10 @@ class RunLog:
             self._phases[phase] += seconds
             self._outside += seconds if outside_step else 0.0
 
+    def seconds(self, phase: str) -> float:
+        """Time spent in a phase since the last step was reported."""
+        return self._phases.get(phase, 0.0)
+
     def start(self) -> None:
         """Begin the time of the first step now, after everything that is done once."""
         self._phases.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from megatron_klear.architecture import Architecture
 from megatron_klear.data.prompts import PromptStream
 from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_klear.mcore import manifest
 from megatron_klear.mcore.checkpoint import latest_valid
 from megatron_klear.mcore.convert import export_hf
 from megatron_klear.mcore.engine import Engine
@@ -20,14 +22,22 @@ from megatron_klear.rl_config import GPPOConfig
 from megatron_klear.rollout.decoder import Decoder
 from megatron_klear.rollout.engine import RolloutEngine
 from megatron_klear.rollout.local import LocalEngine
+from megatron_klear.rollout.open_vllm import open_vllm
+from megatron_klear.rollout_config import VLLMRolloutConfig
 from megatron_klear.settings import write_resolved
 from megatron_klear.start import GPPOStart
-from megatron_klear.train.gppo import train
+from megatron_klear.train.arrival import send_weights
+from megatron_klear.train.gppo import resume, train
 from megatron_klear.train.grading import Grader
 from megatron_klear.train.log import Throughput, open_log
+from megatron_klear.train.overlap import open_feed
 from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, resolved_settings
+from megatron_klear.train.sampler import Sampler
 from megatron_klear.train.validation import Validator
 from megatron_klear.types import Prompt
+
+_GRACE_SECONDS = 60.0
+"""For the engine to drop by itself what is past rollout.deadline_seconds."""
 
 
 def run(start: GPPOStart) -> None:
@@ -49,19 +59,15 @@ def run(start: GPPOStart) -> None:
         engine = Engine(config, topology, total_steps=config.train.steps * updates, architecture=architecture)
         if config.algorithm.kl_coefficient:
             engine.keep_reference(config.algorithm.reference)
-        rollouts = build_rollouts(config, architecture, tokenizer, topology)
         sources = prompts.data_sources | {prompt.data_source for prompt in validator.prompts}
-        first = 0
         checkpoint = latest_valid(checkpoints_of(config), topology)
-        if checkpoint is not None:
-            extra = engine.load(checkpoint)
-            prompts.load_state_dict(extra["prompts"])
-            first = int(extra["rollout_step"])
+        first = 0 if checkpoint is None else int(manifest.read_training(checkpoint)["extra"]["rollout_step"])
         if topology.rank == 0:
             write_resolved(config, resolved_settings(config))
         device = torch.cuda.get_device_name() if topology.device.type == "cuda" else None
         throughput = Throughput.of(config, architecture, topology.size, device)
         with (
+            closing(build_rollouts(config, architecture, tokenizer, topology)) as rollouts,
             Grader(config.reward, sources, topology.rank) as grader,
             open_log(
                 config, rank=topology.rank, resume_step=first, total_steps=config.train.steps, throughput=throughput
@@ -75,9 +81,12 @@ def run(start: GPPOStart) -> None:
                     f"warning: prompts.sources hold {len(prompts)} prompts and a step takes {taken}: some are sampled "
                     "more than once in a step"
                 )
+            sampler = build_sampler(config, engine, rollouts)
+            feed = open_feed(config, sampler, prompts, grader, log)
             if checkpoint is not None:
+                resume(engine, feed, checkpoint)
                 log.say(f"resuming from {checkpoint}, rollout step {first} of {config.train.steps}")
-            train(config, engine, rollouts, prompts, grader, validator, log, start=first)
+            train(config, engine, sampler, feed, validator, grader, log, start=first)
         engine.close()
         if config.checkpoint.export_hf:
             weights = engine.hf_weights()
@@ -88,6 +97,16 @@ def build_rollouts(
     config: GPPOConfig, architecture: Architecture, tokenizer: ChatTokenizer, topology: Topology
 ) -> RolloutEngine:
     """The rollout engine that `[rollout]` names."""
+    if isinstance(config.rollout, VLLMRolloutConfig):
+        return open_vllm(
+            config,
+            architecture,
+            decode=tokenizer.decode,
+            stop_token_ids=end_token_ids(config.model.path, tokenizer),
+            device=topology.device,
+            rank=topology.rank,
+            world_size=topology.size,
+        )
     frequencies, scaling = inverse_frequencies(architecture)
     dtype = torch.float32 if config.rollout.dtype == "fp32" else DTYPES[config.model.dtype]
     return LocalEngine(
@@ -95,6 +114,19 @@ def build_rollouts(
         decode=tokenizer.decode,
         stop_token_ids=end_token_ids(config.model.path, tokenizer),
         max_sequences=config.rollout.max_sequences,
+    )
+
+
+def build_sampler(config: GPPOConfig, engine: Engine, rollouts: RolloutEngine) -> Sampler:
+    """The rollout engine with the way to it, and the limits that `[rollout]` sets."""
+    if not isinstance(config.rollout, VLLMRolloutConfig):
+        return Sampler(rollouts, lambda version: send_weights(engine, rollouts, version))
+    tolerance = config.rollout.probe_tolerance
+    return Sampler(
+        rollouts,
+        lambda version: send_weights(engine, rollouts, version, tolerance=tolerance),
+        patience_seconds=config.rollout.deadline_seconds + _GRACE_SECONDS,
+        max_dropped_share=config.rollout.max_dropped_share,
     )
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_klear.rl_config import ValidationConfig
-from megatron_klear.rollout.engine import RolloutEngine
 from megatron_klear.train.grading import Grader
 from megatron_klear.train.log import RunLog
 from megatron_klear.train.rollout_files import write_rollouts
+from megatron_klear.train.sampler import Sampler
 from megatron_klear.types import Prompt, Verdict
 
 _SEED = 20_250_811
@@ -26,11 +26,11 @@ class Validator:
     keep_in: Path | None = None
     """Where the samples of every validation are kept, None to keep none."""
 
-    def report(self, rollouts: RolloutEngine, grader: Grader, log: RunLog, *, step: int) -> float | None:
+    def report(self, sampler: Sampler, grader: Grader, log: RunLog, *, step: int) -> float | None:
         """Log avg@k and pass@k (any of the k right) after rollout step `step`; None without problems."""
         if not self.prompts:
             return None
-        graded = grader.grade(rollouts.generate(self.prompts, self.config.sampling, _SEED))
+        graded = grader.grade(sampler.draw(self.prompts, self.config.sampling, _SEED))
         if self.keep_in is not None:
             write_rollouts(self.keep_in, step, graded.groups, {})
         right = [[score.verdict is Verdict.RIGHT for score in group.scores or ()] for group in graded.groups]
@@ -42,7 +42,7 @@ class Validator:
                 "accuracy": accuracy,
                 "pass_at_k": float(np.mean([any(of_prompt) for of_prompt in right])),
                 "samples_per_prompt": self.config.sampling.samples_per_prompt,
-                "num_prompts": len(self.prompts),
+                "num_prompts": len(graded.groups),
                 "response_length_mean": float(np.mean(lengths)),
             },
         )

@@ -31,7 +31,7 @@ from megatron_klear.train.killed_run import (
 )
 from megatron_klear.train.verify_layouts import Layout
 
-_TIMINGS = ("tokens_per_second", "step_seconds", "mfu")
+_TIMINGS = ("tokens_per_second", "step_seconds", "sync_seconds", "mfu")
 _SHOWN = 5  # places named where many differ
 
 

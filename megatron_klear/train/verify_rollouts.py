@@ -19,18 +19,16 @@ from megatron_klear.data.batches import pack
 from megatron_klear.data.prompts import PromptStream
 from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_klear.mcore.engine import Engine
-from megatron_klear.mcore.model import inverse_frequencies
+from megatron_klear.mcore.model import DTYPES, inverse_frequencies
 from megatron_klear.mcore.topology import world
 from megatron_klear.rollout.decoder import Decoder
 from megatron_klear.rollout.engine import RolloutEngine
 from megatron_klear.start import GPPOStart
-from megatron_klear.train.arrival import WeightsNotArrived, send_weights
+from megatron_klear.train.arrival import TOLERANCES, WeightsNotArrived, send_weights
 from megatron_klear.train.rl_run import build_rollouts
 from megatron_klear.train.verify_mismatch import Evidence, Finding, diagnose, mean_difference
 from megatron_klear.types import Group, Sample
 
-TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2}
-"""Mean difference of log-probs in nats that rounding alone does not reach, by `model.dtype`."""
 _TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 _VERSION = 1
 
@@ -78,12 +76,20 @@ def verify_mismatch(start: GPPOStart, prompts: int = 4, tolerance: float | None 
 
 
 def gather(
-    start: GPPOStart, engine: Engine, samples: Sequence[Sample], tokenizer: ChatTokenizer, held: dict[str, str]
+    start: GPPOStart,
+    engine: Engine,
+    samples: Sequence[Sample],
+    tokenizer: ChatTokenizer,
+    held: dict[str, dict[str, str]],
 ) -> Evidence:
-    """All that `diagnose` reads; `held` are the checksums of the sampler's weights."""
+    """All that `diagnose` reads; `held` are the checksums that each holder of the sampler's weights gave."""
     sampling, temperature = start.config.sampling, _heat(start)
     weights = {name: tensor.detach().float().cpu() for name, tensor in engine.hf_weights()}
-    stale = [name for name, tensor in engine.hf_weights() if not _is_held(tensor, held.get(name))]
+    stale = [
+        name
+        for name, tensor in engine.hf_weights()
+        if not all(_is_held(tensor, checksums.get(name)) for checksums in held.values())
+    ]
     stale += sorted({f"samples of version {s.policy_version}" for s in samples if s.policy_version != _VERSION})
     responses = [sample.tokens[sample.trained] for sample in samples]
     return Evidence(
@@ -105,7 +111,11 @@ def _opened(start: GPPOStart) -> Iterator[tuple[Engine, RolloutEngine, ChatToken
     with world(config.parallel, config.seed) as topology:
         tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
         engine = Engine(config, topology, architecture=start.architecture)
-        yield engine, build_rollouts(config, start.architecture, tokenizer, topology), tokenizer
+        rollouts = build_rollouts(config, start.architecture, tokenizer, topology)
+        try:
+            yield engine, rollouts, tokenizer
+        finally:
+            rollouts.close()
         engine.close()
 
 
@@ -178,4 +188,4 @@ def _heat(start: GPPOStart) -> float:
 
 
 def _tolerance(start: GPPOStart, tolerance: float | None) -> float:
-    return TOLERANCES[start.config.model.dtype] if tolerance is None else tolerance
+    return TOLERANCES[DTYPES[start.config.model.dtype]] if tolerance is None else tolerance

@@ -132,7 +132,7 @@ def roll_out_and_rescore(model: Path, parallel: ParallelConfig) -> tuple[float, 
         batch = pack(samples, [1.0] * len(samples))
         difference = (trainer.logprobs([batch])[0] - batch.sampler_logprobs)[batch.weights != 0].abs().max()
         trainer.close()
-    return float(difference), [sample.tokens.tolist() for sample in samples], held == sent
+    return float(difference), [sample.tokens.tolist() for sample in samples], held == {"local": sent}
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))

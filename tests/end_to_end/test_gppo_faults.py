@@ -55,7 +55,7 @@ class Planted(LocalEngine):
     def _checksums(self):
         from megatron_klear.checksum import checksum
 
-        return {name: checksum(tensor) for name, tensor in self._decoder.weights.items()}
+        return {"local": {name: checksum(tensor) for name, tensor in self._decoder.weights.items()}}
 
     def generate(self, prompts, sampling, seed):
         groups = super().generate(prompts, sampling, seed)

@@ -31,7 +31,7 @@ class Planted(LocalEngine):
         held = super().load_weights(weights, version)
         if self.fault == "stale":
             self._decoder.weights["model.norm.weight"].mul_(1.5)
-            return {name: verify_rollouts.checksum(tensor) for name, tensor in self._decoder.weights.items()}
+            return {"local": {name: verify_rollouts.checksum(t) for name, t in self._decoder.weights.items()}}
         return held
 
     def generate(self, prompts, sampling, seed):

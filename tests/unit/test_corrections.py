@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_klear.rl.corrections import importance_weights, measure_mismatch
+from megatron_klear.rl.corrections import importance_weights, log_ratios, measure_mismatch
 
 values = st.lists(st.floats(-30, 0, width=32), min_size=1, max_size=20)
 
@@ -44,6 +44,65 @@ def test_values_by_hand() -> None:
     )
 
 
+LEVELS = ("sequence", "sequence_geometric")
+
+
+def ragged(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probs of trainer and sampler, the trained tokens and the bounds of responses laid end to end."""
+    generator = torch.Generator().manual_seed(seed)
+    ours, theirs = torch.randn(2, sum(lengths), generator=generator).mul(0.3).sub(2)
+    trained = torch.rand(sum(lengths), generator=generator) < 0.7
+    return ours, theirs, trained, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+@pytest.mark.parametrize("correction", ["truncated", "masked"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_responses_of_one_token_are_tokens(correction: str, level: str) -> None:
+    ours, theirs, _, bounds = ragged([1] * 50)
+    trained = torch.ones(50, dtype=torch.bool)
+    of_tokens = importance_weights(ours, theirs, correction, 1.3)
+    found = importance_weights(ours, theirs, correction, 1.3, level=level, trained=trained, cu_seqlens=bounds)
+    assert found.tolist() == of_tokens.tolist()
+    assert len(set((of_tokens == 0).tolist())) == (2 if correction == "masked" else 1)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 99), st.sampled_from(LEVELS))
+def test_a_response_s_ratio_does_not_depend_on_its_row(lengths: list[int], seed: int, level: str) -> None:
+    ours, theirs, trained, bounds = ragged(lengths, seed)
+    together = log_ratios(ours, theirs, level, trained=trained, cu_seqlens=bounds)
+    pieces = zip(ours.split(lengths), theirs.split(lengths), trained.split(lengths), strict=True)
+    alone = [
+        log_ratios(a, b, level, trained=mask, cu_seqlens=torch.tensor([0, len(a)], dtype=torch.int32))
+        for a, b, mask in pieces
+    ]
+    assert together.tolist() == torch.cat(alone).tolist()
+    assert bool((together[~trained] == 0).all())
+
+
+def test_sequence_ratios_by_hand() -> None:
+    log_ratio = torch.tensor([9.0, 0.4, 0.2, -0.3, -0.5, 7.0])
+    trained = torch.tensor([False, True, True, True, True, False])
+    bounds = torch.tensor([0, 3, 6], dtype=torch.int32)
+    given = {"trained": trained, "cu_seqlens": bounds}
+    zeros = torch.zeros(6)
+    product = torch.tensor([0, 0.6, 0.6, -0.8, -0.8, 0])
+    torch.testing.assert_close(log_ratios(log_ratio, zeros, "sequence", **given), product)
+    torch.testing.assert_close(log_ratios(log_ratio, zeros, "sequence_geometric", **given), product / 2)
+    cap = math.exp(0.7)
+    masked = importance_weights(log_ratio, zeros, "masked", cap, level="sequence", **given)
+    torch.testing.assert_close(masked[trained], torch.tensor([0.6, 0.6, -math.inf, -math.inf]).exp())
+    truncated = importance_weights(log_ratio, zeros, "truncated", math.exp(0.5), level="sequence", **given)
+    torch.testing.assert_close(truncated[trained], torch.tensor([0.5, 0.5, -0.8, -0.8]).exp())
+
+
+def test_the_ratio_of_a_very_long_response_stays_finite() -> None:
+    ours, theirs = torch.full((32_768,), -1.0), torch.full((32_768,), -2.0)
+    given = {"trained": torch.ones(32_768, dtype=torch.bool), "cu_seqlens": torch.tensor([0, 32_768])}
+    assert importance_weights(ours, theirs, "truncated", level="sequence", **given)[0] == pytest.approx(2)
+    assert importance_weights(ours, theirs, "masked", level="sequence", **given)[0] == 0
+    assert importance_weights(theirs, ours, "truncated", level="sequence", **given)[0] == 0
+
+
 def test_extremes_stay_finite_and_carry_no_gradient() -> None:
     ours = torch.tensor([-1e4, 0.0, -math.inf], requires_grad=True)
     theirs = torch.tensor([0.0, -1e4, 0.0])
@@ -60,6 +119,10 @@ def test_unusable_input_is_named() -> None:
         importance_weights(torch.zeros(2), torch.zeros(3), "none")
     with pytest.raises(ValueError, match="cap 1"):
         importance_weights(torch.zeros(2), torch.zeros(2), "masked", 1.0)
+    with pytest.raises(ValueError, match="needs the responses' bounds"):
+        importance_weights(torch.zeros(2), torch.zeros(2), "masked", level="sequence")
+    with pytest.raises(ValueError, match="unknown level 'word'"):
+        importance_weights(torch.zeros(2), torch.zeros(2), "masked", level="word")
     with pytest.raises(ValueError, match="shapes"):
         measure_mismatch(torch.zeros(2), torch.zeros(2), torch.zeros(3))
 

@@ -77,6 +77,19 @@ LINES = (
         format="small",
     ),
     Line(
+        metric="weight_version_lag_mean",
+        title="Version lag, mean",
+        about="rollout steps between the policy that drew a token and the one trained",
+        section=POLICY,
+    ),
+    Line(
+        metric="correction_clipped_share",
+        title="Corrected tokens",
+        about="truncated or masked for their ratio of trainer to sampler",
+        section=POLICY,
+        format="percent",
+    ),
+    Line(
         metric="grad_norm",
         title="Gradient norm",
         about="before clipping",

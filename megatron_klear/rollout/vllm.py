@@ -1,0 +1,381 @@
+"""Rollouts from vLLM servers. This process imports no vLLM: rank 0 talks to the servers over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import functools
+import os
+import queue
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_klear.errors import UserError
+from megatron_klear.rollout.client import Portal, ServerClient, ServerError, open_session
+from megatron_klear.rollout.dispatch import Dispatcher, Drawn
+from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest, told_apart
+from megatron_klear.rollout.fleet import Fleet, Limits, ManagedServers, Member
+from megatron_klear.rollout.ranks import from_first_rank, same_outcome
+from megatron_klear.types import Group, Prompt
+
+if TYPE_CHECKING:
+    from megatron_klear.rl_config import SamplingConfig
+    from megatron_klear.rollout.transfer import WeightTransport
+    from megatron_klear.rollout_config import VLLMRolloutConfig
+
+Result = TypeVar("Result")
+
+_LOOK_SECONDS = 0.2
+# Other ranks wait for the first in a broadcast, which has a time limit of its own.
+_SIGN_OF_LIFE_SECONDS = 20.0
+_FRUITLESS_UPDATES = 5
+_CONTROL_SECONDS = 120.0
+_RESUME_SECONDS = 20.0
+
+
+class WeightsNeeded(UserError):
+    """Servers answer, and none of them holds the present weights: they have to be sent again."""
+
+
+class VLLMEngine:
+    """BackgroundRollouts on vLLM servers; all ranks call it together but for `submit` and `take`."""
+
+    def __init__(
+        self,
+        config: VLLMRolloutConfig,
+        addresses: Sequence[str],
+        transport: WeightTransport,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        stop_token_ids: Iterable[int],
+        vocab_size: int,
+        dtype: torch.dtype,
+        rank: int = 0,
+        servers: ManagedServers | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        """Connect to the servers at `addresses`, and watch over `servers` where the run started them itself.
+
+        `decode` turns token ids into text; `stop_token_ids` end a response, besides those of the sampling; `dtype` is
+        the servers'. `addresses` and `servers` are rank 0's, and are taken over: `close` ends them.
+        """
+        self._config, self._transport, self._servers = config, transport, servers
+        self._decode, self._dtype, self._rank = decode, dtype, rank
+        self.on_weights_needed: Callable[[], None] | None = None
+        """Called on every rank, collectively, when `generate` finds no server with the present weights; it should send
+        them. Without it `generate` raises WeightsNeeded."""
+        self._finished: queue.SimpleQueue[Future[Drawn]] = queue.SimpleQueue()
+        self._in_flight = self._fruitless = 0
+        self._asleep = self._closed = False
+        self._portal: Portal | None = None
+        self._paused: list[Member] = []
+        if rank == 0:
+            self._limits = limits or Limits(
+                request_seconds=config.request_seconds,
+                deadline_seconds=config.deadline_seconds,
+                requests_per_server=config.server.max_sequences,
+            )
+            self._portal = Portal()
+            self._fleet, self._dispatcher = self._portal.run(
+                self._connect(addresses, sorted(set(stop_token_ids)), vocab_size)
+            )
+        atexit.register(self.close)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the servers' weights."""
+        return self._dtype
+
+    @property
+    def is_submitter(self) -> bool:
+        """Whether this rank submits and takes: the first does."""
+        return self._rank == 0
+
+    @property
+    def in_flight(self) -> int:
+        """Requests submitted and not taken yet."""
+        return self._in_flight
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether a server that answers is without the present weights; rank 0 knows, the others say no."""
+        return self._portal is not None and self._fleet.needs_weights
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Checksums:
+        """Send the weights to every server that answers; see RolloutEngine.
+
+        A server that fails gets no requests until a later call, and `needs_weights` tells when it answers again. Where
+        none took them that is all of them, and the checksums are empty. Raises UserError on every rank where no server
+        answers within `deadline_seconds`, or none takes the weights time and again.
+        """
+        members = same_outcome(lambda: self._prepare(version) if self._portal else [])
+        checksums = same_outcome(lambda: self._send(weights, version, members))
+        return from_first_rank(lambda: checksums)
+
+    def probe(self, tokens: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.float32]]:
+        """Log-probs of the tokens from every server that holds the present weights."""
+        return from_first_rank(lambda: self._probe(tokens))
+
+    def submit(self, requests: Sequence[GroupRequest]) -> None:
+        """Queue requests; rank 0's."""
+        portal = self._only_rank()
+        for request in requests:
+            portal.start(self._dispatcher.draw(request)).add_done_callback(self._finished.put)
+            self._in_flight += 1
+
+    def take(self, timeout_seconds: float) -> list[FinishedGroup]:
+        """Requests that ended; see BackgroundRollouts. Raises UserError where no server has answered for
+        `deadline_seconds`, or the run's own servers do not come up any more.
+        """
+        self._only_rank()
+        until = time.monotonic() + timeout_seconds
+        found: list[FinishedGroup] = []
+        while not found:
+            self._look_after_servers()
+            wait = min(_LOOK_SECONDS, until - time.monotonic()) if self._in_flight else 0
+            with contextlib.suppress(queue.Empty):
+                found.append(self._as_finished(self._finished.get(timeout=max(0.0, wait))))
+            if time.monotonic() >= until or not self._in_flight:
+                break
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.append(self._as_finished(self._finished.get_nowait()))
+        self._in_flight -= len(found)
+        return found
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
+        """Draw the responses; see RolloutEngine. Requests submitted otherwise stay as they are.
+
+        Raises UserError on every rank where more than `max_dropped_share` of the groups were dropped, and where no
+        server is left.
+        """
+        drawing: list[Future[Drawn]] = []
+        if self._portal is not None:
+            if self._fleet.version < 0:
+                raise RuntimeError("the rollout engine has no weights yet: call load_weights first")
+            requests = [GroupRequest(prompt=prompt, sampling=sampling, seed=seed) for prompt in told_apart(prompts)]
+            drawing = [self._portal.start(self._dispatcher.draw(request)) for request in requests]
+        try:
+            while True:
+                state = from_first_rank(lambda: self._wait_for(drawing))
+                if state == "done":
+                    return from_first_rank(lambda: self._groups(drawing))
+                if state == "weights":
+                    if self.on_weights_needed is None:
+                        raise WeightsNeeded("no rollout server holds the present weights: they have to be sent again")
+                    self.on_weights_needed()
+        finally:
+            for future in drawing:
+                future.cancel()
+
+    def counters(self) -> dict[str, float]:
+        """Attempts that failed and groups that were dropped since the last call; 0 on other ranks than the first."""
+        if self._portal is None:
+            return {"server_retries": 0.0, "groups_dropped": 0.0}
+        dispatcher = self._dispatcher
+        counts = {"server_retries": float(dispatcher.retries), "groups_dropped": float(dispatcher.dropped)}
+        dispatcher.retries -= int(counts["server_retries"])
+        dispatcher.dropped -= int(counts["groups_dropped"])
+        return counts
+
+    def sleep(self) -> None:
+        """Have servers on the trainer's own cards give back weights and cache; others go on."""
+        if self._portal is None or not self._transport.needs_shared_device or self._asleep:
+            return
+        self._asleep = True
+        members = [member for member in self._fleet.members if member.alive]
+        self._on_loop(self._fleet.forget_weights)
+        self._each(members, lambda client: client.sleep(2, _CONTROL_SECONDS))
+
+    def close(self) -> None:
+        """End requests, connections, and the servers that the run started. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        try:
+            if self._portal is not None:
+                with contextlib.suppress(TimeoutError):
+                    self._portal.run(self._disconnect(), 20)
+                self._portal.close()
+            self._transport.close()
+        finally:
+            if self._servers is not None:
+                self._servers.close()
+
+    async def _connect(self, addresses: Sequence[str], stop: Sequence[int], vocab: int) -> tuple[Fleet, Dispatcher]:
+        self._session = session = open_session(len(addresses) * self._limits.requests_per_server)
+        key = os.environ.get(self._config.api_key_variable) or None
+        clients = [ServerClient(url, session=session, api_key=key, vocab_size=vocab) for url in addresses]
+        router = None
+        if self._config.router is not None:
+            router = ServerClient(self._config.router, session=session, api_key=key, vocab_size=vocab)
+        fleet = Fleet(clients, self._limits, router=router)
+        fleet.start()
+        return fleet, Dispatcher(fleet, stop_token_ids=stop)
+
+    async def _disconnect(self) -> None:
+        self._fleet.stop()
+        await self._session.close()
+
+    def _only_rank(self) -> Portal:
+        if self._portal is None:
+            raise RuntimeError("submit and take are for the rank where is_submitter is true")
+        return self._portal
+
+    def _prepare(self, version: int) -> list[Member]:
+        """Pause and attach every server that answers; those who fail are left out."""
+        until = time.monotonic() + self._limits.deadline_seconds
+        while True:
+            self._look_after_servers()
+            members = self._on_loop(lambda: self._fleet.begin_update(version))
+            self._paused = members
+            try:
+                ready = self._attach(members)
+            except BaseException:
+                self._end_update([])
+                raise
+            if ready:
+                return ready
+            self._end_update([])
+            if time.monotonic() > until:
+                raise UserError(
+                    f"no rollout server took part in sync {version} within rollout.deadline_seconds "
+                    f"{self._limits.deadline_seconds:g}: {self._fleet.states()}"
+                )
+            time.sleep(_LOOK_SECONDS)
+
+    def _attach(self, members: Sequence[Member]) -> list[Member]:
+        while self._fleet.restarted:
+            self._transport.detach(self._fleet.restarted.pop())
+        if self._asleep:
+            members = self._each(members, lambda client: client.wake_up(["weights"], _CONTROL_SECONDS))
+        members = self._each(members, lambda client: client.pause("keep", _CONTROL_SECONDS))
+        return self._each(members, lambda client: self._transport.attach([client]))
+
+    def _send(self, weights: Iterable[tuple[str, Tensor]], version: int, members: Sequence[Member]) -> Checksums:
+        if self._portal is None:
+            return self._transport.send(weights, version, (), None)
+        from megatron_klear.rollout.transfer import TransferFailed
+
+        checksums: Checksums = {}
+        failure: UserError | None = None
+        try:
+            checksums = self._transport.send(weights, version, [member.client for member in members], self._portal)
+        except TransferFailed as error:
+            checksums, failure = error.checksums, error
+        finally:
+            told = {holder.partition(" ")[0] for holder in checksums}
+            holders = [member for member in members if member.client.url in told]
+            self._put_aside({member: "it did not get all weights" for member in members if member not in holders})
+            self._end_update(holders)
+        self._fruitless = 0 if holders else self._fruitless + 1
+        if self._fruitless >= _FRUITLESS_UPDATES:
+            raise failure or UserError(f"no rollout server took the weights of sync {version}")
+        return checksums
+
+    def _end_update(self, holders: Sequence[Member]) -> None:
+        """Have the servers draw again; what others than `holders` were drawing is taken back before."""
+        if self._asleep and holders:
+            holders = self._each(holders, lambda client: client.wake_up(["kv_cache"], _CONTROL_SECONDS))
+            self._asleep = False
+        going = {member.client for member in holders}
+        self._on_loop(lambda: self._fleet.end_update(holders))
+        # One that does not hear it is told again when it gives a sign of life.
+        self._each(
+            self._paused,
+            lambda client: client.resume(_RESUME_SECONDS if client in going else self._limits.health_seconds),
+        )
+        self._paused = []
+
+    def _each(
+        self, members: Sequence[Member], call: Callable[[ServerClient], Coroutine[Any, Any, None]]
+    ) -> list[Member]:
+        """Those of the members whose server did it; the others are put aside, without weights."""
+
+        async def together() -> list[BaseException | None]:
+            return await asyncio.gather(*(call(member.client) for member in members), return_exceptions=True)
+
+        outcomes = self._only_rank().run(together())
+        failed: dict[Member, str] = {}
+        for member, outcome in zip(members, outcomes, strict=True):
+            if isinstance(outcome, ServerError):
+                failed[member] = str(outcome)
+            elif outcome is not None:
+                raise outcome
+        self._put_aside(failed)
+        return [member for member in members if member not in failed]
+
+    def _put_aside(self, members: Mapping[Member, str]) -> None:
+        def put() -> None:
+            for member, reason in members.items():
+                self._fleet.lose(member)
+                self._fleet.put_aside(member, reason)
+
+        self._on_loop(put)
+
+    def _probe(self, tokens: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.float32]]:
+        found: dict[str, npt.NDArray[np.float32]] = {}
+
+        async def ask(client: ServerClient) -> None:
+            found[client.url] = await client.prompt_logprobs(tokens, _CONTROL_SECONDS)
+
+        self._each(self._fleet.holders(), ask)
+        return found
+
+    def _wait_for(self, drawing: Sequence[Future[Drawn]]) -> Literal["done", "weights", "wait"]:
+        until = time.monotonic() + _SIGN_OF_LIFE_SECONDS
+        while time.monotonic() < until:
+            self._look_after_servers()
+            if not wait(drawing, timeout=_LOOK_SECONDS).not_done:
+                return "done"
+            if self._fleet.needs_weights and not self._fleet.can_draw:
+                return "weights"
+        return "wait"
+
+    def _groups(self, drawing: Sequence[Future[Drawn]]) -> list[Group]:
+        finished = [self._as_finished(future) for future in drawing]
+        failures = [one.failure for one in finished if one.group is None]
+        if len(failures) > self._config.max_dropped_share * len(finished):
+            raise UserError(
+                f"{len(failures)} of {len(finished)} groups were dropped, more than rollout.max_dropped_share "
+                f"{self._config.max_dropped_share:g}; the first: {failures[0]}"
+            )
+        return [one.group for one in finished if one.group is not None]
+
+    def _as_finished(self, future: Future[Drawn]) -> FinishedGroup:
+        drawn = future.result()
+        if drawn.samples is None:
+            return FinishedGroup(request=drawn.request, group=None, failure=drawn.failure)
+        prompt = drawn.request.prompt
+        texts = [self._decode(sample.tokens[len(prompt.tokens) :].tolist()) for sample in drawn.samples]
+        return FinishedGroup(request=drawn.request, group=Group(prompt=prompt, samples=drawn.samples, texts=texts))
+
+    def _look_after_servers(self) -> None:
+        fleet = self._fleet
+        if self._servers is not None:
+            for url in self._servers.poll():
+                self._on_loop(functools.partial(fleet.came_back, url))
+            while fleet.answered:
+                self._servers.answered(fleet.answered.pop())
+            while fleet.hung:
+                self._servers.restart(fleet.hung.pop())
+        if fleet.seconds_without_servers > self._limits.deadline_seconds:
+            raise UserError(
+                f"no rollout server has answered for rollout.deadline_seconds {self._limits.deadline_seconds:g}: "
+                f"{fleet.states()}"
+            )
+
+    def _on_loop(self, function: Callable[[], Result]) -> Result:
+        async def call() -> Result:
+            return function()
+
+        return self._only_rank().run(call())

@@ -1,0 +1,87 @@
+"""Groups as bytes, to be kept in a checkpoint: arrays and JSON in one npz, which holds no code."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_klear.types import Group, Prompt, Sample, Score, Verdict, VersionSpan
+
+
+def dump_groups(groups: Sequence[Group]) -> bytes:
+    """The groups, graded or not; of a prompt its id alone."""
+    samples = [sample for group in groups for sample in group.samples]
+    told = [
+        {
+            "prompt": group.prompt.id,
+            "texts": group.texts,
+            "scores": None if group.scores is None else [asdict(score) for score in group.scores],
+            "samples": [
+                {
+                    "length": len(sample.tokens),
+                    "has_logprobs": sample.logprobs is not None,
+                    "policy_version": sample.policy_version,
+                    "version_spans": sample.version_spans,
+                    "finish": sample.finish,
+                }
+                for sample in group.samples
+            ],
+        }
+        for group in groups
+    ]
+    written = io.BytesIO()
+    np.savez_compressed(
+        written,
+        told=np.frombuffer(json.dumps(told).encode("utf-8", "surrogatepass"), dtype=np.uint8),
+        tokens=_joined([sample.tokens for sample in samples], np.int32),
+        trained=_joined([sample.trained for sample in samples], np.bool_),
+        logprobs=_joined([sample.logprobs for sample in samples if sample.logprobs is not None], np.float32),
+    )
+    return written.getvalue()
+
+
+def load_groups(content: bytes, find: Callable[[str], Prompt]) -> list[Group]:
+    """The groups that `dump_groups` wrote; `find` has the prompt of an id."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        told = json.loads(arrays["told"].tobytes().decode("utf-8", "surrogatepass"))
+        tokens, trained, logprobs = arrays["tokens"], arrays["trained"], arrays["logprobs"]
+    place = scored = 0
+    groups = []
+    for group in told:
+        samples = []
+        for sample in group["samples"]:
+            here, place = slice(place, place + sample["length"]), place + sample["length"]
+            drawn = None
+            if sample["has_logprobs"]:
+                drawn, scored = logprobs[scored : scored + sample["length"]].copy(), scored + sample["length"]
+            samples.append(
+                Sample(
+                    tokens=tokens[here].copy(),
+                    trained=trained[here].copy(),
+                    logprobs=drawn,
+                    policy_version=sample["policy_version"],
+                    version_spans=tuple(VersionSpan(*span) for span in sample["version_spans"]),
+                    finish=sample["finish"],
+                )
+            )
+        scores = group["scores"]
+        groups.append(
+            Group(
+                prompt=find(group["prompt"]),
+                samples=samples,
+                texts=group["texts"],
+                scores=None
+                if scores is None
+                else [Score(reward=s["reward"], verdict=Verdict(s["verdict"]), note=s["note"]) for s in scores],
+            )
+        )
+    return groups
+
+
+def _joined(arrays: Sequence[npt.NDArray[np.generic]], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
+    return np.concatenate([np.zeros(0, dtype=dtype), *arrays])

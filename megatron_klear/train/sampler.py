@@ -1,0 +1,212 @@
+"""The rollout engine as the loop sees it: weights go there, groups come back, and a server that dies is let in again.
+
+All ranks call together unless a method says otherwise. What rank 0, which alone talks to servers, decides is handed to
+the others, so that all of them hold the same groups and meet in the same collectives.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import torch.distributed as dist
+
+from megatron_klear.errors import UserError
+from megatron_klear.rl_config import SamplingConfig
+from megatron_klear.rollout.engine import BackgroundRollouts, FinishedGroup, GroupRequest, RolloutEngine, told_apart
+from megatron_klear.types import Group, Prompt
+
+HEARTBEAT_SECONDS = 10.0
+"""Longest time that ranks wait for news from rank 0: far below the limit of a collective."""
+POLL_SECONDS = 1.0
+_SHOWN = 3
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _News(Generic[Result]):
+    """What rank 0 tells the others."""
+
+    result: Result | None = None
+    error: UserError | None = None
+    needs_weights: bool = False
+
+
+class Sampler:
+    """A rollout engine together with the way that weights get there."""
+
+    def __init__(
+        self,
+        rollouts: RolloutEngine,
+        send: Callable[[int], None],
+        *,
+        patience_seconds: float = float("inf"),
+        max_dropped_share: float = 0.0,
+    ) -> None:
+        """`send` brings the trainer's present weights to the engine under a version.
+
+        A run stops when nothing that was asked for ended for `patience_seconds`, or when more than `max_dropped_share`
+        of what was asked for together was dropped.
+        """
+        self._rollouts, self._send = rollouts, send
+        self._patience, self._max_dropped_share = patience_seconds, max_dropped_share
+        self._others: list[FinishedGroup] = []  # ended while something else was waited for
+        self._dropped = 0
+        self._last_news = time.monotonic()
+        self.version = -1
+        """Of the weights that the engine was given last."""
+
+    @property
+    def background(self) -> BackgroundRollouts | None:
+        """The engine where it draws in the background, None where it does not."""
+        return cast(BackgroundRollouts, self._rollouts) if hasattr(self._rollouts, "submit") else None
+
+    @property
+    def is_submitter(self) -> bool:
+        """Whether this rank may `submit` and `take`."""
+        return self.background is not None and self.background.is_submitter
+
+    def sync(self, version: int) -> None:
+        """Give the engine the trainer's weights; `version` is the number of rollout steps trained."""
+        self._send(version)
+        self.version = version
+        self._last_news = time.monotonic()
+
+    def draw(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
+        """Groups of the prompts, in order; those that could not be had within the deadline are left out.
+
+        Raises UserError where too many could not be had.
+        """
+        if self.background is None:
+            return self._rollouts.generate(prompts, sampling, seed)
+        requests = [GroupRequest(prompt=prompt, sampling=sampling, seed=seed) for prompt in told_apart(prompts)]
+        ended: dict[tuple[str, int], FinishedGroup] = {}
+        if self.is_submitter:
+            self.submit(requests)
+
+        def advance() -> list[FinishedGroup] | None:
+            wanted = {key_of(request) for request in requests}
+            for finished in self._ended(POLL_SECONDS):
+                if key_of(finished.request) in wanted:
+                    ended[key_of(finished.request)] = finished
+                else:
+                    self._others.append(finished)
+            if len(ended) == len(requests):
+                return [ended[key_of(request)] for request in requests]
+            self.check_lost()
+            return None
+
+        finished = self.until(advance)
+        self.check_dropped([one.failure for one in finished if one.group is None], len(finished))
+        return [one.group for one in finished if one.group is not None]
+
+    def until(self, advance: Callable[[], Result | None]) -> Result:
+        """Call `advance` on rank 0 until it returns something, which every rank gets.
+
+        Meanwhile servers that come back are given the weights of the present version. `advance` may wait about a
+        second at a time. A UserError on rank 0 is raised on every rank.
+        """
+        while True:
+            news: _News[Result] = _from_first(self._rounds(advance) if _is_first() else None)
+            if news.error is not None:
+                raise news.error
+            if news.result is not None:
+                return news.result
+            if news.needs_weights:
+                self.sync(self.version)
+
+    def submit(self, requests: Sequence[GroupRequest]) -> None:
+        """Rank 0: queue requests of background drawing."""
+        assert self.background is not None
+        if not self.background.in_flight:
+            self._last_news = time.monotonic()
+        self.background.submit(requests)
+
+    def take(self, timeout_seconds: float) -> list[FinishedGroup]:
+        """Rank 0: requests that ended since the last call, waiting at most so long for the first of them."""
+        finished, self._others = self._others, []
+        return finished + self._ended(0.0 if finished else timeout_seconds)
+
+    @property
+    def in_flight(self) -> int:
+        """Rank 0: requests submitted and not taken yet."""
+        return len(self._others) + (self.background.in_flight if self.background is not None else 0)
+
+    def counters(self) -> dict[str, float]:
+        """What happened since the last call, to be logged."""
+        counters = dict(self._rollouts.counters())
+        if self.background is not None:
+            counters["groups_dropped"] = float(self._dropped)
+            counters = _from_first(counters)
+        self._dropped = 0
+        return counters
+
+    def sleep(self) -> None:
+        """Give back memory that only sampling needs."""
+        self._rollouts.sleep()
+
+    def check_dropped(self, failures: Sequence[str], total: int) -> None:
+        """Raise UserError where more than the allowed share of `total` groups failed, or all; one of several may."""
+        allowed = max(self._max_dropped_share * total, 1.0) if self._max_dropped_share else 0.0
+        if not failures or (len(failures) <= allowed and len(failures) < total):
+            return
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in Counter(failures).most_common(_SHOWN))
+        raise UserError(
+            f"{len(failures)} of {total} groups could not be drawn and were dropped, above rollout.max_dropped_share "
+            f"{self._max_dropped_share:g}: {reasons}. Look at the servers' logs, raise rollout.deadline_seconds, or "
+            "allow more"
+        )
+
+    def check_lost(self) -> None:
+        """Rank 0: raise UserError where the engine has nothing under way, for a caller that waits for something."""
+        if not self.in_flight:
+            raise UserError("the rollout engine ended fewer requests than it was given: some would never come")
+
+    def _ended(self, timeout_seconds: float) -> list[FinishedGroup]:
+        assert self.background is not None
+        waiting = self.background.in_flight
+        finished = self.background.take(timeout_seconds)
+        now = time.monotonic()
+        if finished or not waiting:
+            self._last_news = now
+        elif now - self._last_news > self._patience:
+            raise UserError(
+                f"no rollout ended in {now - self._last_news:.0f} s, with {waiting} groups under way: the servers "
+                "hang, or one response takes longer than rollout.deadline_seconds; their logs say more"
+            )
+        self._dropped += sum(one.group is None for one in finished)
+        return finished
+
+    def _rounds(self, advance: Callable[[], Result | None]) -> _News[Result]:
+        until = time.monotonic() + HEARTBEAT_SECONDS
+        try:
+            while time.monotonic() < until:
+                result = advance()
+                if result is not None:
+                    return _News(result=result)
+                if self.background is not None and self.background.needs_weights:
+                    return _News(needs_weights=True)
+        except UserError as error:
+            return _News(error=error)
+        return _News()
+
+
+def key_of(request: GroupRequest) -> tuple[str, int]:
+    """What tells requests under way from each other."""
+    return request.prompt.id, request.seed
+
+
+def _from_first(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    message = [value]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(message, src=0)
+    return message[0]
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
