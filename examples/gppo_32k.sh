@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GPPO on mathematics with responses of up to 32K tokens, one node of 8 GPUs, rollouts from vLLM on the same cards. Not yet
 # run. Data: problems in data/rl/ (docs/data.md); model: the Hugging Face folder of a fine-tuned Qwen3-8B in
-# models/Qwen3-8B-SFT. On 64 GPUs: gppo_32k.slurm.
+# models/Qwen3-8B-SFT. On 64 GPUs: rollout_servers.slurm.
 #
 #     bash examples/gppo_32k.sh [--dotted.key value ...]
 set -euo pipefail

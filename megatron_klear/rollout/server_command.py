@@ -151,6 +151,8 @@ def _variables(
         "VLLM_SERVER_DEV_MODE": "1",  # without it vLLM has no routes to replace weights, pause and sleep
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
+        # Idle connections are the client's to close: one that a busy server closes first fails the next request.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
         "HF_HUB_OFFLINE": "1",
     }
     if device == "cpu":

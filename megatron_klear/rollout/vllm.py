@@ -267,15 +267,22 @@ class VLLMEngine:
         from megatron_klear.rollout.transfer import TransferFailed
 
         checksums: Checksums = {}
-        failure: UserError | None = None
+        failure: TransferFailed | None = None
         try:
             checksums = self._transport.send(weights, version, [member.client for member in members], self._portal)
         except TransferFailed as error:
             checksums, failure = error.checksums, error
         finally:
+            why = failure.failures if failure is not None else {}
             told = {holder.partition(" ")[0] for holder in checksums}
             holders = [member for member in members if member.client.url in told]
-            self._put_aside({member: "it did not get all weights" for member in members if member not in holders})
+            self._put_aside(
+                {
+                    member: f"it did not get all weights: {why.get(member.client.url, 'the update broke off')}"
+                    for member in members
+                    if member not in holders
+                }
+            )
             self._end_update(holders)
         self._fruitless = 0 if holders else self._fruitless + 1
         if self._fruitless >= _FRUITLESS_UPDATES:

@@ -79,5 +79,5 @@ def _echo(engine: Engine, rollouts: RolloutEngine, version: int, tolerance: floa
             raise WeightsNotArrived(
                 f"after sync {version} {server} loaded the trainer's tensors but does not sample with them: its "
                 f"log-probs of the probe row differ by {difference:.3g} nats on average, limit {limit:g} "
-                "(rollout.probe_tolerance). Some of its weights are stale, or its prefix cache was kept"
+                "(rollout.probe_tolerance). Some of its weights are stale"
             )

@@ -70,7 +70,9 @@ def overlapped(toml: Path, output: Path, processes: int, mode: str, fault: str, 
         return made[0]
 
     rl_run.build_rollouts = build_background
-    chosen = ("--rollout.kind", "vllm", "--rollout.mode", mode, "--rollout.max_dropped_share", "0.3")
+    # Servers that are named are not started; nothing ever calls on this one.
+    servers = ("--rollout.kind", "vllm", "--rollout.servers", "http://127.0.0.1:9")
+    chosen = (*servers, "--rollout.mode", mode, "--rollout.max_dropped_share", "0.3")
     train(start(toml, "--output", str(output), *chosen, *flags, processes=processes))
     return made[0].loads
 

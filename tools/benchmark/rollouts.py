@@ -2,11 +2,13 @@
 
     python tools/benchmark/rollouts.py                                   local and transformers
     python tools/benchmark/rollouts.py --vllm vllm-env/bin/python        and a vLLM server (tools/make_vllm_env.sh)
+    python tools/benchmark/rollouts.py --vllm vllm-env/bin/python --device cuda --transfer cuda_ipc     one shared card
 
 A Qwen3 of about 10 million random parameters draws responses whose lengths are geometric, since a few tokens of its
 vocabulary end them. Engines take turns over the same prompts; tokens are those of responses, never padding, and each
 engine's log-probs must first agree with the trainer's. Besides, the time of one weight sync to every engine, next to
-that of saving and loading a whole checkpoint.
+that of saving and loading a whole checkpoint; on a card also its memory in use with the server awake and asleep. With
+--device cuda it has not been run.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -45,8 +47,8 @@ from megatron_klear.types import Prompt, Sample
 SHAPE = TinyShape(
     hidden_size=256, ffn_hidden_size=768, num_layers=12, num_heads=8, num_kv_heads=4, head_dim=32, tied_embeddings=False
 )
-TOLERANCE = 1e-4
-"""Largest difference of a log-prob in nats between an engine and the trainer, fp32."""
+TOLERANCES = {"fp32": 1e-4, "bf16": 0.3}
+"""Largest difference of a log-prob in nats between an engine and the trainer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,13 @@ class Load:
     max_tokens: int
     rows: int
     """Sequences decoded at once."""
+    device: Literal["cpu", "cuda"]
+    transfer: Literal["shared_memory", "cuda_ipc"]
+
+    @property
+    def dtype(self) -> Literal["fp32", "bf16"]:
+        """Precision of trainer and engines."""
+        return "fp32" if self.device == "cpu" else "bf16"
 
     def sampling(self) -> SamplingConfig:
         """One token in `mean_tokens` of the vocabulary ends a response."""
@@ -87,6 +96,8 @@ class Result:
     seconds: list[float] = field(default_factory=list)
     sync_seconds: list[float] = field(default_factory=list)
     logprob_difference: float | None = None
+    memory_gib: dict[str, float] = field(default_factory=dict)
+    """Of the whole card in use, with the engine awake and asleep."""
 
     def speeds(self) -> list[float]:
         """Response tokens per second of every round."""
@@ -118,7 +129,8 @@ class Transformers:
     def __init__(self, folder: Path, trainer: Engine, load: Load) -> None:
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        dtype = torch.float32 if load.dtype == "fp32" else torch.bfloat16
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(load.device).eval()
         state = dict(trainer.hf_weights())
         missing, unexpected = self.model.load_state_dict(state, strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:
@@ -141,7 +153,7 @@ class Transformers:
     def __call__(self, prompts: Sequence[Prompt], seed: int) -> int:
         """Generate in batches of at most `rows` sequences."""
         torch.manual_seed(seed)
-        stops = torch.tensor(self.load.sampling().stop_token_ids)
+        stops = torch.tensor(self.load.sampling().stop_token_ids, device=self.load.device)
         total, per_batch = 0, max(self.load.rows // self.load.samples_per_prompt, 1)
         for start in range(0, len(prompts), per_batch):
             part = prompts[start : start + per_batch]
@@ -151,6 +163,7 @@ class Transformers:
             for row, prompt in enumerate(part):
                 tokens[row, width - len(prompt.tokens) :] = torch.from_numpy(prompt.tokens.astype(np.int64))
                 mask[row, width - len(prompt.tokens) :] = 1
+            tokens, mask = tokens.to(self.load.device), mask.to(self.load.device)
             out = self.model.generate(tokens, attention_mask=mask, generation_config=self.generation)
             drawn = out.sequences[:, width:]
             logits = torch.stack(out.logits, dim=1)
@@ -165,13 +178,13 @@ def settings(folder: Path, load: Load, vllm: Path | None) -> GPPOConfig:
     """A run of the project: with a server of the vLLM environment `vllm`, or in-process."""
     rollout: dict[str, Any] = {"kind": "local", "max_sequences": load.rows}
     if vllm is not None:
-        server = {"python": vllm, "device": "cpu", "max_sequences": load.rows, "kv_cache_gib": 0.5}
-        rollout = {"kind": "vllm", "server": server}
+        server = {"python": vllm, "device": load.device, "max_sequences": load.rows, "kv_cache_gib": 0.5}
+        rollout = {"kind": "vllm", "server": server, "transfer": load.transfer}
     return GPPOConfig.model_validate(
         {
             "output": folder / "run",
-            "model": {"path": folder / "model", "weights": "random", "dtype": "fp32"},
-            "parallel": {"device": "cpu"},
+            "model": {"path": folder / "model", "weights": "random", "dtype": load.dtype},
+            "parallel": {"device": load.device},
             "prompts": {"sources": [{"generator": "arithmetic"}], "max_tokens": load.prompt_tokens},
             "sampling": {"max_tokens": load.max_tokens},
             "rollout": rollout,
@@ -239,8 +252,10 @@ def compare(load: Load, rounds: int, trainer: Engine, engines: dict[str, Rollout
             )
         difference = largest_difference(trainer, contender.samples(make_prompts(load, 0)[:2], 0))
         results[name].logprob_difference = difference
-        if not difference < TOLERANCE:
-            raise RuntimeError(f"log-probs of {name} differ from the trainer's by {difference:.2e}, above {TOLERANCE}")
+        if not difference < (limit := TOLERANCES[load.dtype]):
+            raise RuntimeError(f"log-probs of {name} differ from the trainer's by {difference:.2e}, above {limit}")
+        if load.device == "cuda":
+            results[name].memory_gib = sleep_and_wake(trainer, contender.engine)
     contenders: dict[str, Contender] = {**engines, "transformers": Transformers(folder / "model", trainer, load)}
     for number in range(rounds + 1):
         prompts = make_prompts(load, number + 1)
@@ -253,6 +268,21 @@ def compare(load: Load, rounds: int, trainer: Engine, engines: dict[str, Rollout
     saved = time_of(lambda: (trainer.save(folder / "checkpoint"), trainer.finish_save()))
     loaded = time_of(lambda: trainer.load(folder / "checkpoint"))
     return summarise(results, saved, loaded)
+
+
+def sleep_and_wake(trainer: Engine, engine: RolloutEngine) -> dict[str, float]:
+    """Memory of the card in use with the engine awake, asleep, and awake again with weights."""
+
+    def used() -> float:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return round((total - free) / 2**30, 3)
+
+    memory = {"awake": used()}
+    engine.sleep()
+    memory["asleep"] = used()
+    send_weights(trainer, engine, 3)
+    return memory | {"awake_again": used()}
 
 
 def summarise(results: dict[str, Result], saved: float, loaded: float) -> dict[str, Any]:
@@ -271,6 +301,7 @@ def summarise(results: dict[str, Result], saved: float, loaded: float) -> dict[s
             "largest_logprob_difference": result.logprob_difference,
             # the first sync meets caches that are not warm
             "sync_seconds": round(min(result.sync_seconds), 4) if result.sync_seconds else None,
+            "memory_gib": result.memory_gib or None,
         }
     return {"engines": engines, "checkpoint_save_seconds": round(saved, 4), "checkpoint_load_seconds": round(loaded, 4)}
 
@@ -299,7 +330,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mean-tokens", type=int, default=64, help="mean length of a response")
     parser.add_argument("--max-tokens", type=int, default=256, help="longest response")
     parser.add_argument("--rows", type=int, default=64, help="sequences decoded at once")
-    parser.add_argument("--out", type=Path, help="JSON file; default: results/rollouts_cpu.json beside this script")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--transfer", choices=["shared_memory", "cuda_ipc"], default="shared_memory")
+    parser.add_argument("--out", type=Path, help="JSON file; default: results/rollouts_DEVICE.json beside this script")
     arguments = parser.parse_args(argv)
     load = Load(
         prompts=arguments.prompts,
@@ -308,20 +341,29 @@ def main(argv: list[str] | None = None) -> int:
         mean_tokens=arguments.mean_tokens,
         max_tokens=arguments.max_tokens,
         rows=arguments.rows,
+        device=arguments.device,
+        transfer=arguments.transfer,
     )
     with tempfile.TemporaryDirectory() as folder:
         summary = measure(load, arguments.rounds, arguments.vllm, Path(folder))
     print(table(summary))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "megatron-core")}
-    report = {"benchmark": "rollouts", "device": _device(), "threads": torch.get_num_threads(), "versions": versions}
+    report = {
+        "benchmark": "rollouts",
+        "device": _device(load),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
     report["load"] = {name: getattr(load, name) for name in load.__slots__}
-    out = arguments.out or Path(__file__).parent / "results" / "rollouts_cpu.json"
+    out = arguments.out or Path(__file__).parent / "results" / f"rollouts_{load.device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report | summary, indent=1) + "\n")
     return 0
 
 
-def _device() -> str:
+def _device(load: Load) -> str:
+    if load.device == "cuda":
+        return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

@@ -51,7 +51,7 @@ class Server:
             "/inference/v1/generate": self.generate,
             "/pause": self.pause,
             "/resume": self.resume,
-            "/reset_prefix_cache": self.nothing,
+            "/reset_prefix_cache": self.reset_prefix_cache,
             "/init_weight_transfer_engine": self.nothing,
             "/start_weight_update": self.start_update,
             "/update_weights": self.update,
@@ -87,6 +87,10 @@ class Server:
     async def nothing(self, body: Any, request: web.Request) -> Any:
         """Answer that it is done."""
         return {}
+
+    async def reset_prefix_cache(self, body: Any, request: web.Request) -> Any:
+        """There is none beyond the requests' own, which are read anew after a pause."""
+        return {"success": True}
 
     async def generate(self, body: Any, request: web.Request) -> Any:
         """Draw a response, or give the log-probs of a prompt."""

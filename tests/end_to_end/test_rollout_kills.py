@@ -1,0 +1,109 @@
+"""Runs with servers that are killed at random, and a trainer that is, too: they end with every prompt used once."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from standin_server import processes_of, write_standin_python
+from tiny_rl_run import TOML
+
+from megatron_klear.data.tiny import TinyShape, write_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS, PER_STEP, STEPS = 40, 4, 40
+SHAPE = TinyShape(hidden_size=32, ffn_hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=32)
+ROLLOUT = """
+[rollout]
+kind = "vllm"
+mode = "{mode}"
+request_seconds = 20
+deadline_seconds = 120
+server = {{ python = "{python}", device = "cpu", count = 2, max_restarts = 100, kv_cache_gib = 0.1 }}
+"""
+pytestmark = pytest.mark.slow
+
+
+def write_settings(folder: Path, mode: str) -> Path:
+    """A run over whole epochs of its prompts, every group of which counts."""
+    write_tiny_model(folder / "model", "qwen3", SHAPE, weights=False)
+    text = TOML.format(folder=folder, stops=list(range(64)))
+    text = text.replace("steps = 5", f"steps = {STEPS}")
+    text = text.replace("max_generation_rounds = 2", "max_generation_rounds = 1\ndrop_zero_advantage = false")
+    python = write_standin_python(folder / "python")
+    (folder / "run.toml").write_text(text + ROLLOUT.format(mode=mode, python=python))
+    return folder / "run.toml"
+
+
+def start_run(toml: Path, log: Path) -> subprocess.Popen[bytes]:
+    """The training script, in the background."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with log.open("ab") as out:
+        command = [sys.executable, "train_gppo.py", "--config", str(toml)]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+
+
+def steps_of(folder: Path) -> list[dict]:
+    """The run's metrics so far."""
+    path = folder / "run" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def used_prompts(folder: Path) -> Counter[str]:
+    """How often each prompt was sampled for a step that stands."""
+    counts: Counter[str] = Counter()
+    for step in range(1, STEPS + 1):
+        lines = (folder / "run" / "rollouts" / f"step-{step:08d}.jsonl").read_text().splitlines()
+        counts += Counter({json.loads(line)["prompt_id"] for line in lines})
+    return counts
+
+
+def kill_until_done(folder: Path, toml: Path, server_kills: int, trainer_kills: int) -> tuple[int, int]:
+    """Kill servers and the trainer at random moments, start the trainer again; how often each was killed."""
+    chance, log = random.Random(0), folder / "log.txt"
+    servers = trainers = before = 0
+    run, deadline = start_run(toml, log), time.monotonic() + 800
+    while run.poll() is None:
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(chance.uniform(0.3, 1.2))
+        done = len(steps_of(folder))
+        living = processes_of(folder, "-m", "vllm.entrypoints")
+        # Spread over the run, and never while servers start for the first time: that ends a run, with a message.
+        if done > before and living and servers < server_kills and done >= servers * STEPS // (server_kills + 2):
+            os.kill(chance.choice(living), signal.SIGKILL)
+            servers += 1
+        elif trainers < trainer_kills and done >= (trainers + 1) * STEPS // (trainer_kills + 2):
+            run.kill()
+            run.wait()
+            trainers += 1
+            run, before = start_run(toml, log), len(steps_of(folder))
+    assert run.returncode == 0, log.read_text()[-3000:]
+    return servers, trainers
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("mode", "kills"), [("asynchronous", (20, 5)), ("synchronous", (5, 1))])
+def test_killed_servers_and_trainers_cost_no_prompt(tmp_path, mode: str, kills: tuple[int, int]):
+    toml = write_settings(tmp_path, mode)
+    killed = kill_until_done(tmp_path, toml, *kills)
+    assert killed == kills
+    records = steps_of(tmp_path)
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert sum(record["groups_dropped"] for record in records) == 0
+    counts = used_prompts(tmp_path)
+    assert len(counts) == PROMPTS
+    if mode == "synchronous":
+        assert set(counts.values()) == {STEPS * PER_STEP // PROMPTS}
+    else:  # groups of the next epoch may overtake the last ones of this
+        assert sum(counts.values()) == STEPS * PER_STEP
+        assert max(counts.values()) - min(counts.values()) <= 1
+    deadline = time.monotonic() + 15
+    while processes_of(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_of(tmp_path) == []
