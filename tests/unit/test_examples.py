@@ -19,6 +19,7 @@ SFT_CONFIGS = sorted((ROOT / "examples").glob("*sft*.toml"))
 GPPO_CONFIGS = sorted((ROOT / "examples").glob("*gppo*.toml"))
 CONFIGS = [*((path, SFTConfig) for path in SFT_CONFIGS), *((path, GPPOConfig) for path in GPPO_CONFIGS)]
 SCRIPTS = sorted([*(ROOT / "examples").glob("*.sh"), *(ROOT / "examples").glob("*.slurm"), ROOT / "tests" / "run.sh"])
+RESULTS = sorted((ROOT / "examples" / "results").iterdir())
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"])
 
 
@@ -50,6 +51,16 @@ def test_the_recipe_is_that_of_the_paper():
     assert (sampling.samples_per_prompt, sampling.max_tokens, sampling.temperature) == (8, 32768, 1.0)
     assert (config.loss.clip_low, config.loss.clip_high, algorithm.nll_coefficient) == (0.2, 0.28, 0.1)
     assert (config.validation.sampling.temperature, config.validation.sampling.top_p) == (0.6, 0.95)
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
+def test_figures_in_the_readme_are_those_of_the_committed_results(folder: Path):
+    done = subprocess.run([sys.executable, "tools/gain.py", str(folder)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if line.startswith(("| ", "reward_mean"))]
+    readme = (ROOT / "examples" / "README.md").read_text()
+    assert len(told) >= 4
+    assert [line for line in told if line not in readme] == []
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -11,12 +11,12 @@ from megatron_klear.train.validation import Validator
 
 
 class Stub:
-    """Rollout engine, grader and log in one: hands out graded groups and takes what is reported."""
+    """Sampler, grader and log in one: hands out graded groups and takes what is reported."""
 
     def __init__(self):
         self.groups, self.told = fixed_groups(), {}
 
-    def generate(self, prompts, sampling, seed):
+    def draw(self, prompts, sampling, seed):
         assert [prompt.id for prompt in prompts] == [group.prompt.id for group in self.groups]
         return self.groups
 
