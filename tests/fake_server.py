@@ -32,12 +32,12 @@ def main() -> None:
     do = os.environ.get("FAKE_SERVER_DO", "serve")
     notes = Path(os.environ["FAKE_SERVER_PIDS"])
     notes.mkdir(exist_ok=True)
-    starts = len(list(notes.iterdir()))
+    starts = len(list(notes.glob("[0-9]*")))
     worker = subprocess.Popen([sys.executable, "-c", WORKER], start_new_session=True)
     memory = shared_memory.SharedMemory(create=True, size=4096)
-    note = notes / f".{starts}"
+    note = notes / f".{os.getpid()}"
     note.write_text(f"{os.getpid()} {worker.pid} {memory.name}")
-    note.rename(notes / f"{starts}")
+    note.rename(notes / f"{starts}-{os.getpid()}")  # servers may start at the same moment
     if do == "die" or (do == "die_later" and starts):
         print("loading\nRuntimeError: not enough memory for the cache", flush=True)
         os._exit(3)

@@ -57,7 +57,9 @@ class Machine:
 
     def starts(self, index: int = 0) -> list[tuple[int, int, str]]:
         """Of every start so far: the server's and its worker's process ids, and its shared memory."""
-        notes = sorted((self.folder / f"pids-{index}").glob("[0-9]*"), key=lambda path: int(path.name))
+        notes = sorted(
+            (self.folder / f"pids-{index}").glob("[0-9]*"), key=lambda path: int(path.name.partition("-")[0])
+        )
         fields = [note.read_text().split() for note in notes]
         return [(int(server), int(worker), memory) for server, worker, memory in fields]
 
