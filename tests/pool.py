@@ -29,7 +29,8 @@ from typing import Any, NoReturn
 MAX_RANKS = 8
 _GRACE_SECONDS = 3.0  # for the other ranks to end after the first one failed
 _PR_SET_PDEATHSIG = 1
-_DONE = "pool/done"  # key of the store: ranks that no longer need it
+_STARTED = "pool/started"  # key of the store: ranks that have met the others
+_DONE = "pool/done"  # likewise: ranks that no longer need it
 
 
 class RankFailure(RuntimeError):
@@ -266,6 +267,9 @@ def _call(case: _Case, rank: int, listener: socket.socket) -> int:
     partial = case.folder / f"partial.{rank}"
     try:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=case.world_size)
+        store.add(_STARTED, 1)
+        while rank == 0 and store.add(_STARTED, 0) < case.world_size:  # it hosts the store, and may fail at once
+            time.sleep(0.001)
         function, args = pickle.loads((case.folder / "call").read_bytes())
         partial.write_bytes(pickle.dumps(function(*args)))
     except BaseException as error:
