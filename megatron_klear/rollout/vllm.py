@@ -69,9 +69,6 @@ class VLLMEngine:
         """
         self._config, self._transport, self._servers = config, transport, servers
         self._decode, self._dtype, self._rank = decode, dtype, rank
-        self.on_weights_needed: Callable[[], None] | None = None
-        """Called on every rank, collectively, when `generate` finds no server with the present weights; it should send
-        them. Without it `generate` raises WeightsNeeded."""
         self._finished: queue.SimpleQueue[Future[Drawn]] = queue.SimpleQueue()
         self._in_flight = self._fruitless = 0
         self._asleep = self._closed = False
@@ -140,9 +137,9 @@ class VLLMEngine:
         found: list[FinishedGroup] = []
         while not found:
             self._look_after_servers()
-            wait = min(_LOOK_SECONDS, until - time.monotonic()) if self._in_flight else 0
+            seconds = min(_LOOK_SECONDS, until - time.monotonic()) if self._in_flight else 0
             with contextlib.suppress(queue.Empty):
-                found.append(self._as_finished(self._finished.get(timeout=max(0.0, wait))))
+                found.append(self._as_finished(self._finished.get(timeout=max(0.0, seconds))))
             if time.monotonic() >= until or not self._in_flight:
                 break
         with contextlib.suppress(queue.Empty):
@@ -154,8 +151,8 @@ class VLLMEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
         """Draw the responses; see RolloutEngine. Requests submitted otherwise stay as they are.
 
-        Raises UserError on every rank where more than `max_dropped_share` of the groups were dropped, and where no
-        server is left.
+        Raises UserError on every rank where more than `max_dropped_share` of the groups were dropped, where no server
+        is left, and WeightsNeeded where none holds the present weights; `train.sampler.Sampler` sends them again.
         """
         drawing: list[Future[Drawn]] = []
         if self._portal is not None:
@@ -169,9 +166,7 @@ class VLLMEngine:
                 if state == "done":
                     return from_first_rank(lambda: self._groups(drawing))
                 if state == "weights":
-                    if self.on_weights_needed is None:
-                        raise WeightsNeeded("no rollout server holds the present weights: they have to be sent again")
-                    self.on_weights_needed()
+                    raise WeightsNeeded("no rollout server holds the present weights: they have to be sent again")
         finally:
             for future in drawing:
                 future.cancel()

@@ -47,6 +47,9 @@ def write_rollouts(
                         "note": "" if score is None else score.note,
                         "finish": sample.finish,
                         "weight_version": sample.policy_version,
+                        "version_spans": [
+                            [span.version, span.start - head, span.end - head] for span in sample.version_spans
+                        ],
                     },
                     ensure_ascii=False,
                 )

@@ -107,11 +107,10 @@ def test_what_fails_for_ever_is_dropped_within_the_deadline(fault: str):
 
 
 def test_generate_leaves_out_a_dropped_group_and_stops_where_too_many_are():
-    only_one = lambda: (fault for fault in chain(["bad_request"] * 3, repeat("")))  # noqa: E731
     limits = replace(FAST, max_unsound=1)
     prompts = [prompt(number) for number in range(10)]
     with FakeServer() as server:
-        server.faults = only_one()
+        server.faults = chain(["bad_request"] * 3, repeat(""))
         with engine_on([server], limits=limits, max_dropped_share=0.5) as engine:
             groups = engine.generate(prompts, sampling(), seed=1)
             dropped = int(engine.counters()["groups_dropped"])

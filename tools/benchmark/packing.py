@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import sys
 import time
@@ -34,6 +32,7 @@ from megatron_klear.data.packing import (
     sequence_work,
     work_imbalance,
 )
+from tools.benchmark.device import cpu_name
 
 MEDIAN_TOKENS, CAP_TOKENS, SEGMENT_MULTIPLE = 6144, 32768, 64
 DATA_RANKS, MICROBATCHES = 64, 8
@@ -131,7 +130,7 @@ def main() -> int:
     print(f"  peak memory of the process: {peak_gib:.2f} GiB")
     report = {
         "benchmark": "packing",
-        "device": _device(),
+        "device": f"{cpu_name()}, one used",
         "samples": arguments.samples,
         "median_tokens": MEDIAN_TOKENS,
         "cap_tokens": CAP_TOKENS,
@@ -156,13 +155,6 @@ def _line(result: dict[str, Any]) -> str:
         f"mean {result['imbalance_mean']:.3%} p99 {result['imbalance_p99']:.3%} max {result['imbalance_max']:.3%}  "
         f"assign {result['assign_milliseconds_per_step']:.2f} ms a step"
     )
-
-
-def _device() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, one used"
 
 
 if __name__ == "__main__":

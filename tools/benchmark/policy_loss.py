@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tools.benchmark.device import cpu_name
 from tools.benchmark.policy_loss_contenders import Contender, Problem, contenders
 
 SAMPLED_TOKENS = 32
@@ -196,13 +196,7 @@ def device_name(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [text.split(":")[1].strip() for text in _lines(cpuinfo) if text.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} used"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+    return f"{cpu_name()}, {torch.get_num_threads()} used"
 
 
 def verdicts(results: list[Result], device: torch.device) -> dict[str, bool]:

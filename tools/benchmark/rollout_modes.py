@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ from gain import held_out
 
 from megatron_klear.evaluation.significance import mean_interval
 from megatron_klear.toml_writer import to_toml, write_text_atomically
+from tools.benchmark.device import cpu_name
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = {
@@ -123,8 +123,8 @@ def main(argv: list[str] | None = None) -> int:
                 seconds = train(arguments.config, output, mode, seed, servers, more)
                 outcomes.setdefault(mode, []).append(outcome(output, seconds))
                 print(f"seed {seed}, {mode}: accuracy {outcomes[mode][-1]['accuracy']} in {seconds:.0f} s", flush=True)
-                report = {"benchmark": "rollout_modes", "cores": os.cpu_count(), "arguments": more, "modes": outcomes}
-                write_text_atomically(arguments.out, json.dumps(report, indent=1) + "\n")
+                report = {"benchmark": "rollout_modes", "device": cpu_name(), "arguments": more, "modes": outcomes}
+                write_text_atomically(arguments.out, json.dumps(report) + "\n")
     finally:
         if serving is not None:
             serving.send_signal(signal.SIGTERM)

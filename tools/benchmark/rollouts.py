@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -43,6 +41,7 @@ from megatron_klear.rollout.engine import RolloutEngine
 from megatron_klear.train.arrival import send_weights
 from megatron_klear.train.rl_run import build_rollouts
 from megatron_klear.types import Prompt, Sample
+from tools.benchmark.device import cpu_name
 
 SHAPE = TinyShape(
     hidden_size=256, ffn_hidden_size=768, num_layers=12, num_heads=8, num_kv_heads=4, head_dim=32, tied_embeddings=False
@@ -350,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "megatron-core")}
     report = {
         "benchmark": "rollouts",
-        "device": _device(load),
+        "device": torch.cuda.get_device_name() if load.device == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
@@ -359,15 +358,6 @@ def main(argv: list[str] | None = None) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report | summary, indent=1) + "\n")
     return 0
-
-
-def _device(load: Load) -> str:
-    if load.device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -39,6 +37,7 @@ from megatron_klear.data.packing import RowSettings, plan_epoch
 from megatron_klear.mcore.topology import Topology, world
 from megatron_klear.train.mfu import peak_tflops, utilisation
 from megatron_klear.types import Sample
+from tools.benchmark.device import cpu_name
 
 ENGINE = "engine"
 PROMPT_SHARE = 0.05
@@ -337,7 +336,12 @@ def main(argv: list[str] | None = None) -> int:
             case = replace(case, recompute=arguments.recompute)
         reports.append(run_case(name, case, arguments))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "megatron-core")}
-    report = {"benchmark": "sft", "device": _device(), "threads": torch.get_num_threads(), "versions": versions}
+    report = {
+        "benchmark": "sft",
+        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({**report, "cases": reports, "published_elsewhere": PUBLISHED}, indent=1) + "\n")
     if cuda:
@@ -345,15 +349,6 @@ def main(argv: list[str] | None = None) -> int:
     good = all(met(report) for report in reports)
     print("ahead of the padded loop and within 10 % of the fastest plain one:", "met" if good else "MISSED")
     return 0 if good else 1
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":
