@@ -96,6 +96,8 @@ class FakeServers:
         self.came_back: list[str] = []
         self.good: set[str] = set()
         self.restarts: list[str] = []
+        self.held: list[bool] = []
+        self.looks_until_up = 0
         self.failure: UserError | None = None
         self.closed = False
 
@@ -113,6 +115,20 @@ class FakeServers:
     def restart(self, address: str) -> None:
         """Note it."""
         self.restarts.append(address)
+
+    @property
+    def starting(self) -> bool:
+        """True for as many looks as told."""
+        self.looks_until_up -= 1
+        return self.looks_until_up >= 0
+
+    def hold(self) -> None:
+        """Note it."""
+        self.held.append(True)
+
+    def release(self) -> None:
+        """Note it."""
+        self.held.append(False)
 
     def close(self) -> None:
         """Note it."""

@@ -72,8 +72,7 @@ class Dispatcher:
     def __init__(self, fleet: Fleet, *, stop_token_ids: Iterable[int]) -> None:
         """`stop_token_ids` end a response, besides those of the sampling."""
         self._fleet, self._stop = fleet, sorted(set(stop_token_ids))
-        self.retries = 0
-        self.dropped = 0
+        self._retries = self._dropped = 0
 
     async def draw(self, request: GroupRequest) -> Drawn:
         """All samples of a group, or none of them once one was given up."""
@@ -82,12 +81,18 @@ class Dispatcher:
         try:
             return Drawn(request=request, samples=list(await asyncio.gather(*tasks)))
         except _GaveUp as error:
-            self.dropped += 1
+            self._dropped += 1
             return Drawn(request=request, samples=None, failure=str(error))
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def take_counters(self) -> dict[str, float]:
+        """Attempts that failed and groups that were dropped since the last call."""
+        counters = {"server_retries": float(self._retries), "groups_dropped": float(self._dropped)}
+        self._retries = self._dropped = 0
+        return counters
 
     async def _sample(self, request: GroupRequest, number: int) -> Sample:
         response, tries = _Response(), _Tries()
@@ -98,7 +103,7 @@ class Dispatcher:
                 full = len(response.tokens) >= request.sampling.max_tokens
                 if part.finish != "abort" or full:
                     return _as_sample(request.prompt.tokens, response, stopped=part.finish == "stop")
-            self.retries += 1
+            self._retries += 1
             self._give_up_if_due(request, number, tries)
             if part is None or not part.token_ids.size:
                 await self._back_off(tries)

@@ -42,6 +42,19 @@ class ManagedServers(Protocol):
         """Start it anew: it hangs."""
         ...
 
+    @property
+    def starting(self) -> bool:
+        """Whether one is on its way up."""
+        ...
+
+    def hold(self) -> None:
+        """Start none that died, until `release`."""
+        ...
+
+    def release(self) -> None:
+        """Start those that died again."""
+        ...
+
     def close(self) -> None:
         """End them."""
         ...
@@ -108,9 +121,9 @@ class Fleet:
         self.restarted: set[str] = set()
         """Addresses of servers that were started anew; to be emptied by whoever reads it."""
         self.answered: set[str] = set()
-        """Addresses that gave a good answer; to be emptied by whoever reads it."""
+        """Addresses that gave a good answer since `hear_of`."""
         self.hung: set[str] = set()
-        """Addresses that stopped to give signs of life; to be emptied by whoever reads it."""
+        """Addresses that stopped to give signs of life since `hear_of`."""
         self._waiting: deque[_Waiter] = deque()
         self._last_usable = self._last_alive = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
@@ -209,6 +222,15 @@ class Fleet:
                 self.lose(member)
                 self.restarted.add(member.client.url)
                 self._return(member)
+
+    def hear_of(self, servers: ManagedServers) -> None:
+        """Learn which servers came back, and say which answered and which hang."""
+        for url in servers.poll():
+            self.came_back(url)
+        while self.answered:
+            servers.answered(self.answered.pop())
+        while self.hung:
+            servers.restart(self.hung.pop())
 
     def holders(self) -> list[Member]:
         """Members that answer and hold the present weights."""

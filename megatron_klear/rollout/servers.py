@@ -93,6 +93,8 @@ class Servers:
         self._failure: ServersError | None = None
         self._ending = threading.Event()
         self._watcher: threading.Thread | None = None
+        self._launching = threading.Lock()  # held while a server is started again, so that `hold` sees all that start
+        self._held = False
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -104,6 +106,12 @@ class Servers:
         """Addresses that do not answer now, because their server is starting again."""
         with self._lock:
             return frozenset(s.command.address for s in self._servers if s.state is not _State.HEALTHY)
+
+    @property
+    def starting(self) -> bool:
+        """Whether a server is on its way up."""
+        with self._lock:
+            return any(server.state is _State.STARTING for server in self._servers)
 
     @property
     def process_ids(self) -> tuple[int | None, ...]:
@@ -162,6 +170,15 @@ class Servers:
             for server in self._servers:
                 if server.command.address == address and server.process and server.state is not _State.DOWN:
                     _signal(server.process, signal.SIGQUIT)
+
+    def hold(self) -> None:
+        """From now on one that died stays down, until `release`: it would take memory that others gave back."""
+        with self._launching:
+            self._held = True
+
+    def release(self) -> None:
+        """Start again what died meanwhile."""
+        self._held = False
 
     def close(self) -> None:
         """End all servers: SIGTERM, and SIGKILL for what is left after some seconds. May be called twice."""
@@ -234,9 +251,11 @@ class Servers:
         problem = self._advance(server)
         if problem:
             self._plan_restart(server, problem)
-        if server.process is None and time.monotonic() >= server.not_before and self._failure is None:
-            self._launch(server)
-        elif was_starting and server.state is _State.HEALTHY:
+        with self._launching:
+            down = server.process is None and not self._held and self._failure is None
+            if down and time.monotonic() >= server.not_before:
+                self._launch(server)
+        if was_starting and server.state is _State.HEALTHY:
             with self._lock:
                 self._notices.append(f"{server.name} ({server.command.address}) is back")
 

@@ -113,6 +113,8 @@ class VLLMEngine:
         none took them that is all of them, and the checksums are empty. Raises UserError on every rank where no server
         answers within `deadline_seconds`, or none takes the weights time and again.
         """
+        if self._asleep and self._servers is not None:
+            self._servers.release()
         members = same_outcome(lambda: self._prepare(version) if self._portal else [])
         checksums = same_outcome(lambda: self._send(weights, version, members))
         return from_first_rank(lambda: checksums)
@@ -175,20 +177,17 @@ class VLLMEngine:
         """Attempts that failed and groups that were dropped since the last call; 0 on other ranks than the first."""
         if self._portal is None:
             return {"server_retries": 0.0, "groups_dropped": 0.0}
-        dispatcher = self._dispatcher
-        counts = {"server_retries": float(dispatcher.retries), "groups_dropped": float(dispatcher.dropped)}
-        dispatcher.retries -= int(counts["server_retries"])
-        dispatcher.dropped -= int(counts["groups_dropped"])
-        return counts
+        return self._on_loop(self._dispatcher.take_counters)
 
     def sleep(self) -> None:
-        """Have servers on the trainer's own cards give back weights and cache; others go on."""
-        if self._portal is None or not self._transport.needs_shared_device or self._asleep:
-            return
-        self._asleep = True
-        members = [member for member in self._fleet.members if member.alive]
-        self._on_loop(self._fleet.forget_weights)
-        self._each(members, lambda client: client.sleep(2, _CONTROL_SECONDS))
+        """Have servers on the trainer's own cards give back weights and cache; others go on.
+
+        Of the run's own servers, one that is starting is waited for, one that does not do it is ended, and one that
+        dies in its sleep is down until the next weights. Raises UserError on every rank where servers die for good.
+        """
+        if self._transport.needs_shared_device:
+            while not from_first_rank(self._fall_asleep):
+                pass
 
     def close(self) -> None:
         """End requests, connections, and the servers that the run started. May be called twice."""
@@ -205,6 +204,26 @@ class VLLMEngine:
         finally:
             if self._servers is not None:
                 self._servers.close()
+
+    def _fall_asleep(self) -> bool:
+        """Whether all sleep that can; not yet while a server starts."""
+        servers, until = self._servers, time.monotonic() + _SIGN_OF_LIFE_SECONDS
+        if self._asleep:
+            return True
+        self._on_loop(self._fleet.forget_weights)
+        if servers is not None:
+            servers.hold()
+            while servers.starting:
+                self._look_after_servers()
+                if time.monotonic() > until:
+                    return False
+                time.sleep(_LOOK_SECONDS)
+        asleep = self._each(self._fleet.members, lambda client: client.sleep(2, _CONTROL_SECONDS))
+        if servers is not None:
+            for member in set(self._fleet.members).difference(asleep):
+                servers.restart(member.client.url)
+        self._asleep = True
+        return True
 
     async def _connect(self, addresses: Sequence[str], stop: Sequence[int], vocab: int) -> tuple[Fleet, Dispatcher]:
         self._session = session = open_session(len(addresses) * self._limits.requests_per_server)
@@ -364,12 +383,7 @@ class VLLMEngine:
     def _look_after_servers(self) -> None:
         fleet = self._fleet
         if self._servers is not None:
-            for url in self._servers.poll():
-                self._on_loop(functools.partial(fleet.came_back, url))
-            while fleet.answered:
-                self._servers.answered(fleet.answered.pop())
-            while fleet.hung:
-                self._servers.restart(fleet.hung.pop())
+            self._on_loop(functools.partial(fleet.hear_of, self._servers))
         if fleet.seconds_without_servers > self._limits.deadline_seconds:
             raise UserError(
                 f"no rollout server has answered for rollout.deadline_seconds {self._limits.deadline_seconds:g}: "

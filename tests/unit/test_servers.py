@@ -114,6 +114,21 @@ def test_a_killed_server_comes_back_at_its_address(machine: Machine, victim: str
     assert [notice.split(") ")[1] for notice in servers.notices()] == ["ended with exit code 137; restart 1", "is back"]
 
 
+def test_a_held_server_that_dies_stays_down_until_released(machine: Machine):
+    servers = machine.servers("serve", "serve")
+    servers.start()
+    assert not servers.starting
+    servers.hold()
+    os.kill(machine.starts()[0][0], signal.SIGKILL)
+    wait_until(lambda: servers.process_ids[0] is None)
+    time.sleep(4 * servers_module._WATCH_SECONDS)
+    assert len(machine.starts(0)) == 1
+    assert servers.down == {servers.addresses[0]}
+    servers.release()
+    wait_until(lambda: servers.poll() == [servers.addresses[0]])
+    assert len(machine.starts(0)) == 2
+
+
 def test_a_hung_server_can_be_restarted(machine: Machine):
     servers = machine.servers("serve")
     servers.start()

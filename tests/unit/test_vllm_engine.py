@@ -305,6 +305,26 @@ def test_sleep_is_for_servers_on_the_trainers_cards(servers: list[FakeServer]):
         assert len(engine.generate([prompt(1)], sampling(), seed=1)) == 1
 
 
+def test_no_server_of_the_run_is_awake_beside_sleeping_ones(servers: list[FakeServer]):
+    managed = FakeServers()
+    with engine_on(servers, managed=managed) as engine:
+        transport_of(engine).needs_shared_device = True
+        sound, broken = servers
+        broken.control_faults = {"/sleep": "oom"}
+        managed.looks_until_up = 2
+        engine.sleep()
+        assert managed.looks_until_up < 0, "one that starts was not waited for"
+        assert managed.restarts == [broken.url], "one that did not sleep goes on with its memory"
+        assert "/sleep 2" in sound.control
+        assert managed.held == [True], "one that dies asleep would start beside the trainer"
+        engine.load_weights(weights(), 4)
+        assert managed.held == [True, False]
+        managed.failure = UserError("server 0 died after 10 restarts")
+        managed.looks_until_up = 10
+        with pytest.raises(UserError, match="10 restarts"):
+            engine.sleep()
+
+
 def test_a_router_gets_all_requests_and_servers_the_weights(servers: list[FakeServer]):
     router, server = servers
     with engine_on([server], router=router.url, version=None) as engine:
