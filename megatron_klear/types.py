@@ -126,6 +126,8 @@ class PackedBatch:
     sampler_logprobs: Tensor | None = None  # [T] float32, the rollout engine's
     ref_logprobs: Tensor | None = None  # [T] float32, a frozen reference model's
     nll_weights: Tensor | None = None  # [T] float32, weights of an added -logp term
+    sample_numbers: tuple[int, ...] = ()
+    """Which sample each sequence is, as whoever packed the row counts them; empty where nobody asks."""
 
     @property
     def num_tokens(self) -> int:

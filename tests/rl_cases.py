@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_klear.mcore.engine import Engine
@@ -25,6 +27,8 @@ class Outcome:
     weights: dict[str, Tensor]
     ratios: Tensor
     """Largest |log ratio| of this rank's trained tokens before each update."""
+    token_ratios: list[list[NDArray[np.float32]]]
+    """As the updates' losses had them, of every sample of the groups trained on."""
 
 
 def take_step(config: GPPOConfig, groups: Sequence[Group], repeats: int = 1) -> Outcome:
@@ -35,14 +39,21 @@ def take_step(config: GPPOConfig, groups: Sequence[Group], repeats: int = 1) -> 
             engine.keep_reference(config.algorithm.reference)
         stats, ratios = [], []
         for number in range(repeats):
-            step = Step(config, engine, number)
-            for batches in step.prepare(keep_informative(groups)):
+            step, chosen = Step(config, engine, number), keep_informative(groups)
+            for batches in step.prepare(chosen):
                 ratios.append(_largest_log_ratio(engine, batches, config.sampling.temperature))
                 stats.append(step.update(batches))
+        by_group = step.ratios_of(chosen)
         weights = {name: tensor.clone() for name, tensor in engine.hf_weights()}
         engine.close()
     kept = weights if topology.rank == 0 else {}
-    return Outcome(stats=stats, mismatch=step.mismatch, weights=kept, ratios=torch.tensor(ratios))
+    return Outcome(
+        stats=stats,
+        mismatch=step.mismatch,
+        weights=kept,
+        ratios=torch.tensor(ratios),
+        token_ratios=[by_group[id(group)] for group in chosen],
+    )
 
 
 def _largest_log_ratio(engine: Engine, batches: Sequence[PackedBatch], temperature: float) -> float:

@@ -41,6 +41,7 @@ def pack(
     *,
     advantages: Sequence[float] | None = None,
     nll_weights: Sequence[float] | None = None,
+    sample_numbers: Sequence[int] = (),
 ) -> PackedBatch:
     """Lay samples end to end in one row; each number given per sample applies to every trained token of it.
 
@@ -80,6 +81,7 @@ def pack(
         if logprobs
         else None,
         nll_weights=None if nll_weights is None else spread(nll_weights),
+        sample_numbers=tuple(sample_numbers),
     )
 
 

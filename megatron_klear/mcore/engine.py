@@ -83,12 +83,14 @@ class Engine:
         temperature: float = 1.0,
         entropy_coefficient: float = 0.0,
         kl_coefficient: float = 0.0,
+        ratios: list[Tensor] | None = None,
     ) -> StepStats:
         """Take one optimizer step over this data rank's micro-batches.
 
         `loss` maps log-probs to per-token losses; it sees only its own tokens. `kl_coefficient` weighs the k3 KL to the
-        rows' `ref_logprobs`. A step whose loss or gradient norm is not finite leaves weights and optimizer alone and
-        says so in `skipped`.
+        rows' `ref_logprobs`. A list given as `ratios` gets those of each row [T], of present to old policy as the loss
+        had them, fp32 on the CPU; 0 where a token has no weight. A step whose loss or gradient norm is not finite
+        leaves weights and optimizer alone and says so in `skipped`.
         """
         for chunk in self.chunks:
             chunk.train()
@@ -101,8 +103,12 @@ class Engine:
             temperature=temperature,
             entropy_coefficient=entropy_coefficient,
             kl_coefficient=kl_coefficient,
+            keep_ratios=ratios is not None,
         )
-        sums = self._reduce(self._run(rows, compute))
+        results = self._run(rows, compute)
+        if ratios is not None:
+            ratios += self._all_whole(rows, [sums.pop("ratios") for sums in results])[: len(batches)]
+        sums = self._reduce(results)
         total = sums.pop("loss")
         rate = learning_rate(self.run.optimizer, self.step, self.total_steps)
         set_rates(self.optimizer, rate, self.run.optimizer.weight_decay)
@@ -139,8 +145,7 @@ class Engine:
             chunk.eval()
         rows = self._rows(batches)
         results = self._run(rows, partial(self.head.logprobs, temperature=temperature), forward_only=True)
-        whole = [self._whole(row, result) for row, result in zip(rows, results or [None] * len(rows), strict=True)]
-        return whole[: len(batches)]
+        return self._all_whole(rows, results)[: len(batches)]
 
     def keep_reference(self, folder: Path | None = None) -> None:
         """Keep a frozen copy of the model in host memory: of the weights in `folder`, or of the present ones.
@@ -281,6 +286,10 @@ class Engine:
             assert message[0] is not None
             return dict(zip(message[0][0], message[0][1], strict=True))
         return dict(zip(names, sums.tolist(), strict=True))
+
+    def _all_whole(self, rows: list[LocalRow], results: list[Tensor]) -> list[Tensor]:
+        """`_whole` of every row; only the last stage has results."""
+        return [self._whole(row, results[index] if results else None) for index, row in enumerate(rows)]
 
     def _whole(self, row: LocalRow, local: Tensor | None) -> Tensor:
         """The last stage's per-token values [T_local] of a row, in unpadded order [T], on every rank."""

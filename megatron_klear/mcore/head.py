@@ -44,8 +44,12 @@ class Head:
         temperature: float,
         entropy_coefficient: float = 0.0,
         kl_coefficient: float = 0.0,
+        keep_ratios: bool = False,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The row's summed loss, in Megatron's form: (loss, unused token count, sums to log)."""
+        """The row's summed loss, in Megatron's form: (loss, unused token count, sums to log).
+
+        With `keep_ratios` the sums have `ratios` [T_local] beside them.
+        """
         weight, values = model.head_weight, row.per_token
         result = self._policy_loss(
             hidden.squeeze(1),
@@ -73,6 +77,8 @@ class Head:
             trained = values["weights"] != 0
             for region in range(1, NUM_REGIONS + 1):
                 sums[f"clip_region_{region}_tokens"] = ((result.region == region) & trained).sum().float()
+        if keep_ratios:
+            sums["ratios"] = result.ratio
         return result.loss, torch.zeros((), dtype=torch.int, device=hidden.device), sums
 
     def logprobs(

@@ -109,7 +109,7 @@ def local_row(batch: PackedBatch, topology: Topology, inverse_frequencies: Tenso
 
 def empty_batch(like: PackedBatch | None) -> PackedBatch:
     """A row of one token and no weight: what a rank runs to keep step with others that still have rows."""
-    optional = {
+    optional: dict[str, Any] = {
         name: torch.zeros(1)
         for name in PER_TOKEN
         if name not in ("targets", "weights") and like is not None and getattr(like, name) is not None

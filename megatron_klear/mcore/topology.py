@@ -12,9 +12,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -25,6 +25,8 @@ from megatron_klear.mcore import device as device_shim
 device_shim.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (the shim must come first)
+
+Value = TypeVar("Value")
 
 
 class TopologyError(UserError, ValueError):
@@ -83,13 +85,12 @@ class Topology:
             dist.all_reduce(tensor, op=op, group=axis.group if axis else None)
         return [float(value) for value in tensor.tolist()]
 
-    def gather_arrays(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The arrays [n] of all data-parallel ranks, end to end in rank order."""
-        if self.data.size == 1:
-            return values
-        shares: list[npt.NDArray[np.float32]] = [values] * self.data.size
-        dist.all_gather_object(shares, values, group=self.data.group)
-        return np.concatenate(shares)
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all data-parallel ranks, in rank order."""
+        values = [value] * self.data.size
+        if self.data.size > 1:
+            dist.all_gather_object(values, value, group=self.data.group)
+        return values
 
     def barrier(self) -> None:
         """Wait for every process."""

@@ -10,6 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from megatron_klear.train.log import RunLog
 from megatron_klear.train.rollout_files import write_rollouts
 from megatron_klear.train.run_folder import checkpoints_of
 from megatron_klear.train.sampler import Sampler
+from megatron_klear.train.token_ratios import SampleRatios, ratios_by_sample
 from megatron_klear.train.updates import cut_into_updates, pack_update
 from megatron_klear.train.validation import Validator
 from megatron_klear.types import Group, PackedBatch, StepStats, Verdict
@@ -67,8 +69,10 @@ def train(
                 stats.append(step.update(batches))
             feed.work()
             guard.observe(stats[-1], batches, log)
-        if config.train.keep_rollouts and engine.topology.rank == 0:
-            write_rollouts(config.output / "rollouts", number + 1, step.all_groups, step.advantage_of)
+        if config.train.keep_rollouts:
+            ratios = step.ratios_of(groups)
+            if engine.topology.rank == 0:
+                write_rollouts(config.output / "rollouts", number + 1, step.all_groups, step.advantage_of, ratios)
         log.step(step.summary(stats, sync_seconds=log.seconds("sync")))
         last = number + 1 == config.train.steps
         if last or (config.validation.every and (number + 1) % config.validation.every == 0):
@@ -115,6 +119,7 @@ class Step:
         self.verdicts: Counter[Verdict] = Counter()
         self.mismatch: dict[str, float] = {}
         self.counters: dict[str, float] = {}
+        self.own_ratios: SampleRatios = {}  # of this data rank's samples, in the count of all updates
 
     def collect(self, feed: Feed, log: RunLog) -> list[Group]:
         """The graded groups to train on."""
@@ -155,6 +160,7 @@ class Step:
 
     def update(self, batches: list[PackedBatch]) -> StepStats:
         """One optimizer step. A loss with a sequence's ratio takes a pass of log-probs first."""
+        ratios: list[Tensor] | None = [] if self.config.train.keep_rollouts else None
         chosen = build_loss(self.config.loss)
         if isinstance(chosen, SequenceLoss):
             present = self.engine.logprobs(batches, temperature=self._temperature())
@@ -162,13 +168,25 @@ class Step:
             loss = chosen.token_loss()
         else:
             loss = chosen
-        return self.engine.train_step(
+        stats = self.engine.train_step(
             batches,
             loss,
             temperature=self._temperature(),
             entropy_coefficient=self.config.algorithm.entropy_coefficient,
             kl_coefficient=self.config.algorithm.kl_coefficient,
+            ratios=ratios,
         )
+        if ratios is not None:
+            self.own_ratios |= ratios_by_sample(batches, ratios)
+        return stats
+
+    def ratios_of(self, groups: Sequence[Group]) -> dict[int, list[npt.NDArray[np.float32]]]:
+        """Ratios of the samples' tokens, as the loss had them, by the identity of the trained groups. Collective."""
+        of_all = {
+            number: ratios for own in self.engine.topology.gather(self.own_ratios) for number, ratios in own.items()
+        }
+        numbers = count()
+        return {id(group): [of_all[next(numbers)] for _ in group.samples] for group in groups}
 
     def summary(self, stats: Sequence[StepStats], *, sync_seconds: float) -> StepStats:
         """The rollout step's record: means over its updates, and what was sampled."""
@@ -232,7 +250,9 @@ class Step:
             if batch.sampler_logprobs is not None
         ]
         own = torch.cat([*rows, torch.zeros(0, 4)]).numpy()
-        trainer, sampler, factor, log_ratio = torch.from_numpy(self.engine.topology.gather_arrays(own)).unbind(dim=1)
+        trainer, sampler, factor, log_ratio = torch.from_numpy(np.concatenate(self.engine.topology.gather(own))).unbind(
+            dim=1
+        )
         found = measure_mismatch(trainer, sampler, torch.ones_like(trainer, dtype=torch.bool)).metrics()
         return found | correction_metrics(factor, log_ratio, self.config.algorithm.correction)
 

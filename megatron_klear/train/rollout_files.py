@@ -19,12 +19,20 @@ def rollout_file(folder: Path, step: int) -> Path:
 
 
 def write_rollouts(
-    folder: Path, step: int, groups: Sequence[Group], advantage_of: Mapping[int, npt.NDArray[np.float64]]
+    folder: Path,
+    step: int,
+    groups: Sequence[Group],
+    advantage_of: Mapping[int, npt.NDArray[np.float64]] | None = None,
+    ratios_of: Mapping[int, Sequence[npt.NDArray[np.float32]]] | None = None,
 ) -> None:
-    """Write a step's groups; `advantage_of` has those trained on, by the identity of the group."""
+    """Write a step's groups.
+
+    By the identity of the groups that were trained on, `advantage_of` has their samples' advantages and `ratios_of` the
+    ratios [n] of their samples' tokens, NaN where the loss did not read one.
+    """
     lines = []
     for group in groups:
-        advantages = advantage_of.get(id(group))
+        advantages, ratios = (advantage_of or {}).get(id(group)), (ratios_of or {}).get(id(group))
         for index, (sample, text) in enumerate(zip(group.samples, group.texts, strict=True)):
             head = len(group.prompt.tokens)
             score = group.scores[index] if group.scores is not None else None
@@ -37,9 +45,8 @@ def write_rollouts(
                         "prompt": group.prompt.text,
                         "response": text,
                         "token_ids": sample.tokens[head:].tolist(),
-                        "logprobs": None
-                        if sample.logprobs is None
-                        else [round(float(value), 4) for value in sample.logprobs[head:]],
+                        "logprobs": None if sample.logprobs is None else _numbers(sample.logprobs[head:]),
+                        "ratio": None if ratios is None else _numbers(ratios[index][head:]),
                         "ground_truth": group.prompt.ground_truth,
                         "advantage": None if advantages is None else float(advantages[index]),
                         "reward": None if score is None else score.reward,
@@ -56,3 +63,7 @@ def write_rollouts(
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomically(rollout_file(folder, step), "\n".join(lines) + "\n")
+
+
+def _numbers(values: npt.NDArray[np.float32]) -> list[float | None]:
+    return [None if value != value else round(value, 4) for value in values.tolist()]

@@ -24,6 +24,7 @@ class Update:
     """The samples of one optimizer step, in order, with what each of its trained tokens carries."""
 
     samples: list[Sample]
+    first: int  # the first one's number among the samples of all updates
     advantages: npt.NDArray[np.float64]  # [S]
     correct: npt.NDArray[np.bool_]  # [S]
     overlong: npt.NDArray[np.bool_]  # [S] cut at the length cap
@@ -33,7 +34,7 @@ def cut_into_updates(
     groups: Sequence[Group], advantages: Sequence[npt.NDArray[np.float64]], prompts_per_update: int
 ) -> list[Update]:
     """Updates of at most `prompts_per_update` groups, in order; `advantages` has one array [samples] a group."""
-    updates = []
+    updates: list[Update] = []
     for start in range(0, len(groups), prompts_per_update):
         part = range(start, min(start + prompts_per_update, len(groups)))
         samples = [sample for index in part for sample in groups[index].samples]
@@ -41,6 +42,7 @@ def cut_into_updates(
         updates.append(
             Update(
                 samples=samples,
+                first=updates[-1].first + len(updates[-1].samples) if updates else 0,
                 advantages=np.concatenate([advantages[index] for index in part]),
                 correct=np.array([score.verdict is Verdict.RIGHT for score in scores], dtype=np.bool_),
                 overlong=np.array([sample.finish == "length" for sample in samples], dtype=np.bool_),
@@ -80,6 +82,7 @@ def pack_update(
                 [float(weights[index]) for index in chosen],
                 advantages=[float(update.advantages[index]) for index in chosen],
                 nll_weights=[float(nll[index]) for index in chosen] if algorithm.nll_coefficient else None,
+                sample_numbers=[update.first + index for index in chosen],
             )
         )
     return batches

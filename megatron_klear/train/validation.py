@@ -32,7 +32,7 @@ class Validator:
             return None
         graded = grader.grade(sampler.draw(self.prompts, self.config.sampling, _SEED))
         if self.keep_in is not None:
-            write_rollouts(self.keep_in, step, graded.groups, {})
+            write_rollouts(self.keep_in, step, graded.groups)
         right = [[score.verdict is Verdict.RIGHT for score in group.scores or ()] for group in graded.groups]
         accuracy = float(np.mean([np.mean(of_prompt) for of_prompt in right]))
         lengths = [int(sample.trained.sum()) for group in graded.groups for sample in group.samples]

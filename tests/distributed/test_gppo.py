@@ -1,11 +1,13 @@
 """A rollout step of GPPO: the same numbers in every layout, and REINFORCE where the policy is the sampler's own."""
 
+import numpy as np
 import pytest
 from rl_cases import largest_difference, take_step
 from rl_groups import fixed_groups, gppo_config
 
 from megatron_klear.config import ParallelConfig
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
+from megatron_klear.rl.advantages import keep_informative
 
 TOLERANCE = 1e-5
 LAYOUTS = {
@@ -51,6 +53,10 @@ def compare(outcome, expected) -> None:
             assert found.metrics[key] == wanted.metrics[key]
     assert outcome.mismatch == pytest.approx(expected.mismatch, rel=1e-4, abs=1e-6)
     assert largest_difference(outcome.weights, expected.weights) < TOLERANCE
+    assert len(outcome.token_ratios) == len(expected.token_ratios)
+    for found, wanted in zip(outcome.token_ratios, expected.token_ratios, strict=True):
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -101,6 +107,17 @@ def test_first_update_is_reinforce(model, ranks, layout: str):
     assert gppo.stats[0].grad_norm == pytest.approx(reinforce.stats[0].grad_norm, rel=TOLERANCE)
     assert gppo.stats[0].grad_norm > 0
     assert largest_difference(gppo.weights, reinforce.weights) < TOLERANCE
+
+
+def test_token_ratios_are_those_of_the_samples_own_tokens(reference):
+    tables, expected = reference
+    for group, of_group in zip(keep_informative(fixed_groups()), expected.token_ratios, strict=True):
+        for sample, ratios in zip(group.samples, of_group, strict=True):
+            np.testing.assert_array_equal(np.isnan(ratios), ~sample.trained)
+    first, second = (np.concatenate([*expected.token_ratios[i], *expected.token_ratios[i + 1]]) for i in (0, 2))
+    if tables["algorithm"]["old_logprobs"] == "recompute":
+        np.testing.assert_allclose(first[~np.isnan(first)], 1, atol=1e-5)
+        assert np.nanmax(np.abs(np.log(second))) == pytest.approx(float(expected.ratios[1]), rel=1e-3)
 
 
 def test_later_updates_are_off_policy(reference):

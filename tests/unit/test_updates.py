@@ -1,6 +1,7 @@
 """From graded groups to the rows of an optimizer step: every sample once, weights as the aggregation says."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,12 +106,7 @@ def test_nll_weights_sum_to_alpha_on_correct_samples(data_size, tokens, seed):
 def test_without_a_correct_sample_there_is_no_nll():
     groups = [Group(prompt=g.prompt, samples=g.samples, texts=g.texts, scores=g.scores) for g in fixed_groups(groups=1)]
     (update,) = updates_of(groups)
-    wrong = Update(
-        samples=update.samples,
-        advantages=update.advantages,
-        correct=np.zeros_like(update.correct),
-        overlong=update.overlong,
-    )
+    wrong = replace(update, correct=np.zeros_like(update.correct))
     assert total(rows_of(wrong, algorithm()), "nll_weights") == 0
     assert rows_of(wrong, algorithm(nll_coefficient=0.0))[0][0].nll_weights is None
 
