@@ -21,6 +21,11 @@ def write_standin_python(path: Path) -> Path:
 
 def processes_of(folder: Path, *words: str) -> list[int]:
     """Process ids whose command line has `folder` and all `words` in it, this process left out."""
+    return processes_with(str(folder), *words)
+
+
+def processes_with(*words: str) -> list[int]:
+    """Process ids whose command line has all `words` in it, this process left out."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -28,6 +33,6 @@ def processes_of(folder: Path, *words: str) -> list[int]:
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
         except OSError:  # it has ended
             continue
-        if state != "Z" and int(entry.name) != os.getpid() and all(word in command for word in (str(folder), *words)):
+        if state != "Z" and int(entry.name) != os.getpid() and all(word in command for word in words):
             found.append(int(entry.name))
     return found

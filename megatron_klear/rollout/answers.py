@@ -49,11 +49,15 @@ def read_completion(answer: Any, *, max_tokens: int, vocab_size: int | None, sto
         if _field(entry, "token_id", int) != token:
             raise Malformed(f"a log-prob is of token {entry['token_id']} where the response has {token}")
         values.append(entry.get("logprob"))
-    finish = choice.get("finish_reason")
+    finish, stopped = choice.get("finish_reason"), bool(tokens) and tokens[-1] in stop
+    if stopped and finish == "abort":
+        finish = "stop"  # it was broken off with nothing left to draw
     if finish == "stop":
-        if not tokens or tokens[-1] not in stop:
+        if not stopped:
             raise Malformed("a response that says it stopped does not end in a stop token")
     elif finish == "length":
+        if stopped:
+            raise Malformed("a response that says it reached the length ends in a stop token")
         if len(tokens) != max_tokens:
             raise Malformed(
                 f"a response that says it reached the length has {len(tokens)} tokens, not {max_tokens}: is the "

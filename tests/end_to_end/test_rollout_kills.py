@@ -1,4 +1,8 @@
-"""Runs with servers that are killed at random, and a trainer that is, too: they end with every prompt used once."""
+"""Runs with servers that are killed at random, and a trainer that is, too: they end with every prompt used once.
+
+The servers stand in for vLLM's (tests/standin) and start in seconds; vLLM's own take half a minute each time, and are
+killed where KLEAR_KILL_VLLM=1 asks for it.
+"""
 
 import json
 import os
@@ -11,8 +15,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from standin_server import processes_of, write_standin_python
+from standin_server import processes_of, processes_with, write_standin_python
 from tiny_rl_run import TOML
+from vllm_server import vllm_python
 
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 
@@ -30,13 +35,12 @@ server = {{ python = "{python}", device = "cpu", count = 2, max_restarts = 100, 
 pytestmark = pytest.mark.slow
 
 
-def write_settings(folder: Path, mode: str) -> Path:
+def write_settings(folder: Path, mode: str, python: Path) -> Path:
     """A run over whole epochs of its prompts, every group of which counts."""
     write_tiny_model(folder / "model", "qwen3", SHAPE, weights=False)
     text = TOML.format(folder=folder, stops=list(range(64)))
     text = text.replace("steps = 5", f"steps = {STEPS}")
     text = text.replace("max_generation_rounds = 2", "max_generation_rounds = 1\ndrop_zero_advantage = false")
-    python = write_standin_python(folder / "python")
     (folder / "run.toml").write_text(text + ROLLOUT.format(mode=mode, python=python))
     return folder / "run.toml"
 
@@ -64,11 +68,13 @@ def used_prompts(folder: Path) -> Counter[str]:
     return counts
 
 
-def kill_until_done(folder: Path, toml: Path, server_kills: int, trainer_kills: int) -> tuple[int, int]:
+def kill_until_done(
+    folder: Path, toml: Path, server_kills: int, trainer_kills: int, seconds: float = 800
+) -> tuple[int, int]:
     """Kill servers and the trainer at random moments, start the trainer again; how often each was killed."""
     chance, log = random.Random(0), folder / "log.txt"
     servers = trainers = before = 0
-    run, deadline = start_run(toml, log), time.monotonic() + 800
+    run, deadline = start_run(toml, log), time.monotonic() + seconds
     while run.poll() is None:
         assert time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(chance.uniform(0.3, 1.2))
@@ -90,9 +96,25 @@ def kill_until_done(folder: Path, toml: Path, server_kills: int, trainer_kills: 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("mode", "kills"), [("asynchronous", (20, 5)), ("synchronous", (5, 1))])
 def test_killed_servers_and_trainers_cost_no_prompt(tmp_path, mode: str, kills: tuple[int, int]):
-    toml = write_settings(tmp_path, mode)
-    killed = kill_until_done(tmp_path, toml, *kills)
-    assert killed == kills
+    toml = write_settings(tmp_path, mode, write_standin_python(tmp_path / "python"))
+    assert kill_until_done(tmp_path, toml, *kills) == kills
+    assert_nothing_was_lost(tmp_path, mode)
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(os.environ.get("KLEAR_KILL_VLLM") != "1", reason="takes half an hour: set KLEAR_KILL_VLLM=1")
+def test_killed_vllm_servers_and_trainers_cost_no_prompt(tmp_path):
+    python = vllm_python()
+    assert python is not None
+    toml, before = write_settings(tmp_path, "asynchronous", python), processes_with("VLLM::")
+    assert kill_until_done(tmp_path, toml, 20, 5, seconds=3500) == (20, 5)
+    assert_nothing_was_lost(tmp_path, "asynchronous")
+    assert set(processes_with("VLLM::")) <= set(before), "engines that outlived their server"
+
+
+def assert_nothing_was_lost(tmp_path: Path, mode: str) -> None:
+    """Every step is there once, every prompt was used as often as any other, and no process is left."""
     records = steps_of(tmp_path)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert sum(record["groups_dropped"] for record in records) == 0

@@ -144,6 +144,26 @@ def test_an_aborted_response_is_read_as_far_as_it_goes(server: FakeServer):
     assert got.token_ids.tolist() == whole[: len(whole) // 2]
 
 
+@pytest.mark.parametrize("tokens", [[1, 2, STOP], [1, 2, 3]])
+@pytest.mark.parametrize("finish", ["stop", "length", "abort"])
+def test_the_last_token_says_whether_a_response_of_full_length_stopped(finish: str, tokens: list[int]):
+    content = [{"token_id": token, "logprob": -1.0} for token in tokens]
+    span = {"version": "3", "start": 0, "end": 3}
+    answer = {"finish_reason": finish, "token_ids": tokens, "logprobs": {"content": content}, "weight_versions": [span]}
+
+    def read() -> str:
+        return read_completion({"choices": [answer]}, max_tokens=3, vocab_size=VOCAB, stop=frozenset([STOP])).finish
+
+    right = "stop" if tokens[-1] == STOP else "length"
+    if finish == "abort":
+        assert read() == ("stop" if right == "stop" else "abort")
+    elif finish == right:
+        assert read() == right
+    else:
+        with pytest.raises(Malformed, match="stop token"):
+            read()
+
+
 @given(answer=JSON)
 def test_whatever_comes_is_read_or_refused(answer: Any):
     # Nothing but Malformed may come out: any other error would end the run.
