@@ -88,7 +88,7 @@ def records(output: Path) -> list[dict]:
 
 def reported(output: Path) -> list[str]:
     """Prompts of all groups that steps reported, in order, each group once."""
-    samples = [json.loads(line) for f in sorted((output / "rollouts").iterdir()) for line in f.read_text().splitlines()]
+    samples = [json.loads(line) for f in sorted((output / "rollouts").iterdir()) for line in f.open()]
     return [sample["prompt_id"].partition("~")[0] for sample in samples[::3]]
 
 
@@ -109,7 +109,7 @@ def test_synchronous_in_the_background_is_the_local_engine_s_run(toml, tmp_path,
     for found, expected in zip(records(tmp_path / "background"), records(tmp_path / "local"), strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
     files = [sorted((tmp_path / name / "rollouts").iterdir()) for name in ("local", "background")]
-    samples = [[json.loads(line) for file in these for line in file.read_text().splitlines()] for these in files]
+    samples = [[json.loads(line) for file in these for line in file.open()] for these in files]
     for ours, theirs in zip(*samples, strict=True):
         for key in ("prompt_id", "token_ids", "reward", "finish", "weight_version"):
             assert ours[key] == theirs[key]
