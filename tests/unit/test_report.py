@@ -244,6 +244,18 @@ def test_a_page_says_what_is_missing(tmp_path: Path):
     assert charts_by_id(data)["loss"]["series"][0]["y"] == [None, 1.5]
 
 
+def test_what_never_changes_is_a_line_and_no_chart(tmp_path: Path):
+    records = [{"step": step, "loss": 1.0, "retries": 0.0, "spread": float(step)} for step in (1, 2, 3)]
+    write_lines(tmp_path / "one" / "metrics.jsonl", records)
+    write_lines(tmp_path / "two" / "metrics.jsonl", [record | {"retries": 1.0} for record in records])
+    alone, both = report([tmp_path / "one"], tmp_path), report([tmp_path / "one", tmp_path / "two"], tmp_path)
+    assert "The same at every step: retries 0." in alone["notes"]
+    assert {"loss", "spread"} <= charts_by_id(alone).keys(), "a metric that the report knows has its chart"
+    assert "retries" not in charts_by_id(alone)
+    assert "retries" in charts_by_id(both), "runs that differ are drawn"
+    assert not any("at every step" in note for note in both["notes"])
+
+
 def test_a_run_without_steps_has_a_page(tmp_path: Path):
     write_lines(tmp_path / "run" / "metrics.jsonl", [])
     data = report([tmp_path / "run"], tmp_path)

@@ -241,9 +241,21 @@ def _other_lines(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
         for name in trained | validated
         if name not in drawn and not _REGION.match(name) and not name.startswith(("seconds/", "verdict/"))
     ]
+    constant = {line.metric: value for line in others if (value := _only_value(runs, line.metric)) is not None}
+    told = ", ".join(f"{name} {value:g}" for name, value in constant.items())
+    notes = [f"The same at every step: {told}."] if constant else []
+    others = [line for line in others if line.metric not in constant]
     left_out = [line.metric for line in others[MAX_OTHER_CHARTS:]]
-    notes = [f"{len(left_out)} further metrics are not drawn: {', '.join(left_out[:20])} ..."] if left_out else []
+    if left_out:
+        notes.append(f"{len(left_out)} further metrics are not drawn: {', '.join(left_out[:20])} ...")
     return others[:MAX_OTHER_CHARTS], notes
+
+
+def _only_value(runs: Sequence[Run], metric: str) -> float | None:
+    """What a metric is at every step of all runs, None where it changes or there is one step to go by."""
+    curves = [run.curve(metric, validation=validation).finite() for run in runs for validation in (False, True)]
+    values = {rounded(value) for curve in curves for _, value in curve}
+    return values.pop() if len(values) == 1 and max(map(len, curves)) > 1 else None
 
 
 def _stacks(run: Run, index: int, where: str, points: int) -> Iterator[dict[str, Any]]:
