@@ -250,9 +250,8 @@ class Step:
             if batch.sampler_logprobs is not None
         ]
         own = torch.cat([*rows, torch.zeros(0, 4)]).numpy()
-        trainer, sampler, factor, log_ratio = torch.from_numpy(np.concatenate(self.engine.topology.gather(own))).unbind(
-            dim=1
-        )
+        of_all = np.concatenate(self.engine.topology.gather(own))
+        trainer, sampler, factor, log_ratio = torch.from_numpy(of_all).unbind(dim=1)
         found = measure_mismatch(trainer, sampler, torch.ones_like(trainer, dtype=torch.bool)).metrics()
         return found | correction_metrics(factor, log_ratio, self.config.algorithm.correction)
 
