@@ -4,6 +4,7 @@ Most servers stand in for vLLM's (tests/standin) and start in seconds. vLLM's ow
 killed a few times, and twenty times where KLEAR_KILL_VLLM=1 asks for it.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -69,6 +70,30 @@ def used_prompts(folder: Path) -> Counter[str]:
     return counts
 
 
+def wait_until_busy(server: int, seconds: float = 5.0) -> None:
+    """Wait until a server's processes compute, as while it draws; or it is gone, or nothing comes for so long."""
+    deadline, before = time.monotonic() + seconds, cpu_seconds(server)
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        now = cpu_seconds(server)
+        if now is None or before is None or now - before >= 0.03:
+            return
+        before = now
+
+
+def cpu_seconds(leader: int) -> float | None:
+    """Processor time of a process and of all others of its group, None where it is gone."""
+    try:
+        group, total = os.getpgid(leader), 0
+    except ProcessLookupError:
+        return None
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # one that has ended
+            fields = entry.read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12]) if int(fields[2]) == group else 0
+    return total / os.sysconf("SC_CLK_TCK")
+
+
 def kill_until_done(
     folder: Path, toml: Path, server_kills: int, trainer_kills: int, seconds: float = 800
 ) -> tuple[int, int]:
@@ -83,7 +108,10 @@ def kill_until_done(
         living = processes_of(folder, "-m", "vllm.entrypoints")
         # Spread over the run, and never while servers start for the first time: that ends a run, with a message.
         if done > before and living and servers < server_kills and done >= servers * STEPS // (server_kills + 2):
-            os.kill(chance.choice(living), signal.SIGKILL)
+            victim = chance.choice(living)
+            wait_until_busy(victim)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
             servers += 1
         elif trainers < trainer_kills and done >= (trainers + 1) * STEPS // (trainer_kills + 2):
             run.kill()
@@ -99,7 +127,7 @@ def kill_until_done(
 def test_killed_servers_and_trainers_cost_no_prompt(tmp_path, mode: str, kills: tuple[int, int]):
     toml = write_settings(tmp_path, mode, write_standin_python(tmp_path / "python"))
     assert kill_until_done(tmp_path, toml, *kills) == kills
-    assert_nothing_was_lost(tmp_path, mode)
+    assert_nothing_was_lost(tmp_path, mode, met=True)
 
 
 @pytest.mark.vllm
@@ -110,16 +138,19 @@ def test_killed_vllm_servers_and_trainers_cost_no_prompt(tmp_path):
     toml, before = write_settings(tmp_path, "asynchronous", python), processes_with("VLLM::")
     kills = (20, 5) if os.environ.get("KLEAR_KILL_VLLM") == "1" else (3, 1)
     assert kill_until_done(tmp_path, toml, *kills, seconds=3500) == kills
-    assert_nothing_was_lost(tmp_path, "asynchronous")
+    assert_nothing_was_lost(tmp_path, "asynchronous", met=kills[0] >= 20)
     assert set(processes_with("VLLM::")) <= set(before), "engines that outlived their server"
 
 
-def assert_nothing_was_lost(tmp_path: Path, mode: str) -> None:
-    """Every step is there once, every prompt was used as often as any other, and no process is left."""
+def assert_nothing_was_lost(tmp_path: Path, mode: str, *, met: bool) -> None:
+    """Every step is there once, every prompt was used as often as any other, and no process is left.
+
+    With `met`, some responses were under way when their server was killed; of a few kills all may miss.
+    """
     records = steps_of(tmp_path)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert sum(record["groups_dropped"] for record in records) == 0
-    assert sum(record["server_retries"] for record in records) > 0, "no kill met a response under way"
+    assert not met or sum(record["server_retries"] for record in records) > 0, "no kill met a response under way"
     counts = used_prompts(tmp_path)
     assert len(counts) == PROMPTS
     if mode == "synchronous":
