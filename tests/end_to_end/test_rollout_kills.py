@@ -110,9 +110,9 @@ def kill_until_done(
         if done > before and living and servers < server_kills and done >= servers * STEPS // (server_kills + 2):
             victim = chance.choice(living)
             wait_until_busy(victim)
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself, which is no kill
                 os.kill(victim, signal.SIGKILL)
-            servers += 1
+                servers += 1
         elif trainers < trainer_kills and done >= (trainers + 1) * STEPS // (trainer_kills + 2):
             run.kill()
             run.wait()
