@@ -60,6 +60,8 @@ class RolloutWriter:
         self._keep_steps = keep_steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout files")
         self._pending: Future[None] | None = None
+        for left in folder.glob(".step-*.partial"):  # by a run that was killed as it wrote
+            left.unlink()
 
     def write(
         self,
@@ -199,14 +201,13 @@ def _samples(file: Any, groups: npt.NDArray[Any], places: npt.NDArray[Any]) -> I
         for index in here:
             row = table.slice(int(groups[index]) % ROW_GROUP, 1).to_pylist()[0]
             of_sample = {name: None if row[name] is None else row[name][places[index]] for name in _OF_SAMPLES}
-            for name in ("logprobs", "ratio"):
-                of_sample[name] = None if of_sample[name] is None else _readable(of_sample[name])
+            of_sample |= {name: _readable(of_sample[name]) for name in ("logprobs", "ratio")}
             of_group = {name: row[name] for name in _OF_GROUP}
             yield {**of_group, "ground_truth": json.loads(row["ground_truth"]), **of_sample}
 
 
-def _readable(values: Sequence[float]) -> list[float | None]:
-    return [None if value != value else round(float(value), 4) for value in values]
+def _readable(values: Sequence[float] | None) -> list[float | None] | None:
+    return None if values is None else [None if value != value else round(float(value), 4) for value in values]
 
 
 def evenly(size: int, at_most: int | None) -> list[int]:

@@ -102,6 +102,12 @@ def test_a_step_that_cannot_be_written_is_told_at_the_next(tmp_path):
     writer.close()
 
 
+def test_what_a_kill_left_half_written_is_swept(tmp_path):
+    (tmp_path / ".step-00000004.parquet.partial").write_bytes(b"PAR1")
+    RolloutWriter(tmp_path).close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
     group, _ = one_group_of_two()
     with closing(RolloutWriter(tmp_path)) as writer:
