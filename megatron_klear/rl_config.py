@@ -211,6 +211,10 @@ class GPPOTrainConfig(Settings):
     """Stop after this many optimizer steps in a row with a non-finite loss or gradient."""
     keep_rollouts: bool = True
     """Keep every step's samples under `output/rollouts`, and those of validations under `output/validation`."""
+    keep_rollouts_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of a step's groups whose samples are kept, evenly spaced over them; validations are kept whole."""
+    keep_rollouts_steps: int = Field(default=0, ge=0)
+    """Steps, and validations, whose samples are kept, the newest; 0 keeps all."""
 
 
 class GPPOConfig(RunConfig):

@@ -38,6 +38,7 @@ from .tokenizer import TOKENIZER_FILES, check_tokenizer_folder, load_spec
 
 logger = logging.getLogger(__name__)
 
+Split = Literal["train", "validation"]
 _FORMAT = 1
 _LIBRARIES = ("tokenizers", "transformers", "jinja2")
 _POLL_SECONDS = 0.1
@@ -113,19 +114,25 @@ class TokenStore:
         return f"{files[number]}:{line}"
 
 
-def open_store(
-    config: StoreSettings, tokenizer_folder: Path, split: Literal["train", "validation"] = "train"
-) -> TokenStore:
+def open_store(config: StoreSettings, tokenizer_folder: Path, split: Split = "train") -> TokenStore:
     """The tokenized rows of a split; tokenizes them first where that has not been done yet.
 
     Any number of processes may call it at once: one tokenizes, the others wait. `tokenizer_folder` is the model folder.
     Raises DataError for data, a tokenizer or a template that cannot be used, and where no sample is left.
     """
+    return open_made(config, make_store(config, tokenizer_folder, split), split)
+
+
+def make_store(config: StoreSettings, tokenizer_folder: Path, split: Split = "train") -> str:
+    """Tokenize the rows of a split unless that has been done; the name of the folder under `data.cache` they are in.
+
+    Reads all data files to hash them. Raises DataError as `open_store` does.
+    """
     tokenizer_folder = Path(tokenizer_folder)
     check_tokenizer_folder(tokenizer_folder, config.chat_template)
     if split == "validation" and not config.validation and not config.validation_share:
         raise DataError("there are no validation rows: set data.validation or data.validation_share")
-    own_files = split == "validation" and bool(config.validation)
+    own_files = _has_own_files(config, split)
     files = resolve_files(config.validation if own_files else config.train, f"data.{split if own_files else 'train'}")
     if config.validation:
         _refuse_overlap(config)
@@ -135,13 +142,32 @@ def open_store(
     folder = config.cache / key
     if not is_complete(folder):
         _build_once(folder, config, tokenizer_folder, files, share, description)
-    store = TokenStore(folder, HELD_OUT if split == "validation" and not own_files else ROWS)
+    return key
+
+
+def is_made(config: StoreSettings, key: str) -> bool:
+    """Whether this machine's `data.cache` has what `make_store` named, whole."""
+    return is_complete(config.cache / key)
+
+
+def open_made(config: StoreSettings, key: str, split: Split = "train") -> TokenStore:
+    """The rows of a split in the folder that `make_store` named; reads no data file.
+
+    Raises DataError where no sample is left.
+    """
+    held_out = split == "validation" and not _has_own_files(config, split)
+    store = TokenStore(config.cache / key, HELD_OUT if held_out else ROWS)
     if not len(store):
+        files = json.loads((store.folder / "summary.json").read_text(encoding="utf-8"))["files"]
         raise DataError(
-            f"no {split} sample is left of {', '.join(map(str, files))}: {store.summary}; "
+            f"no {split} sample is left of {', '.join(files)}: {store.summary}; "
             "check data.max_length, data.overlong, data.validation_share and the rows' assistant turns"
         )
     return store
+
+
+def _has_own_files(config: StoreSettings, split: Split) -> bool:
+    return split == "validation" and bool(config.validation)
 
 
 def _describe(config: StoreSettings, tokenizer: Path, files: Sequence[Path], share: float) -> dict[str, Any]:

@@ -90,7 +90,8 @@ class Saver:
                 _publish(hidden, path, topology)
                 return
             request.finalize_fns.append(lambda: _publish(hidden, path, topology))
-            self._queue.schedule_async_request(request._replace(async_fn=_ending_with_parent(request.async_fn)))
+            background = _background(request.async_fn, hidden, topology.rank)
+            self._queue.schedule_async_request(request._replace(async_fn=background))
             self._pending = (hidden, path)
         except _ERRORS as error:
             raise _failure(hidden, path, error) from error
@@ -242,11 +243,10 @@ def _set_weights(models: list[PolicyModel], loaded: dict[str, Any]) -> None:
 
 
 def _publish(hidden: Path, path: Path, topology: Topology) -> None:
-    """Hash what was written (each rank a share of the files) and rename it into place."""
-    topology.barrier()  # every rank must see every file, whole, before the names are divided among them
-    shares: list[Any] = [None] * topology.size
-    dist.all_gather_object(shares, manifest.hash_files(hidden, topology.rank, topology.size))
-    if topology.rank == 0:
+    """Make the manifest of what every rank's writer has noted of its own files, and rename the folder into place."""
+    shares: list[Any] | None = [None] * topology.size if topology.rank == 0 else None
+    dist.gather_object(manifest.written(hidden, topology.rank), shares, dst=0)
+    if shares is not None:
         manifest.publish(hidden, path, {name: entry for share in shares for name, entry in share.items()})
     topology.barrier()
 
@@ -320,16 +320,22 @@ def _fork_result_queue() -> None:
     filesystem_async._results_queue = manager.Queue()
 
 
-def _ending_with_parent(write: Callable[..., None] | None) -> Callable[..., None] | None:
-    """`write` for a forked process that must not outlive this one: a resumed run would meet it in the same folder."""
-    return None if write is None else partial(_write_while_parent_lives, os.getpid(), write)
+def _background(write: Callable[..., None] | None, hidden: Path, rank: int) -> Callable[..., None] | None:
+    """`write` for a forked process that must not outlive this one: a resumed run would meet it in the same folder.
+
+    What it wrote is hashed and flushed there as well.
+    """
+    return None if write is None else partial(_write_while_parent_lives, os.getpid(), write, hidden, rank)
 
 
-def _write_while_parent_lives(parent: int, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+def _write_while_parent_lives(
+    parent: int, write: Callable[..., None], hidden: Path, rank: int, *args: Any, **kwargs: Any
+) -> None:
     own = os.getpid()
     os.register_at_fork(after_in_child=lambda: _end_with_parent(own))  # it forks one process a file
     _end_with_parent(parent)
     write(*args, **kwargs)
+    manifest.note_written(hidden, rank)
 
 
 def _end_with_parent(parent: int) -> None:

@@ -100,12 +100,20 @@ def check_divisible(architecture: Architecture, tensor_parallel: int, pipeline_p
 def load_hf_weights(chunks: Sequence[Any], architecture: Architecture, folder: Path, topology: Topology) -> None:
     """Copy a Hugging Face folder's weights into this rank's model chunks, reading only this rank's slices.
 
-    Parameters keep their dtype and device. Raises ConversionError or SafetensorsError, the same on every rank, before
-    the first parameter is touched. An optimizer with its own master weights must reload them afterwards.
+    One replica reads them and sends them to the others: a network disk serves 16 GB once, not 128 times. Every rank
+    reads the files' headers, so that ConversionError and SafetensorsError are raised the same on all, before the first
+    parameter is touched. Parameters keep their dtype and device. Collective over the replicas. An optimizer with its
+    own master weights must reload them afterwards.
     """
     check_divisible(architecture, topology.tensor.size)
     weights = open_weights(architecture, folder)
-    _fill(chunks, architecture, topology, weights.sliced)
+    replicas = topology.data_context
+    if replicas.first:
+        _fill(chunks, architecture, topology, weights.sliced)
+    if replicas.size > 1:
+        source = dist.get_global_rank(replicas.group, 0)
+        for parameter in _local_parameters(chunks, architecture).values():
+            dist.broadcast(parameter, src=source, group=replicas.group)
 
 
 @torch.no_grad()

@@ -69,26 +69,56 @@ def copy_model_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def hash_files(folder: Path, share: int = 0, shares: int = 1) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every `shares`-th file under `folder`, by relative name; the manifest itself left out."""
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    entries = {}
-    for name in names[share::shares]:
-        with open(folder / name, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        entries[name] = {"size": (folder / name).stat().st_size, "sha256": digest}
+def note_written(folder: Path, rank: int) -> None:
+    """Flush the shards that `rank` wrote to disk and note their sizes and SHA-256 beside them.
+
+    To be called by the process that wrote them: on a network disk only the writer's own flush proves anything, and
+    hashing 14 GB takes ten seconds and more, which training need not wait for when the writer is in the background.
+    """
+    entries = {file.name: _entry(file) for file in _shards(folder, rank)}
+    for name in entries:
+        _flush(folder / name)
+    (folder / _note(rank)).write_text(json.dumps(entries))
+
+
+def written(folder: Path, rank: int) -> dict[str, Any]:
+    """What `note_written` noted for `rank`, which is noted now where its writer ended before it did."""
+    if not (folder / _note(rank)).is_file():
+        note_written(folder, rank)
+    entries: dict[str, Any] = json.loads((folder / _note(rank)).read_text())
+    (folder / _note(rank)).unlink()
     return entries
 
 
-def publish(hidden: Path, path: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest, flush everything to disk and rename the folder into place.
+def _shards(folder: Path, rank: int) -> list[Path]:
+    """Megatron's files of one rank; their names begin with its number."""
+    return sorted(folder.glob(f"__{rank}_*"))
 
+
+def _note(rank: int) -> str:
+    return f".written-{rank}.json"
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as opened:
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def publish(hidden: Path, path: Path, shards: dict[str, Any] | None = None) -> None:
+    """Write the manifest, flush to disk and rename the folder into place.
+
+    `shards` are the entries of files that their writers have hashed and flushed already; the others are here.
     A folder that is in the way (a damaged checkpoint of the same step) is moved aside, never deleted.
     """
+    entries = dict(shards or {})
+    for file in [file for file in sorted(hidden.rglob("*")) if file.is_file()]:
+        if (name := str(file.relative_to(hidden))) not in entries and name != MANIFEST:
+            entries[name] = _entry(file)
+            _flush(file)
     (hidden / MANIFEST).write_text(json.dumps({"files": dict(sorted(entries.items()))}, indent=1))
-    for file in hidden.rglob("*"):
-        _flush(file)
-    _flush(hidden)
+    _flush(hidden / MANIFEST)
+    for folder in [hidden, *(entry for entry in hidden.rglob("*") if entry.is_dir())]:
+        _flush(folder)
     if path.exists():
         aside = next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}.replaced-{n}")).exists())
         path.rename(aside)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_klear.errors import UserError
 
 Result = TypeVar("Result")
+
+BEAT_SECONDS = 30.0
+"""How often ranks that wait for work of hours tell each other that they do; far below any collective's time-out."""
 
 
 def from_first_rank(function: Callable[[], Result]) -> Result:
@@ -54,6 +59,23 @@ def same_outcome(function: Callable[[], Result]) -> Result:
             raise _error(rank, message)
     value: Result = result
     return value
+
+
+def patiently(function: Callable[[], Result]) -> Result:
+    """`same_outcome` of work that may take longer than a collective's time-out: who is done waits for the others.
+
+    `function` runs in a thread of its own and must use neither torch.distributed nor the GPU. Collective.
+    """
+    if not _several():
+        return function()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        work = pool.submit(function)
+        done = torch.zeros(())
+        while not done:
+            wait([work], timeout=BEAT_SECONDS)
+            done = torch.tensor(float(work.done()))
+            dist.all_reduce(done, op=dist.ReduceOp.MIN)
+    return same_outcome(work.result)
 
 
 def _several() -> bool:

@@ -30,7 +30,7 @@ from megatron_klear.train.feed import Feed
 from megatron_klear.train.grading import Grader
 from megatron_klear.train.guard import SkipGuard
 from megatron_klear.train.log import RunLog
-from megatron_klear.train.rollout_files import write_rollouts
+from megatron_klear.train.rollout_files import RolloutWriter
 from megatron_klear.train.run_folder import checkpoints_of
 from megatron_klear.train.sampler import Sampler
 from megatron_klear.train.token_ratios import SampleRatios, ratios_by_sample
@@ -49,8 +49,12 @@ def train(
     log: RunLog,
     *,
     start: int = 0,
+    kept: RolloutWriter | None = None,
 ) -> None:
-    """Run rollout steps `start` to `config.train.steps`. Weights have the number of steps trained as their version."""
+    """Run rollout steps `start` to `config.train.steps`. Weights have the number of steps trained as their version.
+
+    `kept`, given on rank 0 where samples are kept, writes them.
+    """
     guard = SkipGuard(config.output / "skipped", config.train.max_skipped_steps, engine.topology.rank)
     if start == 0:
         sampler.sync(0)
@@ -71,8 +75,8 @@ def train(
             guard.observe(stats[-1], batches, log)
         if config.train.keep_rollouts:
             ratios = step.ratios_of(groups)
-            if engine.topology.rank == 0:
-                write_rollouts(config.output / "rollouts", number + 1, step.all_groups, step.advantage_of, ratios)
+            if kept is not None:
+                kept.write(number + 1, step.all_groups, step.advantage_of, ratios)
         log.step(step.summary(stats, sync_seconds=log.seconds("sync")))
         last = number + 1 == config.train.steps
         if last or (config.validation.every and (number + 1) % config.validation.every == 0):
@@ -82,6 +86,8 @@ def train(
         with log.time("save", outside_step=True):
             engine.finish_save(blocking=False)
             if last or (config.checkpoint.save_every and (number + 1) % config.checkpoint.save_every == 0):
+                if kept is not None:
+                    kept.flush()  # a run that resumes from here does not make this step's samples again
                 save(config, engine, feed, number + 1, blocking=last)
 
 

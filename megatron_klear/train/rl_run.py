@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from megatron_klear.train.gppo import resume, train
 from megatron_klear.train.grading import Grader
 from megatron_klear.train.log import Throughput, open_log
 from megatron_klear.train.overlap import open_feed
+from megatron_klear.train.rollout_files import RolloutWriter
 from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, resolved_settings
 from megatron_klear.train.sampler import Sampler
 from megatron_klear.train.validation import Validator
@@ -47,6 +48,7 @@ def run(start: GPPOStart) -> None:
         changed = prepare_folder(config, topology)
         tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
         validator = _validator(config, tokenizer, topology)
+        kept = _writer(config, topology, "rollouts", share=config.train.keep_rollouts_share)
         prompts = PromptStream(
             config.prompts.sources,
             tokenizer,
@@ -72,7 +74,11 @@ def run(start: GPPOStart) -> None:
             open_log(
                 config, rank=topology.rank, resume_step=first, total_steps=config.train.steps, throughput=throughput
             ) as log,
+            ExitStack() as writers,
         ):
+            for writer in (kept, validator.kept):
+                if writer is not None:
+                    writers.enter_context(closing(writer))
             for warning in changed:
                 log.say(f"warning: {warning}")
             taken = config.algorithm.generated_prompts or config.algorithm.prompts_per_step
@@ -86,7 +92,7 @@ def run(start: GPPOStart) -> None:
             if checkpoint is not None:
                 resume(engine, feed, checkpoint)
                 log.say(f"resuming from {checkpoint}, rollout step {first} of {config.train.steps}")
-            train(config, engine, sampler, feed, validator, grader, log, start=first)
+            train(config, engine, sampler, feed, validator, grader, log, start=first, kept=kept)
         engine.close()
         if config.checkpoint.export_hf:
             weights = engine.hf_weights()
@@ -143,8 +149,14 @@ def _validator(config: GPPOConfig, tokenizer: ChatTokenizer, topology: Topology)
             key="validation.sources",
         )
         held_out = stream.all
-    keep = config.train.keep_rollouts and topology.rank == 0
-    return Validator(config=config.validation, prompts=held_out, keep_in=config.output / "validation" if keep else None)
+    return Validator(config=config.validation, prompts=held_out, kept=_writer(config, topology, "validation"))
+
+
+def _writer(config: GPPOConfig, topology: Topology, folder: str, share: float = 1.0) -> RolloutWriter | None:
+    """What writes samples into a folder of the run, on rank 0; None on the others and where none are kept."""
+    if not config.train.keep_rollouts or topology.rank != 0:
+        return None
+    return RolloutWriter(config.output / folder, share=share, keep_steps=config.train.keep_rollouts_steps)
 
 
 def end_token_ids(model_folder: Path, tokenizer: ChatTokenizer) -> Iterable[int]:

@@ -1,69 +1,217 @@
-"""The samples of every rollout step as JSONL, one object a sample, to be read later by people and by the report."""
+"""The samples of every rollout step, in columns, to be read later by people, by the report and by other programs.
+
+A file `step-00000012.parquet` has a row a group: the prompt once, and lists with an entry a sample. Numbers of tokens
+are lists of lists, in half precision. `read_samples` gives a dictionary a sample again, from these files and from the
+JSONL files of earlier releases.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from megatron_klear.toml_writer import write_text_atomically
 from megatron_klear.types import Group
+
+ROW_GROUP = 16
+"""Groups that are read together: a reader that wants a few samples need not read a step of gigabytes."""
+
+_TOKENS = pa.list_(pa.list_(pa.int32()))
+_NUMBERS = pa.list_(pa.list_(pa.float16()))
+_OF_GROUP = {"step": pa.int64(), "prompt_id": pa.string(), "data_source": pa.string(), "prompt": pa.string()}
+_OF_SAMPLES = {
+    "response": pa.list_(pa.string()),
+    "token_ids": _TOKENS,
+    "logprobs": _NUMBERS,
+    "ratio": _NUMBERS,
+    "advantage": pa.list_(pa.float64()),
+    "reward": pa.list_(pa.float64()),
+    "verdict": pa.list_(pa.string()),
+    "note": pa.list_(pa.string()),
+    "finish": pa.list_(pa.string()),
+    "weight_version": pa.list_(pa.int32()),
+    "version_spans": pa.list_(pa.list_(pa.list_(pa.int32()))),
+}
+SCHEMA = pa.schema([*_OF_GROUP.items(), ("ground_truth", pa.string()), *_OF_SAMPLES.items()])
+Arrays = Sequence[npt.NDArray[np.float32]]
 
 
 def rollout_file(folder: Path, step: int) -> Path:
     """Where a step's samples lie."""
-    return folder / f"step-{step:08d}.jsonl"
+    return folder / f"step-{step:08d}.parquet"
 
 
-def write_rollouts(
-    folder: Path,
-    step: int,
-    groups: Sequence[Group],
-    advantage_of: Mapping[int, npt.NDArray[np.float64]] | None = None,
-    ratios_of: Mapping[int, Sequence[npt.NDArray[np.float32]]] | None = None,
-) -> None:
-    """Write a step's groups.
+class RolloutWriter:
+    """Writes steps behind the training, one at a time, in a thread: the loop waits only for a writer that falls behind.
 
-    By the identity of the groups that were trained on, `advantage_of` has their samples' advantages and `ratios_of` the
-    ratios [n] of their samples' tokens, NaN where the loss did not read one.
+    `share` of a step's groups is kept, evenly spaced over them, and files of the newest `keep_steps` steps (0: of all).
     """
-    lines = []
-    for group in groups:
-        advantages, ratios = (advantage_of or {}).get(id(group)), (ratios_of or {}).get(id(group))
-        for index, (sample, text) in enumerate(zip(group.samples, group.texts, strict=True)):
-            head = len(group.prompt.tokens)
-            score = group.scores[index] if group.scores is not None else None
-            lines.append(
-                json.dumps(
-                    {
-                        "step": step,
-                        "prompt_id": group.prompt.id,
-                        "data_source": group.prompt.data_source,
-                        "prompt": group.prompt.text,
-                        "response": text,
-                        "token_ids": sample.tokens[head:].tolist(),
-                        "logprobs": None if sample.logprobs is None else _numbers(sample.logprobs[head:]),
-                        "ratio": None if ratios is None else _numbers(ratios[index][head:]),
-                        "ground_truth": group.prompt.ground_truth,
-                        "advantage": None if advantages is None else float(advantages[index]),
-                        "reward": None if score is None else score.reward,
-                        "verdict": None if score is None else score.verdict.value,
-                        "note": "" if score is None else score.note,
-                        "finish": sample.finish,
-                        "weight_version": sample.policy_version,
-                        "version_spans": [
-                            [span.version, span.start - head, span.end - head] for span in sample.version_spans
-                        ],
-                    },
-                    ensure_ascii=False,
-                )
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(rollout_file(folder, step), "\n".join(lines) + "\n")
+
+    def __init__(self, folder: Path, *, share: float = 1.0, keep_steps: int = 0) -> None:
+        self.folder = folder
+        self._share = share
+        self._keep_steps = keep_steps
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout files")
+        self._pending: Future[None] | None = None
+        for left in folder.glob(".step-*.partial"):  # by a run that was killed as it wrote
+            left.unlink()
+
+    def write(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        advantage_of: Mapping[int, npt.NDArray[np.float64]] | None = None,
+        ratios_of: Mapping[int, Arrays] | None = None,
+    ) -> None:
+        """Hand a step's groups to the writer, which must be left as they are from now on.
+
+        By the identity of the groups that were trained on, `advantage_of` has their samples' advantages and `ratios_of`
+        the ratios [n] of their samples' tokens, NaN where the loss did not read one.
+        Raises OSError where the step before could not be written.
+        """
+        self.flush()
+        kept = evenly_kept(groups, self._share)
+        rows = [(g, (advantage_of or {}).get(id(g)), (ratios_of or {}).get(id(g))) for g in kept]
+        self._pending = self._thread.submit(self._write, step, rows)
+
+    def flush(self) -> None:
+        """Wait until all that was handed over is on disk. Raises OSError where it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Flush, and end the thread."""
+        try:
+            self.flush()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, step: int, rows: Sequence[tuple[Group, Any, Arrays | None]]) -> None:
+        path = rollout_file(self.folder, step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with pq.ParquetWriter(partial, SCHEMA, compression="zstd", use_dictionary=True) as file:
+                for start in range(0, len(rows), ROW_GROUP):
+                    file.write_table(_table(step, rows[start : start + ROW_GROUP]))
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(
+                error.errno, f"{path} could not be written ({error}): make room, or set train.keep_rollouts to false"
+            ) from error
+        partial.replace(path)
+        if self._keep_steps:
+            for old in sorted(self.folder.glob("step-*.parquet"))[: -self._keep_steps]:
+                old.unlink()
 
 
-def _numbers(values: npt.NDArray[np.float32]) -> list[float | None]:
-    return [None if value != value else round(value, 4) for value in values.tolist()]
+def evenly_kept(groups: Sequence[Group], share: float) -> list[Group]:
+    """`share` of the groups, rounded up, evenly spaced; all of them for 1."""
+    count = -int(-len(groups) * share // 1)
+    return [groups[index * len(groups) // count] for index in range(count)]
+
+
+def _table(step: int, rows: Sequence[tuple[Group, Any, Arrays | None]]) -> pa.Table:
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for group, advantages, ratios in rows:
+        for name, value in _row(step, group, advantages, ratios).items():
+            columns[name].append(value)
+    return pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, schema=SCHEMA)
+
+
+def _row(step: int, group: Group, advantages: Any, ratios: Arrays | None) -> dict[str, Any]:
+    head, prompt = len(group.prompt.tokens), group.prompt
+    scores: Sequence[Any] = group.scores if group.scores is not None else [None] * len(group.samples)
+    return {
+        "step": step,
+        "prompt_id": prompt.id,
+        "data_source": prompt.data_source,
+        "prompt": prompt.text,
+        "ground_truth": json.dumps(prompt.ground_truth, ensure_ascii=False, default=str),
+        "response": list(group.texts),
+        "token_ids": [sample.tokens[head:] for sample in group.samples],
+        "logprobs": [None if s.logprobs is None else s.logprobs[head:].astype(np.float16) for s in group.samples],
+        "ratio": None if ratios is None else [_half(values[head:]) for values in ratios],
+        "advantage": None if advantages is None else [float(value) for value in advantages],
+        "reward": [None if score is None else score.reward for score in scores],
+        "verdict": [None if score is None else score.verdict.value for score in scores],
+        "note": ["" if score is None else score.note for score in scores],
+        "finish": [sample.finish for sample in group.samples],
+        "weight_version": [sample.policy_version for sample in group.samples],
+        "version_spans": [[[s.version, s.start - head, s.end - head] for s in x.version_spans] for x in group.samples],
+    }
+
+
+def _half(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    """Ratios in half precision; those beyond it at its largest number, as nothing here is infinite."""
+    limit = np.finfo(np.float16).max
+    return np.clip(values, -limit, limit).astype(np.float16)
+
+
+def rollout_files(folder: Path) -> list[Path]:
+    """The files of steps in `folder`, by step, whatever their form."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix in {".parquet", ".jsonl"})
+
+
+def read_samples(path: Path, at_most: int | None = None) -> tuple[int, list[dict[str, Any]]]:
+    """How many samples a file holds, and `at_most` of them, evenly spaced: a dictionary each, numbers as lists.
+
+    Lines of JSONL that are no objects are counted and left out.
+    Raises OSError where the file cannot be read or is damaged.
+    """
+    if path.suffix == ".jsonl":
+        lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+        records = [parse_object(lines[index]) for index in evenly(len(lines), at_most)]
+        return len(lines), [record for record in records if record is not None]
+    try:
+        with pq.ParquetFile(path) as file:
+            sizes = [len(finishes) for finishes in file.read(columns=["finish"])["finish"].to_pylist()]
+            first = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
+            wanted = np.array(evenly(int(first[-1]), at_most), dtype=int)
+            holders = np.searchsorted(first, wanted, side="right") - 1
+            return int(first[-1]), list(_samples(file, holders, wanted - first[holders]))
+    except pa.ArrowInvalid as error:
+        raise OSError(f"{path} is damaged: {error}") from error
+
+
+def parse_object(line: str) -> dict[str, Any] | None:
+    """One line of JSONL, None where it is no whole JSON object."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _samples(file: Any, groups: npt.NDArray[Any], places: npt.NDArray[Any]) -> Iterator[dict[str, Any]]:
+    """The samples at `places` of their groups, row group by row group."""
+    for number in range(file.num_row_groups):
+        here = np.flatnonzero(groups // ROW_GROUP == number)
+        if not len(here):
+            continue
+        table = file.read_row_group(number)
+        for index in here:
+            row = table.slice(int(groups[index]) % ROW_GROUP, 1).to_pylist()[0]
+            of_sample = {name: None if row[name] is None else row[name][places[index]] for name in _OF_SAMPLES}
+            of_sample |= {name: _readable(of_sample[name]) for name in ("logprobs", "ratio")}
+            of_group = {name: row[name] for name in _OF_GROUP}
+            yield {**of_group, "ground_truth": json.loads(row["ground_truth"]), **of_sample}
+
+
+def _readable(values: Sequence[float] | None) -> list[float | None] | None:
+    return None if values is None else [None if value != value else round(float(value), 4) for value in values]
+
+
+def evenly(size: int, at_most: int | None) -> list[int]:
+    """Indices of `at_most` of `size` things, evenly spaced, the first and the last among them."""
+    if at_most is None or size <= at_most:
+        return list(range(size))
+    return [index * (size - 1) // max(at_most - 1, 1) for index in range(at_most)]

@@ -14,7 +14,7 @@ import torch
 from megatron_klear.config import DataConfig, SFTConfig
 from megatron_klear.data.packing import RowSettings, sequence_work
 from megatron_klear.data.sft import SampleStream, held_out_steps
-from megatron_klear.data.store import TokenStore, open_store
+from megatron_klear.data.store import TokenStore
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.checkpoint import latest_valid
 from megatron_klear.mcore.convert import export_hf
@@ -26,6 +26,7 @@ from megatron_klear.start import Start
 from megatron_klear.train.guard import SkipGuard, TrainingStopped
 from megatron_klear.train.log import RunLog, Throughput, open_log
 from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, resolved_settings
+from megatron_klear.train.stores import open_for_all
 from megatron_klear.types import PackedBatch
 
 
@@ -34,7 +35,7 @@ def run(start: Start) -> None:
     config, architecture = start.config, start.architecture
     with world(config.parallel, config.seed) as topology:
         changed = prepare_folder(config, topology)
-        store = open_store(config.data, config.model.path, "train")
+        store = open_for_all(config.data, config.model.path, "train")
         stream = SampleStream(
             store,
             _row_settings(config),
@@ -128,7 +129,7 @@ class Validation:
         held_out = bool(data.validation or data.validation_share)
         return cls(
             config=config,
-            store=open_store(data, config.model.path, "validation") if held_out else None,
+            store=open_for_all(data, config.model.path, "validation") if held_out else None,
             engine=engine,
         )
 

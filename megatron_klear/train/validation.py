@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from megatron_klear.rl_config import ValidationConfig
 from megatron_klear.train.grading import Grader
 from megatron_klear.train.log import RunLog
-from megatron_klear.train.rollout_files import write_rollouts
+from megatron_klear.train.rollout_files import RolloutWriter
 from megatron_klear.train.sampler import Sampler
 from megatron_klear.types import Prompt, Verdict
 
@@ -23,16 +22,17 @@ class Validator:
 
     config: ValidationConfig
     prompts: list[Prompt]
-    keep_in: Path | None = None
-    """Where the samples of every validation are kept, None to keep none."""
+    kept: RolloutWriter | None = None
+    """Writes the samples of every validation, None to keep none."""
 
     def report(self, sampler: Sampler, grader: Grader, log: RunLog, *, step: int) -> float | None:
         """Log avg@k and pass@k (any of the k right) after rollout step `step`; None without problems."""
         if not self.prompts:
             return None
         graded = grader.grade(sampler.draw(self.prompts, self.config.sampling, _SEED))
-        if self.keep_in is not None:
-            write_rollouts(self.keep_in, step, graded.groups)
+        if self.kept is not None:
+            self.kept.write(step, graded.groups)
+            self.kept.flush()
         right = [[score.verdict is Verdict.RIGHT for score in group.scores or ()] for group in graded.groups]
         accuracy = float(np.mean([np.mean(of_prompt) for of_prompt in right]))
         lengths = [int(sample.trained.sum()) for group in graded.groups for sample in group.samples]

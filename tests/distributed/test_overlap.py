@@ -10,6 +10,7 @@ from megatron_klear.errors import UserError
 from megatron_klear.mcore import manifest
 from megatron_klear.rollout.engine import FinishedGroup
 from megatron_klear.rollout_config import LocalRolloutConfig
+from megatron_klear.train.rollout_files import read_samples, rollout_files
 
 TIMINGS = {"step_seconds", "tokens_per_second", "sync_seconds", "server_retries"}
 
@@ -88,7 +89,7 @@ def records(output: Path) -> list[dict]:
 
 def reported(output: Path) -> list[str]:
     """Prompts of all groups that steps reported, in order, each group once."""
-    samples = [json.loads(line) for f in sorted((output / "rollouts").iterdir()) for line in f.open()]
+    samples = [sample for path in rollout_files(output / "rollouts") for sample in read_samples(path)[1]]
     return [sample["prompt_id"].partition("~")[0] for sample in samples[::3]]
 
 
@@ -108,8 +109,8 @@ def test_synchronous_in_the_background_is_the_local_engine_s_run(toml, tmp_path,
     ranks(2, overlapped, toml, tmp_path / "background", 2, "synchronous", "")
     for found, expected in zip(records(tmp_path / "background"), records(tmp_path / "local"), strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    files = [sorted((tmp_path / name / "rollouts").iterdir()) for name in ("local", "background")]
-    samples = [[json.loads(line) for file in these for line in file.open()] for these in files]
+    files = [rollout_files(tmp_path / name / "rollouts") for name in ("local", "background")]
+    samples = [[sample for path in these for sample in read_samples(path)[1]] for these in files]
     for ours, theirs in zip(*samples, strict=True):
         for key in ("prompt_id", "token_ids", "reward", "finish", "weight_version"):
             assert ours[key] == theirs[key]

@@ -21,8 +21,8 @@ def final(run):
     return manifest.step_folder(checkpoints_of(run.config), run.config.train.steps)
 
 
-def rollouts(run) -> dict[str, str]:
-    return {file.name: file.read_text() for file in sorted((run.config.output / "rollouts").iterdir())}
+def rollouts(run) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted((run.config.output / "rollouts").iterdir())}
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])

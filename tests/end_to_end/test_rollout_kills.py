@@ -21,6 +21,7 @@ from tiny_rl_run import TOML
 from vllm_server import vllm_python
 
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
+from megatron_klear.train.rollout_files import read_samples, rollout_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS, PER_STEP, STEPS = 40, 4, 40
@@ -65,8 +66,8 @@ def used_prompts(folder: Path) -> Counter[str]:
     """How often each prompt was sampled for a step that stands."""
     counts: Counter[str] = Counter()
     for step in range(1, STEPS + 1):
-        with (folder / "run" / "rollouts" / f"step-{step:08d}.jsonl").open() as lines:
-            counts += Counter({json.loads(line)["prompt_id"] for line in lines})
+        samples = read_samples(rollout_file(folder / "run" / "rollouts", step))[1]
+        counts += Counter({sample["prompt_id"] for sample in samples})
     return counts
 
 

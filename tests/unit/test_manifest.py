@@ -14,7 +14,8 @@ def write(folder: Path, step: int, content: bytes = b"weights") -> Path:
     (hidden / "__0_0.distcp").write_bytes(content)
     (hidden / "hf/config.json").write_text("{}")
     path = manifest.step_folder(folder, step)
-    manifest.publish(hidden, path, manifest.hash_files(hidden))
+    manifest.note_written(hidden, 0)
+    manifest.publish(hidden, path, manifest.written(hidden, 0))
     return path
 
 
@@ -44,13 +45,32 @@ def test_damage_is_named(tmp_path: Path, harm, told: str):
     assert str(path) in problem
 
 
-def test_ranks_share_the_hashing(tmp_path: Path):
-    path = write(tmp_path, 1)
-    whole = manifest.hash_files(path)
-    shares = [manifest.hash_files(path, share, 3) for share in range(3)]
-    assert {name: entry for share in shares for name, entry in share.items()} == whole
-    (path / "hf/config.json").write_text("[]")
+def test_each_writer_notes_its_own_files(tmp_path: Path):
+    hidden = tmp_path / ".saving-x"
+    hidden.mkdir()
+    names = ["__0_0.distcp", "__0_1.distcp", "__1_0.distcp", "__10_0.distcp"]
+    for name in names:
+        (hidden / name).write_bytes(name.encode())
+    (hidden / ".metadata").write_bytes(b"plan")
+    manifest.note_written(hidden, 0)  # ranks 1 and 10 noted nothing: their writers ended too early
+    shards = [manifest.written(hidden, rank) for rank in (0, 1, 10, 11)]
+    assert [sorted(entries) for entries in shards] == [names[:2], [names[2]], [names[3]], []]
+    path = manifest.step_folder(tmp_path, 1)
+    manifest.publish(hidden, path, {name: entry for entries in shards for name, entry in entries.items()})
+    assert sorted(file.name for file in path.iterdir()) == sorted([*names, ".metadata", "manifest.json"])
+    assert manifest.damage(path) == []
+    (path / ".metadata").write_bytes(b"plot")
     assert sum(len(manifest.damage(path, share, 3)) for share in range(3)) == 1
+
+
+def test_what_a_writer_noted_is_not_read_again(tmp_path: Path):
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden/__0_0.distcp").write_bytes(b"as written")
+    manifest.note_written(tmp_path / "hidden", 0)
+    (tmp_path / "hidden/__0_0.distcp").write_bytes(b"as damaged")
+    manifest.publish(tmp_path / "hidden", tmp_path / "step-00000001", manifest.written(tmp_path / "hidden", 0))
+    (problem,) = manifest.damage(tmp_path / "step-00000001")
+    assert "does not have the hash" in problem
 
 
 def test_a_step_published_twice_keeps_the_first_aside(tmp_path: Path):

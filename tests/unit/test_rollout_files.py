@@ -1,14 +1,15 @@
 """What is kept of a step's samples: every number beside the token it speaks of."""
 
-import json
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from rl_groups import fixed_groups
 from test_updates import algorithm, rows_of, updates_of
 
-from megatron_klear.train.rollout_files import rollout_file, write_rollouts
+from megatron_klear.train.rollout_files import RolloutWriter, read_samples, rollout_file, rollout_files
 from megatron_klear.train.token_ratios import ratios_by_sample
 from megatron_klear.types import VersionSpan
 
@@ -35,23 +36,109 @@ def test_tokens_without_a_weight_have_no_ratio():
     assert all(np.isnan(ratios).all() for ratios in found.values())
 
 
-def test_a_line_has_the_response_and_its_numbers(tmp_path):
+def one_group_of_two():
     trained, other = fixed_groups(groups=2)
     head, length = len(trained.prompt.tokens), len(trained.samples[1].tokens)
     spans = (VersionSpan(3, head, head + 5), VersionSpan(4, head + 5, length))
     samples = [trained.samples[0], replace(trained.samples[1], policy_version=3, version_spans=spans)]
-    group = replace(trained, samples=samples, texts=["a", "b"], scores=(trained.scores or [])[:2])
-    ratios = [np.arange(len(sample.tokens), dtype=np.float32) / 8 for sample in samples]
+    return replace(trained, samples=samples, texts=["a", "b"], scores=(trained.scores or [])[:2]), other
+
+
+def test_a_sample_has_the_response_and_its_numbers(tmp_path):
+    group, other = one_group_of_two()
+    head, length = len(group.prompt.tokens), len(group.samples[1].tokens)
+    ratios = [np.arange(len(sample.tokens), dtype=np.float32) / 8 for sample in group.samples]
     ratios[1][-1] = np.nan
-    write_rollouts(tmp_path, 7, [group, other], {id(group): np.array([0.5, -0.5])}, {id(group): ratios})
-    lines = [json.loads(line) for line in rollout_file(tmp_path, 7).read_text().splitlines()]
-    assert len(lines) == 2 + len(other.samples)
-    for line, sample, of_sample in zip(lines, samples, ratios, strict=False):
-        assert line["token_ids"] == sample.tokens[head:].tolist()
-        assert len(line["logprobs"]) == len(line["ratio"]) == len(line["token_ids"])
-        assert line["ratio"][:-1] == [round(value, 4) for value in of_sample[head:-1].tolist()]
-    assert lines[1]["ratio"][-1] is None
-    assert lines[1]["version_spans"] == [[3, 0, 5], [4, 5, length - head]]
-    assert lines[0]["version_spans"] == []
-    assert [line["advantage"] for line in lines[:2]] == [0.5, -0.5]
-    assert (lines[2]["ratio"], lines[2]["advantage"]) == (None, None)
+    ratios[1][-2] = np.inf
+    with closing(RolloutWriter(tmp_path)) as writer:
+        writer.write(7, [group, other], {id(group): np.array([0.5, -0.5])}, {id(group): ratios})
+    total, rows = read_samples(rollout_file(tmp_path, 7))
+    assert total == len(rows) == 2 + len(other.samples)
+    for row, sample, of_sample in zip(rows, group.samples, ratios, strict=False):
+        assert row["token_ids"] == sample.tokens[head:].tolist()
+        np.testing.assert_allclose(row["logprobs"], sample.logprobs[head:], rtol=1e-3)
+        assert row["ratio"][:-2] == of_sample[head:-2].tolist()
+        assert (row["step"], row["prompt_id"], row["prompt"]) == (7, group.prompt.id, group.prompt.text)
+        assert row["ground_truth"] == group.prompt.ground_truth
+    assert rows[1]["ratio"][-2:] == [65504.0, None]
+    assert rows[1]["version_spans"] == [[3, 0, 5], [4, 5, length - head]]
+    assert rows[0]["version_spans"] == []
+    assert [row["advantage"] for row in rows[:2]] == [0.5, -0.5]
+    assert [row["response"] for row in rows[:2]] == ["a", "b"]
+    assert (rows[2]["ratio"], rows[2]["advantage"]) == (None, None)
+
+
+def test_a_few_samples_are_read_from_all_over_a_step(tmp_path):
+    group, _ = one_group_of_two()
+    groups = [replace(group, prompt=replace(group.prompt, id=str(number))) for number in range(40)]
+    with closing(RolloutWriter(tmp_path)) as writer:
+        writer.write(1, groups)
+    total, rows = read_samples(rollout_file(tmp_path, 1), at_most=5)
+    assert total == 80
+    assert [(row["prompt_id"], row["response"]) for row in rows] == [
+        ("0", "a"), ("9", "b"), ("19", "b"), ("29", "b"), ("39", "b")
+    ]  # fmt: skip
+
+
+def test_a_share_of_the_groups_and_the_newest_steps_are_kept(tmp_path):
+    group, _ = one_group_of_two()
+    groups = [replace(group, prompt=replace(group.prompt, id=str(number))) for number in range(10)]
+    with closing(RolloutWriter(tmp_path, share=0.25, keep_steps=2)) as writer:
+        for step in range(1, 5):
+            writer.write(step, groups)
+    assert [path.name for path in rollout_files(tmp_path)] == ["step-00000003.parquet", "step-00000004.parquet"]
+    rows = read_samples(rollout_file(tmp_path, 4))[1]
+    assert sorted({row["prompt_id"] for row in rows}) == ["0", "3", "6"]
+    assert len(rows) == 6, "a group that is kept is whole"
+
+
+def test_a_step_that_cannot_be_written_is_told_at_the_next(tmp_path):
+    group, _ = one_group_of_two()
+    (tmp_path / "file").write_text("in the way")
+    writer = RolloutWriter(tmp_path / "file")
+    writer.write(1, [group])
+    with pytest.raises(OSError, match="file"):
+        writer.write(2, [group])
+    writer.close()
+
+
+def test_what_a_kill_left_half_written_is_swept(tmp_path):
+    (tmp_path / ".step-00000004.parquet.partial").write_bytes(b"PAR1")
+    RolloutWriter(tmp_path).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
+    group, _ = one_group_of_two()
+    with closing(RolloutWriter(tmp_path)) as writer:
+        writer.write(1, [group])
+    path = rollout_file(tmp_path, 1)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(OSError, match=r"step-00000001\.parquet is damaged"):
+        read_samples(path)
+
+
+def test_files_of_earlier_releases_are_read(tmp_path):
+    (tmp_path / "step-00000001.jsonl").write_text('{"prompt_id": "a"}\n{"prompt_id": "b"}\n{"torn')
+    (path,) = rollout_files(tmp_path)
+    assert read_samples(path) == (3, [{"prompt_id": "a"}, {"prompt_id": "b"}])
+
+
+def test_a_token_takes_less_than_eight_bytes(tmp_path):
+    group, _ = one_group_of_two()
+    draw = np.random.default_rng(0)
+    samples, ratios, texts, size = [], [], [], 4096
+    for _ in range(8):
+        # Rarely repeated tokens, noisy numbers and the text: more than a response of a language model has to tell.
+        tokens = (draw.zipf(1.2, size) % 150_000).astype(np.int32)
+        trained = np.ones(size, dtype=bool)
+        logprobs = np.log(draw.uniform(0.05, 1, size)).astype(np.float32)
+        samples.append(replace(group.samples[0], tokens=tokens, trained=trained, logprobs=logprobs))
+        ratios.append(np.exp(draw.normal(0, 0.1, size)).astype(np.float32))
+        texts.append(" ".join(str(token) for token in tokens[: size // 2]))
+    prompt = replace(group.prompt, tokens=np.zeros(0, dtype=np.int32))
+    scores = [(group.scores or [])[0]] * 8
+    whole = replace(group, prompt=prompt, samples=samples, texts=texts, scores=scores)
+    with closing(RolloutWriter(tmp_path)) as writer:
+        writer.write(1, [whole], {id(whole): np.ones(8)}, {id(whole): ratios})
+    assert rollout_file(tmp_path, 1).stat().st_size <= 8 * 8 * size

@@ -1,12 +1,10 @@
 """Validation keeps the samples that its accuracy is made of."""
 
-import json
-
 from rl_groups import fixed_groups
 
 from megatron_klear.rewards.scoring import Graded
 from megatron_klear.rl_config import ValidationConfig
-from megatron_klear.train.rollout_files import rollout_file
+from megatron_klear.train.rollout_files import RolloutWriter, read_samples, rollout_file
 from megatron_klear.train.validation import Validator
 
 
@@ -30,9 +28,9 @@ class Stub:
 def test_kept_samples_tell_the_accuracy_that_is_reported(tmp_path):
     stub = Stub()
     prompts = [group.prompt for group in stub.groups]
-    validator = Validator(config=ValidationConfig(), prompts=prompts, keep_in=tmp_path / "validation")
+    validator = Validator(config=ValidationConfig(), prompts=prompts, kept=RolloutWriter(tmp_path / "validation"))
     accuracy = validator.report(stub, stub, stub, step=7)
-    rows = [json.loads(line) for line in rollout_file(tmp_path / "validation", 7).read_text().splitlines()]
+    rows = read_samples(rollout_file(tmp_path / "validation", 7))[1]
     assert {row["step"] for row in rows} == {7}
     assert {row["prompt_id"] for row in rows} == {prompt.id for prompt in prompts}
     assert sum(row["verdict"] == "right" for row in rows) / len(rows) == accuracy == stub.told[7]["accuracy"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_klear.train.report.runs import Run, parse_object
+from megatron_klear.train.report.runs import Run
 from megatron_klear.train.report.token_texts import Decoder, open_tokenizer, token_texts
+from megatron_klear.train.rollout_files import evenly, read_samples, rollout_files
 
 MAX_STEPS, MAX_PARSED = 40, 64
 HEAD_TOKENS, TAIL_TOKENS = 700, 500
@@ -43,12 +44,12 @@ def read_rollouts(run: Run, samples_per_step: int, budget_bytes: int) -> list[St
     Of a step, samples with different verdicts come first; of a run, every step gets its first sample before any gets
     its second. What is unreadable or missing is said in the run's notes.
     """
-    paths = sorted((run.folder / "rollouts").glob("step-*.jsonl"))
+    paths = rollout_files(run.folder / "rollouts")
     if not paths:
         if run.kind == "rl":
-            run.notes.append("There are no rollouts to read (no rollouts/step-*.jsonl).")
+            run.notes.append("There are no rollouts to read (no rollouts/step-*.parquet).")
         return []
-    chosen = _evenly(paths, MAX_STEPS)
+    chosen = [paths[index] for index in evenly(len(paths), MAX_STEPS)]
     if len(chosen) < len(paths):
         run.notes.append(f"Rollouts of {len(chosen)} of {len(paths)} steps are shown.")
     tokenizer = open_tokenizer(run)
@@ -71,13 +72,16 @@ def read_rollouts(run: Run, samples_per_step: int, budget_bytes: int) -> list[St
 
 
 def _read_step(path: Path, samples_per_step: int, tokenizer: Decoder | None, notes: list[str]) -> StepRollouts:
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
-    records = [record for line in _evenly(lines, MAX_PARSED) if (record := parse_object(line)) is not None]
-    if len(records) < min(len(lines), MAX_PARSED):
+    try:
+        total, records = read_samples(path, MAX_PARSED)
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read: {error}")
+        total, records = 0, []
+    if len(records) < min(total, MAX_PARSED):
         notes.append(f"Some lines of {path.name} are not readable and were left out.")
     step = int(re.sub(r"\D", "", path.stem) or 0)
     samples = [_shorten(record, tokenizer) for record in _varied(records)[:samples_per_step]]
-    return StepRollouts(step=step, total=len(lines), samples=samples)
+    return StepRollouts(step=step, total=total, samples=samples)
 
 
 def _varied(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -149,10 +153,3 @@ def _number(value: Any) -> float | None:
     if not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(f"{value:.4g}")
-
-
-def _evenly(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` of the items, the first and the last among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_klear.errors import UserError
+from megatron_klear.train.rollout_files import parse_object
 
 MAX_CONFIG_CHARACTERS = 30_000
 EXPECTED = {
@@ -80,15 +80,6 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     text = path.read_text(encoding="utf-8", errors="replace")
     parsed = [parse_object(line) for line in text.split("\n") if line.strip()]
     return [record for record in parsed if record is not None], parsed.count(None)
-
-
-def parse_object(line: str) -> dict[str, Any] | None:
-    """A JSON object, or None."""
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _read_run(folder: Path, name: str) -> Run:
