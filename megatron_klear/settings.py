@@ -322,8 +322,8 @@ def _missing(name: str, known: dict[str, Key], sources: _Sources) -> str:
 def _unknown(where: str, name: str, known: dict[str, Key]) -> str:
     tables = {key.rpartition(".")[0] for key in known if "." in key}
     if name in tables:
-        near = nearest_key(name, known) or next(key for key in known if key.startswith(name + "."))
-        return f"{where}: {name} is a table of settings; set one of them, such as --{near}"
+        inside = nearest_key(name, known) or next(key for key in known if key.startswith(name + "."))
+        return f"{where}: {name} is a table of settings; set one of them, such as --{inside}"
     lists = {key.name: key for key in known.values() if is_list(key.annotation) and tables_in(key.annotation)}
     fields = [f"{key}.{field}" for key in lists for t in tables_in(lists[key].annotation) for field in t.model_fields]
     if name in fields:
