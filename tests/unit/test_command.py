@@ -134,3 +134,14 @@ def test_an_environment_without_the_packages_is_not_entered_again_and_again(chec
 def test_the_doctor_runs_without_the_packages(checkout: Path, bare: Path):
     ran = run(bare, "tools/doctor.py", "--help", folder=checkout, **CLEAN)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize(("python", "code"), [(Path(sys.executable), 0), (None, 1)])
+def test_scripts_take_the_active_python_where_no_environment_is_wanted(checkout: Path, python: Path | None, code: int):
+    folder = (python or checkout.parent / "bare" / "bin" / "python").parent
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    script = f". '{ROOT}/examples/setup_env.sh' && command -v python"
+    ran = run("bash", "-c", script, folder=checkout, **CLEAN | {"KLEAR_VENV": "none", "PATH": path})
+    assert ran.returncode == code, ran.stderr
+    assert ran.stdout.strip() == (str(folder / "python") if code == 0 else "")
+    assert ("lacks packages" in ran.stderr) == (code != 0)
