@@ -1,22 +1,13 @@
-"""Supervised fine-tuning on long chains of thought, packed, on Megatron-Core.
+"""Supervised fine-tuning on long chains of thought, packed, on Megatron-Core: `klear sft` of a checkout.
 
 python pretrain_sft.py --config examples/sft_tiny_cpu.toml                          # one process, no GPU
 torchrun --nproc-per-node 8 pretrain_sft.py --config examples/sft_32k.toml --optimizer.learning_rate 5e-5
-torchrun --nproc-per-node 8 pretrain_sft.py --config examples/sft_32k.toml --dry-run
+python pretrain_sft.py --config examples/sft_32k.toml --dry-run=8
 """
 
-from megatron_klear.errors import exit_on_error
-from megatron_klear.start import start_sft
+import sys
 
-
-def main() -> None:
-    """Refuse what cannot work, then train; the heavy imports wait until the settings are known to be good."""
-    start = start_sft(description=__doc__)
-    from megatron_klear.train import sft
-
-    with exit_on_error():
-        sft.run(start)
-
+from megatron_klear.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["sft", *sys.argv[1:]]))

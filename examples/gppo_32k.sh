@@ -6,8 +6,10 @@
 #     bash examples/gppo_32k.sh [--dotted.key value ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. examples/setup_env.sh
 
-bash tools/make_vllm_env.sh vllm-env # nothing where it is there already
-# What the run would take and lack, before eight GPUs are started.
-python train_gppo.py --config examples/gppo_32k.toml --dry-run="${GPUS:-8}" "$@"
+# What the run would take and lack, before vLLM is installed (nothing where it is there already) and eight GPUs started.
+WORLD_SIZE="${GPUS:-8}" python train_gppo.py --config examples/gppo_32k.toml --rollout.server.python "$(command -v python)" \
+    --dry-run "$@"
+bash tools/make_vllm_env.sh vllm-env
 CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc-per-node "${GPUS:-8}" train_gppo.py --config examples/gppo_32k.toml "$@"

@@ -5,6 +5,7 @@
 #     bash examples/gppo_smollm2_arithmetic.sh [--dotted.key value ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. examples/setup_env.sh
 
 if [ ! -d models/SmolLM2-135M-Instruct ]; then
     python tools/fetch_smollm2.py --out models/SmolLM2-135M-Instruct

@@ -4,6 +4,7 @@
 #     bash examples/gppo_smollm2_gsm8k.sh [--dotted.key value ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. examples/setup_env.sh
 
 if [ ! -d runs/sft_smollm2_gsm8k/hf ]; then
     bash examples/sft_smollm2_gsm8k.sh

@@ -6,7 +6,8 @@
 #
 # Without a GPU it takes PyTorch's CPU build. With one, and an active Python whose torch sees it, that torch is used.
 #
-#     KLEAR_VENV=folder     where the environment lies (.venv beside this repository's README)
+#     KLEAR_VENV=folder     where the environment lies (.venv beside this repository's README); "none" takes the active
+#                           Python as it is and installs nothing, for containers that bring the packages
 #     KLEAR_PYTHON=python   the interpreter to make it with, 3.11 or 3.12 (python3.11, else python3.12)
 #     KLEAR_TORCH_INDEX=URL package index to take PyTorch's CPU build from, where pip's own does not have it
 #     KLEAR_CUDA=0|1        compile the kernels without or with their CUDA part (with it where there are a GPU and nvcc)
@@ -15,6 +16,7 @@ KLEAR_SETUP="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/setup_env.sh"
 if [ "${BASH_SOURCE[0]}" != "$0" ]; then
     # A child does the work, so that an error leaves the shell that sources this alone.
     bash "$KLEAR_SETUP" || return 1
+    if [ "${KLEAR_VENV:-}" = none ]; then return 0; fi
     . "${KLEAR_VENV:-$(dirname "$(dirname "$KLEAR_SETUP")")/.venv}/bin/activate"
     return
 fi
@@ -29,6 +31,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignor
 
 say() { echo "setup: $*" >&2; }
 fail() { say "$*"; exit 1; }
+
+if [ "${KLEAR_VENV:-}" = none ]; then
+    python -c 'import torch, pydantic, transformers' || fail "KLEAR_VENV=none, and the active python lacks packages (above)"
+    exit 0
+fi
 
 gpu_present() { nvidia-smi -L >/dev/null 2>&1; }
 

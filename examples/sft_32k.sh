@@ -5,7 +5,8 @@
 #     bash examples/sft_32k.sh [--dotted.key value ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. examples/setup_env.sh
 
 # What the run would take and lack, before eight GPUs are started.
-python pretrain_sft.py --config examples/sft_32k.toml --dry-run="${GPUS:-8}" "$@"
+WORLD_SIZE="${GPUS:-8}" python pretrain_sft.py --config examples/sft_32k.toml --dry-run "$@"
 CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc-per-node "${GPUS:-8}" pretrain_sft.py --config examples/sft_32k.toml "$@"

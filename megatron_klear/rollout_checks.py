@@ -31,6 +31,14 @@ def check_rollout(config: GPPOConfig, architecture: Architecture) -> list[str]:
     return check_servers(config, architecture)
 
 
+def lacking_for_rollout(config: GPPOConfig) -> list[str]:
+    """Those of `check_rollout` that are of this machine alone: programs and keys that another may have."""
+    rollout = config.rollout
+    if not isinstance(rollout, VLLMRolloutConfig) or rollout.servers:
+        return []
+    return [*_check_environment(rollout.server), *_check_access(rollout)]
+
+
 def check_servers(config: GPPOConfig, architecture: Architecture) -> list[str]:
     """Everything that keeps the servers of `[rollout.server]` from starting on this machine."""
     rollout = config.rollout

@@ -74,14 +74,14 @@ def tables_in(annotation: Any) -> list[type[BaseModel]]:
 
 def allows_none(annotation: Any) -> bool:
     """Whether `none` is a value of this annotation."""
-    return annotation is type(None) or (_is_union(annotation) and any(allows_none(a) for a in get_args(annotation)))
+    return annotation is type(None) or (is_union(annotation) and any(allows_none(a) for a in get_args(annotation)))
 
 
 def value_type(annotation: Any) -> Any:
     """The annotation without `Annotated` and without `| None`."""
     if get_origin(annotation) is typing.Annotated:
         return value_type(get_args(annotation)[0])
-    if _is_union(annotation):
+    if is_union(annotation):
         rest = [a for a in get_args(annotation) if a is not type(None)]
         return value_type(rest[0]) if len(rest) == 1 else annotation
     return annotation
@@ -97,14 +97,16 @@ def in_words(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
     if get_origin(annotation) is typing.Annotated:
         inner, *more = get_args(annotation)
         return in_words(inner, [*more, *metadata])
-    if _is_union(annotation):
+    if is_union(annotation):
         members = [in_words(a, metadata) for a in get_args(annotation) if a is not type(None)]
         return ", or ".join(dict.fromkeys(members)) + (", or none" if allows_none(annotation) else "")
     origin = get_origin(annotation)
     if origin is Literal:
         return "one of " + ", ".join(_shown(a) for a in get_args(annotation))
     if origin in (list, tuple, set, frozenset):
-        return f"a list of {_PLURALS.get(get_args(annotation)[0], 'values')}" + _bounds(metadata, items=True)
+        item = get_args(annotation)[0]
+        items = "tables" if tables_in(item) else _PLURALS.get(item, "values")
+        return f"a list of {items}" + _bounds(metadata, items=True)
     if tables_in(annotation):
         return "a table"
     return _WORDS.get(origin or annotation, "a value") + _bounds(metadata, items=False)
@@ -181,7 +183,8 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def _is_union(annotation: Any) -> bool:
+def is_union(annotation: Any) -> bool:
+    """Whether the annotation is a choice of several."""
     return get_origin(annotation) in (typing.Union, types.UnionType)
 
 

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_klear.architecture import ArchitectureError
 from megatron_klear.errors import UserError
+from megatron_klear.overrides import override, split_flags
 from megatron_klear.schema import Key, allows_none, in_words, is_list, keys_of, nearest_key, tables_in, value_type
 from megatron_klear.toml_writer import to_toml, write_text_atomically
 
@@ -75,7 +76,7 @@ def load(cls: type[C], argv: Sequence[str]) -> C:
     Raises SettingsError that lists everything wrong with the file and the flags.
     """
     problems: list[str] = []
-    flags = _split_flags(argv, problems)
+    flags = split_flags(argv, problems)
     config_path = flags.pop("config", None)
     if config_path is None:
         problems.append("--config FILE.toml is required: the file with the settings of the run")
@@ -85,14 +86,9 @@ def load(cls: type[C], argv: Sequence[str]) -> C:
     values, lines = _read_toml(path, problems) if path and not problems else ({}, {})
     if problems:
         raise SettingsError(problems)
+    flagged, unknown = override(cls, values, flags, problems)
     known = keys_of(cls)
-    flagged: set[str] = set()
-    for name, words in flags.items():
-        if name in known:
-            _put(values, name, _from_words(known[name], words), problems)
-            flagged.add(name)
-        else:
-            problems.append(_unknown(f"--{name}", name, known))
+    problems += [_unknown(f"--{flag}", flag.replace("-", "_"), known) for flag in unknown]
     return _validate(cls, values, _Sources(file=str(path), lines=lines, flagged=frozenset(flagged)), problems)
 
 
@@ -122,7 +118,7 @@ def help_text(cls: type[BaseModel], description: str = "") -> str:
     out = [description.strip()] if description else []
     out += [
         "usage: --config FILE.toml [--dry-run[=PROCESSES]] [--key value ...]",
-        "Settings, in the file as [table] key = value, on the command line as --table.key value.",
+        "Settings, in the file as [table] key = value, on the command line as --table.key value; values are TOML's.",
         "Relative paths are taken from the current directory; none unsets what can be unset.",
     ]
     table = None
@@ -215,29 +211,11 @@ class _Sources:
     flagged: frozenset[str]
 
     def of(self, name: str) -> str:
-        if name in self.flagged:
-            return f"--{name}"
+        for flag in self.flagged:
+            if f"{name}.".startswith(f"{flag}."):
+                return f"--{flag}"
         line = self.lines.get(name)
         return f"{self.file}:{line}" if line else self.file
-
-
-def _split_flags(argv: Sequence[str], problems: list[str]) -> dict[str, list[str]]:
-    """`--name a b`, `--name=a` and bare `--name` as name -> words."""
-    flags: dict[str, list[str]] = {}
-    current: list[str] | None = None
-    for argument in argv:
-        if argument.startswith("--") and len(argument) > 2:
-            name, equals, value = argument[2:].partition("=")
-            current = flags[name.replace("-", "_")] = [value] if equals else []
-            if equals:
-                current = None
-        elif current is None:
-            problems.append(
-                f"{argument!r} on the command line belongs to no flag; settings are given as --table.key value"
-            )
-        else:
-            current.append(argument)
-    return flags
 
 
 def _read_toml(path: Path, problems: list[str]) -> tuple[dict[str, Any], dict[str, int]]:
@@ -270,53 +248,18 @@ def _line_numbers(text: str) -> dict[str, int]:
     return lines
 
 
-def _from_words(key: Key, words: list[str]) -> Any:
-    """A flag's words as the value TOML would have given; what does not convert is left for validation to report."""
-    kind = value_type(key.annotation)
-    if words == ["none"] and allows_none(key.annotation):
-        return None
-    if len(words) == 1 and words[0][:1] in ("[", "{") and (is_list(kind) or kind is dict or tables_in(kind)):
-        try:
-            return json.loads(words[0])
-        except json.JSONDecodeError:
-            return words[0]
-    if is_list(kind):
-        return words
-    if kind is bool and not words:
-        return True
-    if len(words) != 1:
-        return words
-    return _scalar(kind, words[0])
-
-
-def _scalar(kind: Any, word: str) -> Any:
-    if kind is bool:
-        return {"true": True, "false": False}.get(word.lower(), word)
-    if kind in (int, float):
-        try:
-            return kind(word)
-        except ValueError:
-            return word
-    return word
-
-
-def _put(values: dict[str, Any], name: str, value: Any, problems: list[str]) -> None:
-    *tables, last = name.split(".")
-    for table in tables:
-        inner = values.setdefault(table, {})
-        if not isinstance(inner, dict):
-            problems.append(f"--{name}: {table} is {inner!r} in the file, expected a table [{table}]")
-            return
-        values = inner
-    values[last] = value
-
-
 def _validate(cls: type[C], values: dict[str, Any], sources: _Sources, problems: list[str]) -> C:
     try:
         # Strict: "8" is no number and 1 is no boolean.
         config = cls.model_validate(_typed(cls, values), strict=True)
     except ValidationError as error:
-        found = [_explain(cls, detail, sources) for detail in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+        places = [detail["loc"] for detail in details if detail["type"] != "too_short"]
+        # A list whose only item is wrong is not short of one.
+        told = [
+            d for d in details if d["type"] != "too_short" or not any(p[: len(d["loc"])] == d["loc"] for p in places)
+        ]
+        found = [_explain(cls, detail, sources) for detail in told]
         raise SettingsError(list(dict.fromkeys([*problems, *found]))) from None
     if problems:
         raise SettingsError(problems)
@@ -347,6 +290,11 @@ def _explain(cls: type[BaseModel], detail: Any, sources: _Sources) -> str:
     if kind == "missing":
         return _missing(name, known, sources)
     if kind == "extra_forbidden":
+        table = name.rpartition(".")[0]
+        if name in known or any(key.startswith(name + ".") for key in known):
+            return (
+                f"{where}: {name} is no setting of the kind that {table}.kind chooses; choose another or leave it out"
+            )
         return _unknown(where, name, known)
     if kind == "value_error":
         return f"{where}: {detail['ctx']['error']}"
@@ -374,8 +322,20 @@ def _missing(name: str, known: dict[str, Key], sources: _Sources) -> str:
 def _unknown(where: str, name: str, known: dict[str, Key]) -> str:
     tables = {key.rpartition(".")[0] for key in known if "." in key}
     if name in tables:
-        return f"{where}: {name} is a table of settings; set one of them, such as --{nearest_key(name, known) or name}"
-    near = nearest_key(name, [*known, *tables] if "." not in name else known)
+        inside = nearest_key(name, known) or next(key for key in known if key.startswith(name + "."))
+        return f"{where}: {name} is a table of settings; set one of them, such as --{inside}"
+    lists = {key.name: key for key in known.values() if is_list(key.annotation) and tables_in(key.annotation)}
+    fields = [f"{key}.{field}" for key in lists for t in tables_in(lists[key].annotation) for field in t.model_fields]
+    if name in fields:
+        table, _, field = name.rpartition(".")
+        return f"{where}: {table} is a list of tables, given as a whole: --{table} '[{{{field} = ...}}]'"
+    candidates = [*known, *fields]
+    near = nearest_key(name, [*candidates, *tables] if "." not in name else candidates)
+    if near is None:  # an entry of a free table whose name is not quite right
+        table, _, entry = name.rpartition(".")
+        free = [key.name for key in known.values() if get_origin(value_type(key.annotation)) is dict]
+        found = nearest_key(table, free)
+        near = f"{found}.{entry}" if found else None
     hint = f"; did you mean {near}?" if near else "; --help lists the settings"
     return f"{where}: there is no setting {name}{hint}"
 

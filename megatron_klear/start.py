@@ -11,14 +11,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_klear.architecture import Architecture, read_architecture
 from megatron_klear.checks import check_files, check_layout, check_packages, check_plan, check_prompt_files, warn_run
 from megatron_klear.config import SFTConfig
 from megatron_klear.estimate import describe_plan
-from megatron_klear.rollout_checks import check_rollout
-from megatron_klear.settings import exit_on_bad_input, exit_with, load, parse_command_line
+from megatron_klear.model_shapes import planned_model
+from megatron_klear.rollout_checks import check_rollout, lacking_for_rollout
+from megatron_klear.settings import CommandLine, exit_on_bad_input, exit_with, load, parse_command_line
 
 if TYPE_CHECKING:
     from megatron_klear.rl_config import GPPOConfig
@@ -38,25 +39,48 @@ def start_sft(argv: Sequence[str] | None = None, *, description: str = "") -> St
     """What `pretrain_sft.py` begins with; the number of processes is torchrun's WORLD_SIZE, 1 without it.
 
     Exits with code 2 and every problem found, or with 0 after the plan of a `--dry-run` that has none. A dry run
-    prints its plan also where only this machine's files or packages are missing.
+    prints its plan also where only this machine's files or packages are missing: with `--dry-run=N`, for processes
+    elsewhere, these are told and the exit code is 0; with `--dry-run`, for a run here, it is 2.
     """
     command = parse_command_line(SFTConfig, argv, description=description)
     config = command.config
     world_size = command.planned_processes or int(os.environ.get("WORLD_SIZE", "1"))
-    with exit_on_bad_input():
-        architecture = read_architecture(config.model.path)
+    architecture, note = _model_of(command)
     planning = check_plan(config, architecture, world_size)
-    problems = [*planning, *check_packages(config), *check_files(config)]
+    problems, lacking = check_packages(config, lambda module: True), check_files(config)
+    lacking += [problem for problem in check_packages(config) if problem not in problems]
     warnings = warn_run(config, architecture)
     if command.dry_run and not planning and os.environ.get("RANK", "0") == "0":
-        print(describe_plan(config, architecture, world_size, device_memory_bytes=smallest_gpu_bytes()))
+        print(note + describe_plan(config, architecture, world_size, device_memory_bytes=smallest_gpu_bytes()))
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    if problems:
-        exit_with(problems)
-    if command.dry_run:
-        raise SystemExit(0)
+    _refuse_or_end(command, [*planning, *problems], lacking)
     return Start(config=config, architecture=architecture, world_size=world_size, warnings=tuple(warnings))
+
+
+def _model_of(command: CommandLine[Any]) -> tuple[Architecture, str]:
+    """The model's shape, and a line on where a plan has it from if not from the model."""
+    folder = command.config.model.path
+    with exit_on_bad_input():
+        if not command.dry_run:
+            return read_architecture(folder), ""
+        planned = planned_model(folder)
+        return planned.architecture, f"{planned.note}\n\n" if planned.note else ""
+
+
+def _refuse_or_end(command: CommandLine[Any], problems: list[str], lacking: list[str]) -> None:
+    """Exit with 2 where something speaks against the run, with 0 after the plan of a dry run.
+
+    `lacking` is what speaks against it on this machine alone: told, and no reason to refuse, where the plan is for
+    processes that were named (`--dry-run=64`), which run elsewhere.
+    """
+    if problems or (lacking and command.planned_processes is None):
+        exit_with([*problems, *lacking])
+    if not command.dry_run:
+        return
+    if lacking and os.environ.get("RANK", "0") == "0":
+        print("\nTo run here, this machine lacks", *(f"  - {problem}" for problem in lacking), sep="\n")
+    raise SystemExit(0)
 
 
 def start_with(argv: Sequence[str], *, processes: int | None, files: bool) -> Start:
@@ -94,16 +118,15 @@ def start_gppo(argv: Sequence[str] | None = None, *, description: str = "") -> G
     command = parse_command_line(GPPOConfig, argv, description=description)
     config = command.config
     world_size = command.planned_processes or int(os.environ.get("WORLD_SIZE", "1"))
-    with exit_on_bad_input():
-        architecture = read_architecture(config.model.path)
+    architecture, note = _model_of(command)
     planning = check_layout(config, architecture, world_size)
-    problems = [*planning, *check_packages(config), *check_prompt_files(config), *check_rollout(config, architecture)]
+    problems = [*check_packages(config, lambda module: True), *check_rollout(config, architecture)]
+    lacking = [*check_prompt_files(config), *lacking_for_rollout(config)]
+    problems = [problem for problem in problems if problem not in lacking]
+    lacking += [problem for problem in check_packages(config) if problem not in problems]
     if command.dry_run and not planning and os.environ.get("RANK", "0") == "0":
-        print(describe_rl_plan(config, architecture, world_size, device_memory_bytes=smallest_gpu_bytes()))
-    if problems:
-        exit_with(problems)
-    if command.dry_run:
-        raise SystemExit(0)
+        print(note + describe_rl_plan(config, architecture, world_size, device_memory_bytes=smallest_gpu_bytes()))
+    _refuse_or_end(command, [*planning, *problems], lacking)
     return GPPOStart(config=config, architecture=architecture, world_size=world_size)
 
 

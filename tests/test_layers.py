@@ -14,9 +14,29 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tools").rglob("*.py"), *ROOT
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # Layers from below: a room imports rooms of lower layers, and of its own where that layer is not made of islands.
-BOTTOM = {"errors", "types", "architecture", "zigzag", "checksum", "schema", "toml_writer"}
+BOTTOM = {
+    "errors",
+    "types",
+    "architecture",
+    "zigzag",
+    "checksum",
+    "schema",
+    "toml_writer",
+    "environment",
+    "model_shapes",
+}
 ISLANDS = {"rl", "data", "rewards", "kernels"}
-SETTINGS = {"config", "rl_config", "rollout_config", "settings", "estimate", "checks", "rollout_checks", "start"}
+SETTINGS = {
+    "config",
+    "rl_config",
+    "rollout_config",
+    "settings",
+    "overrides",
+    "estimate",
+    "checks",
+    "rollout_checks",
+    "start",
+}
 ENGINES = {"mcore", "rollout"}
 LOOPS = {"train", "evaluation"}
 ALLOWED = (
@@ -26,6 +46,7 @@ ALLOWED = (
     # The trainer's engine is given its loss and its batches.
     | {"mcore": BOTTOM | SETTINGS | {"kernels"}, "rollout": BOTTOM | ISLANDS | SETTINGS}
     | dict.fromkeys(LOOPS, BOTTOM | ISLANDS | SETTINGS | ENGINES | LOOPS)
+    | {"cli": BOTTOM | ISLANDS | SETTINGS | ENGINES | LOOPS}
 )
 ONLY_IN = {
     "megatron": {"mcore"},
@@ -38,6 +59,7 @@ WITHOUT_TORCH = [
     "config",
     "rollout_config",
     "settings",
+    "overrides",
     "estimate",
     "checks",
     "rollout_checks",

@@ -13,6 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_klear.environment import enter_environment
+
+enter_environment()
+
 from pydantic import BaseModel
 
 from megatron_klear.config import SFTConfig

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from stories import write_stories_model
 
 from megatron_klear.architecture import read_architecture
+from megatron_klear.cli import convert_hf_to_mcore, convert_mcore_to_hf, inspect_checkpoint
 from megatron_klear.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.mcore import checkpoint, convert, hf
@@ -21,13 +22,7 @@ from megatron_klear.mcore.manifest import CheckpointError
 from megatron_klear.mcore.model import build_chunks
 from megatron_klear.mcore.topology import world
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import convert_hf_to_mcore
-import convert_mcore_to_hf
-import inspect_checkpoint
-
-TOOLS = Path(convert_hf_to_mcore.__file__).parent
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TP2_PP2 = ParallelConfig(tensor=2, pipeline=2, sequence=False, device="cpu")
 MODELS = [(family, tied) for family in ("qwen3", "qwen2", "llama") for tied in (True, False)]
 OTHER_LAYOUTS = {

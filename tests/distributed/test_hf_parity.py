@@ -1,7 +1,6 @@
 """Log-probs of our model are those of transformers, on the same weights, in one process and over several."""
 
 import json
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,15 +9,12 @@ import torch
 from pool import Pool
 from stories import write_stories_model
 
+from megatron_klear.cli import fetch_smollm2
 from megatron_klear.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
 from megatron_klear.types import PackedBatch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import fetch_smollm2
 
 TOLERANCE = 1e-4
 LENGTHS = (1, 2, 33, 64)

@@ -1,7 +1,7 @@
 """tools/verify.py: exit codes, tables, and no layout dropped in silence."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
@@ -21,12 +21,7 @@ def toml(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def verify():
-    spec = importlib.util.spec_from_file_location("verify_tool", ROOT / "tools/verify.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return importlib.import_module("megatron_klear.cli.verify").main
 
 
 def test_layouts_of_one_process_agree(toml, verify, capsys, tmp_path):

@@ -238,6 +238,17 @@ def test_dry_run_plans_for_a_cluster_and_names_what_this_machine_lacks(good_run:
     assert "data.train" in shown.err
 
 
+def test_a_plan_for_processes_elsewhere_ends_well_where_only_files_are_missing(good_run: Path, capsys):
+    (good_run / "train.jsonl").unlink()
+    with pytest.raises(SystemExit) as caught:
+        start_sft(["--config", "run.toml", "--dry-run=4"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr()
+    assert "this machine lacks" in shown.out
+    assert "data.train" in shown.out.partition("this machine lacks")[2]
+    assert shown.err == ""
+
+
 def test_only_arithmetic_mistakes_withhold_the_plan(good_run: Path, capsys):
     with contextlib.suppress(SystemExit):
         start_sft(["--config", "run.toml", "--dry-run=3", "--parallel.tensor", "2"])

@@ -1,9 +1,9 @@
 """The doctor tells what is there, names what is broken and why, and goes on when a probe fails."""
 
+import importlib
 import json
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def doctor():
-    spec = spec_from_file_location("doctor", ROOT / "tools" / "doctor.py")
-    module = module_from_spec(spec)
-    sys.modules["doctor"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("megatron_klear.cli.doctor")
 
 
 @pytest.fixture

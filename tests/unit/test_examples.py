@@ -79,7 +79,8 @@ def test_files_and_flags_that_are_named_exist(path: Path):
     known = {*keys_of(SFTConfig), *keys_of(GPPOConfig)}
     tables = {name.split(".")[0] for name in known}
     flags = [flag for flag in re.findall(r"--([a-z]+\.[a-z_0-9.]+)", text) if flag.split(".")[0] in tables]
-    assert [flag for flag in flags if flag not in known] == []
+    free = tuple(name + "." for name in known if name == "reward.functions")  # its entries are the reader's own
+    assert [flag for flag in flags if flag not in known and not flag.startswith(free)] == []
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

@@ -1,18 +1,14 @@
 """A GGUF file turned into a Hugging Face folder computes and tokenises as the model that it was made from."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_klear.cli import fetch_smollm2
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
-import fetch_smollm2
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 

@@ -1,15 +1,9 @@
 """The tool that prints gradient weights: tables by name and by path, a PNG, and errors that name the argument."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
-FILE = Path(__file__).resolve().parents[2] / "tools" / "losses.py"
-spec = importlib.util.spec_from_file_location("losses_tool", FILE)
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+from megatron_klear.cli import losses as tool
 
 
 def test_prints_the_published_weights(capsys, tmp_path):

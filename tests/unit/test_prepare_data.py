@@ -1,6 +1,6 @@
 """Raw data sets to rows, and the tools that prepare and show them."""
 
-import importlib.util
+import importlib
 import json
 import re
 from pathlib import Path
@@ -20,12 +20,7 @@ TINY = ROOT / "examples" / "tiny_tokenizer"
 
 
 def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"megatron_klear.cli.{name}")
 
 
 @given(seed=st.integers(0, 2**32), terms=st.integers(2, 5), digits=st.integers(1, 5))

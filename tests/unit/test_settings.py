@@ -1,5 +1,6 @@
 """Settings: file, flags, defaults, errors in words, and the resolved file that loads back to the same run."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
 from megatron_klear.config import Settings, SFTConfig
+from megatron_klear.rl_config import GPPOConfig
 from megatron_klear.schema import keys_of, nearest_key
 from megatron_klear.settings import (
     SettingsError,
@@ -258,3 +260,81 @@ def test_config_is_frozen(toml: Path):
 def test_reading_settings_imports_no_torch():
     code = "import sys, megatron_klear.config, megatron_klear.settings; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+QUICKSTART = str(Path(__file__).resolve().parents[2] / "examples" / "quickstart_gppo.toml")
+
+
+def gppo(*flags: str) -> GPPOConfig:
+    return load(GPPOConfig, ["--config", QUICKSTART, *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--prompts.sources", '[{files = ["x"]}]'), [("x",)]),
+        (("--prompts.sources", '[{"files": ["x"]}]'), [("x",)]),
+        (("--prompts.sources", '{files = ["x"]}', "{files = ['y', 'z']}"), [("x",), ("y", "z")]),
+    ],
+)
+def test_a_flag_takes_a_list_of_tables_as_the_file_does(flags: tuple[str, ...], expected: list[tuple[str, ...]]):
+    assert [source.files for source in gppo(*flags).prompts.sources] == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--reward.functions.gsm8k", "m:f"), {"gsm8k": "m:f"}),
+        (("--reward.functions.gsm8k=m:f", "--reward.functions.my-data", "m:g"), {"gsm8k": "m:f", "my-data": "m:g"}),
+        (("--reward.functions.openai/gsm8k", "math"), {"openai/gsm8k": "math"}),
+        (("--reward.functions.'a.b=c'=m:f",), {"a.b=c": "m:f"}),
+        (("--reward.functions", '{"openai/gsm8k" = "math"}'), {"openai/gsm8k": "math"}),
+        (("--reward.functions.x", '"m:f"'), {"x": "m:f"}),
+        (("--reward.functions.x", "1"), {"x": "1"}),
+    ],
+)
+def test_a_flag_names_an_entry_of_a_free_table(flags: tuple[str, ...], expected: dict[str, str]):
+    assert gppo(*flags).reward.functions == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [(["509"], (509,)), (["509", "2"], (509, 2)), (["[509, 0x2]"], (509, 2)), (["[]"], ())]
+)
+def test_plain_values_of_a_list_need_no_brackets(words: list[str], expected: tuple[int, ...]):
+    assert gppo("--sampling.stop_token_ids", *words).sampling.stop_token_ids == expected
+
+
+def test_a_table_given_whole_replaces_the_files_and_later_flags_go_on_from_it():
+    loss = gppo("--loss", '{kind = "ppo"}', "--loss.clip-high", "0.3").loss
+    assert (loss.kind, loss.clip_high) == ("ppo", 0.3)
+    replaced = gppo("--loss.clip_high", "0.3", "--loss", '{kind = "ppo"}').loss
+    assert (replaced.kind, replaced.clip_high) == ("ppo", gppo("--loss", '{kind = "ppo"}').loss.clip_high)
+    assert replaced.clip_high != 0.3
+
+
+def test_a_glob_that_begins_with_a_bracket_is_no_list(toml: Path):
+    assert load(SFTConfig, ["--config", str(toml), "--data.train", "[ab].jsonl"]).data.train == ("[ab].jsonl",)
+    assert load(SFTConfig, ["--config", str(toml), '--output="a b"']).output == Path("a b")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--prompts.sources", "[{files = [x]}]"), "--prompts.sources: [{files = [x]}] is neither TOML nor JSON"),
+        (
+            ("--prompts.sources", '[{flies = ["x"]}]'),
+            "--prompts.sources: there is no setting prompts.sources.flies; did you mean prompts.sources.files?",
+        ),
+        (("--prompts.sources.files", "x"), "--prompts.sources '[{files = ...}]'"),
+        (("--prompts.sources", "x"), 'prompts.sources is "x", expected a list of tables'),
+        (("--reward.function.gsm8k", "m:f"), "did you mean reward.functions.gsm8k?"),
+        (("--sampling.stop_token_ids", "x"), 'sampling.stop_token_ids is "x", expected a list of whole numbers'),
+        (("--sampling.stop_token", "5"), "did you mean sampling.stop_token_ids?"),
+        (("--loss", "ppo"), "loss is a table of settings; set one of them, such as --loss."),
+        (("--rollout.server", "{count = 2}"), "rollout.server is no setting of the kind that rollout.kind chooses"),
+        (("--rollout.servers", "x"), "rollout.servers is no setting of the kind that rollout.kind chooses"),
+    ],
+)
+def test_a_flag_that_cannot_be_used_is_explained(flags: tuple[str, ...], told: str):
+    with pytest.raises(SettingsError, match=re.escape(told)):
+        gppo(*flags)

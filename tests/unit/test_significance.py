@@ -1,7 +1,6 @@
 """Confidence intervals: known quantiles, what they must do under shifts and scales, and that they cover the truth."""
 
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_klear.cli import gain
 from megatron_klear.evaluation.significance import mean_interval, student_quantile, trend
 
-GAIN = Path(__file__).resolve().parents[2] / "tools" / "gain.py"
 QUANTILES = {1: 12.70620, 2: 4.30265, 3: 3.18245, 10: 2.22814, 28: 2.04841, 120: 1.97993}
 NUMBERS = st.lists(st.floats(-10, 10), min_size=4, max_size=40)
 
@@ -85,7 +84,7 @@ def make_run(folder: Path, gained: int) -> Path:
     ("gained", "told"), [(30, ["0.300 [0.210, 0.390]", "rises"]), (0, ["0.000 [0.000, 0.000]", "no significant trend"])]
 )
 def test_tool_tells_a_gain_from_none(tmp_path, capsys, gained, told):
-    runpy.run_path(str(GAIN))["main"]([str(make_run(tmp_path / "run", gained))])
+    gain.main([str(make_run(tmp_path / "run", gained))])
     printed = capsys.readouterr().out
     assert "| 0 | 100 | 0.200 [0.130, 0.280] |" in printed
     assert [words for words in told if words not in printed] == []
@@ -93,6 +92,6 @@ def test_tool_tells_a_gain_from_none(tmp_path, capsys, gained, told):
 
 def test_tool_says_what_is_missing(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(GAIN))["main"]([str(tmp_path / "absent")])
+        gain.main([str(tmp_path / "absent")])
     assert stopped.value.code == 1
     assert "no metrics.jsonl" in capsys.readouterr().err

@@ -20,6 +20,13 @@ def test_committed_tokenizer_is_what_the_tool_writes(tmp_path: Path) -> None:
         assert path.read_text() == (committed / path.name).read_text(), path.name
 
 
+def test_committed_model_is_what_the_tool_writes(tmp_path: Path) -> None:
+    written, committed = write_tiny_model(tmp_path / "model", weights=False), ROOT / "examples" / "tiny_model"
+    assert {path.name: path.read_text() for path in written.iterdir()} == {
+        path.name: path.read_text() for path in committed.iterdir()
+    }
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_load_and_match_the_architecture(tmp_path: Path, family: str, tied: bool) -> None:

@@ -11,6 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-python3}
 OUT=$(mkdir -p "${OUT:-tools/benchmark/results}" && cd "${OUT:-tools/benchmark/results}" && pwd)
 export OUT PYTHONUNBUFFERED=1 KLEAR_CUDA=1
+export KLEAR_VENV=none # PYTHON is what is to be measured
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 : >"$OUT/gpu_suite.log"
 failed=0

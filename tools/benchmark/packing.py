@@ -18,9 +18,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_klear.environment import enter_environment
+
+enter_environment()
+
+import numpy as np
 
 from megatron_klear.architecture import architecture_from_config
 from megatron_klear.data.packing import (

@@ -22,10 +22,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_klear.environment import enter_environment
+
+enter_environment(required=False)
+
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.benchmark.device import cpu_name
 from tools.benchmark.policy_loss_contenders import Contender, Problem, contenders

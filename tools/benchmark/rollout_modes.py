@@ -20,12 +20,15 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
-from gain import held_out
+from megatron_klear.environment import enter_environment
 
+enter_environment()
+
+import numpy as np
+
+from megatron_klear.cli.gain import held_out
 from megatron_klear.evaluation.significance import mean_interval
 from megatron_klear.toml_writer import to_toml, write_text_atomically
 from tools.benchmark.device import cpu_name

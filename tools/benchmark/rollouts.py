@@ -25,10 +25,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_klear.environment import enter_environment
+
+enter_environment()
+
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_klear.architecture import read_architecture
 from megatron_klear.data.batches import pack

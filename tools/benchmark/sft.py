@@ -24,11 +24,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from megatron_klear.environment import enter_environment
+
+enter_environment()
+
+import numpy as np
+import torch
 from sft_loops import MODES, EngineLoop, Loop, PlainLoop, PlainModel, Settings, StepRows
 
 from megatron_klear.architecture import architecture_from_config

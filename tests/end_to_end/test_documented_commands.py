@@ -1,0 +1,220 @@
+"""Every command that the documentation shows runs in a bare clone, or says in words what it needs.
+
+The fenced bash blocks of the pages are taken out and run in order. COMMANDS says how each is checked, by its exact
+text: a command that is not listed fails here, so that the pages cannot drift.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES += ["examples/README.md", "tools/benchmark/README.md", "CONTRIBUTING.md"]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Ends with exit code 0, once `extra` is appended and `swap` replaced."""
+
+    extra: str = ""
+    swap: tuple[str, str] = ("", "")
+    shows: str = ""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Ends with another exit code, before work starts, without a traceback, and says this, once `swap` is replaced."""
+
+    told: str
+    swap: tuple[str, str] = ("", "")
+
+
+@dataclass(frozen=True)
+class Exempt:
+    """Not run here."""
+
+    reason: str
+
+
+SHORT_SFT = "--train.steps 2"
+SHORT_GPPO = (
+    "--train.steps 1 --algorithm.prompts_per_step 2 --algorithm.generated_prompts 2 --algorithm.prompts_per_update 2 "
+    "--sampling.samples_per_prompt 2 --sampling.max_tokens 8 --validation.every 0 --reward.workers 1"
+)
+VLLM = Exempt("installs vLLM, 2 GB; tests/unit/test_make_vllm_env.py and the tests marked vllm run its parts")
+FEWER = ("--nproc-per-node 8", "--nproc-per-node 2")
+NO_8B = Refused("models/Qwen3-8B-Base/config.json does not exist", swap=FEWER)
+NO_TUNED_8B = Refused("models/Qwen3-8B-SFT/config.json does not exist", swap=FEWER)
+TESTS = Exempt("these tests are in the run that this one is in")
+TINY = "examples/sft_tiny_cpu.toml"
+
+COMMANDS: dict[str, Runs | Refused | Exempt] = {
+    "bash examples/quickstart.sh": Exempt("minutes; its stages, shortened, are this file's fixture"),
+    "bash tests/run.sh": Exempt("runs this test"),
+    "pre-commit install": Exempt("changes the clone's hooks and downloads linters at the first commit"),
+    ". examples/setup_env.sh": Runs(),
+    "klear --help": Runs(swap=("klear", "python -m megatron_klear.cli"), shows="doctor"),
+    # training
+    f"python pretrain_sft.py --config {TINY}": Runs(SHORT_SFT),
+    f"torchrun --nproc-per-node 2 pretrain_sft.py --config {TINY} --output runs/tp2 --parallel.tensor 2": Runs(
+        SHORT_SFT
+    ),
+    f"torchrun --nproc-per-node 2 pretrain_sft.py --config {TINY} --parallel.tensor 2 --output runs/tp2": Runs(
+        SHORT_SFT
+    ),
+    f"torchrun --nproc-per-node 2 -m megatron_klear.cli sft --config {TINY} --output runs/dp2": Runs(SHORT_SFT),
+    f"torchrun --nproc-per-node 2 pretrain_sft.py --config {TINY} --optimizer.learning_rate 2e-3 "
+    "--output runs/faster": Runs(SHORT_SFT),
+    "python pretrain_sft.py --config examples/sft_32k.toml --dry-run=64": Runs(shows="this machine lacks"),
+    "torchrun --nproc-per-node 8 pretrain_sft.py --config examples/sft_32k.toml": NO_8B,
+    "python train_gppo.py --config examples/quickstart_gppo.toml --output runs/again": Runs(SHORT_GPPO),
+    "python train_gppo.py --config examples/gppo_32k.toml --dry-run=8": Runs(shows="this machine lacks"),
+    "torchrun --nproc-per-node 8 train_gppo.py --config examples/gppo_32k.toml": NO_TUNED_8B,
+    "bash examples/gppo_32k.sh": Refused("model.path models/Qwen3-8B-SFT: there is no such folder"),
+    "bash examples/gppo_vllm_tiny_cpu.sh": VLLM,
+    "bash tools/make_vllm_env.sh --cpu vllm-env": VLLM,
+    "python tools/serve_rollouts.py --config $CONFIG --rollout.server.host 0.0.0.0 --rollout.server.port 8000": Refused(
+        "make vLLM's environment with `bash tools/make_vllm_env.sh vllm-env`"
+    ),
+    """python train_gppo.py --config $CONFIG --rollout.servers '["http://node7:8000"]'""": Exempt(
+        "waits for a server on another machine; tests/end_to_end/test_vllm_server.py has one"
+    ),
+    # conversion, data, reports
+    "python tools/convert_hf_to_mcore.py --hf runs/quickstart_sft/hf --out models/tiny-mcore --tensor 2": Runs(),
+    "python tools/inspect_checkpoint.py models/tiny-mcore": Runs(shows="every file as its manifest says"),
+    "python tools/convert_mcore_to_hf.py --mcore models/tiny-mcore --out models/tiny-hf": Runs(),
+    "python tools/prepare_data.py arithmetic --count 500 --digits 3 --output runs/data/arithmetic.jsonl": Runs(),
+    f"python tools/inspect_data.py --config {TINY} --index 3": Runs(),
+    "python tools/report.py examples/results/gppo_smollm2_arithmetic --out runs/report.html": Runs(),
+    "python tools/report.py runs/quickstart examples/results/gppo_smollm2_arithmetic --out runs/compared.html "
+    '--title "Two runs" --png runs/figures': Runs(),
+    """echo '{"gold": "1/2", "pred": "The answer is \\\\boxed{0.5}."}' >runs/predictions.jsonl""": Runs(),
+    "python tools/grade.py math --input runs/predictions.jsonl --output runs/graded.jsonl": Runs(shows="right"),
+    # verification
+    f"python tools/verify.py layouts --config {TINY}": Runs("--processes 1 --steps 1 --data.max_length 64"),
+    f"torchrun --nproc-per-node 2 tools/verify.py layouts --config {TINY}": Runs("--steps 1 --data.max_length 64"),
+    f"python tools/verify.py resume --config {TINY} --kills 5 --steps 12 --processes 2": Exempt(
+        "minutes; tests/end_to_end/test_verify.py runs it shorter"
+    ),
+    # kernels, benchmarks
+    "python setup.py build_ext --inplace": Exempt("compiles for minutes; tests/kernels/test_build.py does"),
+    "pytest tests/kernels/test_rows.py tests/kernels/test_rows_extremes.py": TESTS,
+    "pytest tests/kernels/test_build.py": TESTS,
+    "pytest -m gpu tests/kernels/test_rows_cuda.py": TESTS,
+    "compute-sanitizer --tool memcheck --error-exitcode 9 python -m pytest -m gpu tests/kernels/test_rows_cuda.py "
+    "-k small": Exempt("needs a CUDA device and its toolkit"),
+    "bash tools/benchmark/gpu_suite.sh": Exempt("needs a CUDA device; says `torch sees no CUDA device` without"),
+    "python tools/benchmark/policy_loss.py": Exempt("minutes; tests/kernels/test_benchmark.py runs it shorter"),
+    "python tools/benchmark/sft.py --threads 1": Exempt(
+        "minutes; tests/distributed/test_sft_benchmark.py runs it shorter"
+    ),
+    "OMP_NUM_THREADS=1 python tools/benchmark/rollouts.py --vllm vllm-env/bin/python": Exempt(
+        "minutes; tests/distributed/test_rollout_benchmark.py runs it shorter"
+    ),
+}
+
+
+def commands_of(page: str) -> list[str]:
+    """The commands of a page's fenced bash blocks in order, one a line, without comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in map(_bare, block.splitlines()) if line]
+
+
+def _bare(line: str) -> str:
+    return re.sub(r"(^|\s+)# .*$", "", line).strip()
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """What git would give of the working tree, the compiled kernel, and the quickstart's stages after a step or two."""
+    folder = tmp_path_factory.mktemp("bare") / "clone"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    for kernel in (ROOT / "megatron_klear").glob("_policy_loss*.so"):
+        shutil.copy(kernel, folder / "megatron_klear")
+    arithmetic = "python tools/prepare_data.py arithmetic --terms 2 --digits 1 --operators=+-"
+    for command in (
+        f"{arithmetic} --count 20 --seed 1000 --output runs/quickstart_data/held_out.jsonl",
+        f"{arithmetic} --count 200 --seed 1 --output runs/quickstart_data/sft.jsonl",
+        f"{arithmetic} --count 200 --seed 2 --output runs/quickstart_data/problems.jsonl",
+        "python tools/make_tiny_model.py --output runs/quickstart_data/model --no-weights",
+        f"python pretrain_sft.py --config examples/quickstart_sft.toml {SHORT_SFT}",
+        f"python train_gppo.py --config examples/quickstart_gppo.toml {SHORT_GPPO}",
+    ):
+        ran = run(command, folder)
+        assert ran.returncode == 0, f"{command}\n{ran.stdout}{ran.stderr}"
+    return folder
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """In bash, with this Python's environment as the active one, as `. examples/setup_env.sh` leaves it."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "KLEAR_VENV": "none", "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "KLEAR_VLLM_PYTHON"):
+        environment.pop(name, None)
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, text=True, capture_output=True, timeout=300
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of((ROOT / page).read_text())])
+def test_the_commands_of_a_page_run_in_order(clone: Path, page: str):
+    preamble = ""
+    for command in commands_of((ROOT / page).read_text()):
+        if command.startswith("export "):
+            preamble += f"{command}; "
+            continue
+        check = COMMANDS[command]
+        if isinstance(check, Exempt):
+            continue
+        asked = command.replace(*check.swap) + (f" {check.extra}" if isinstance(check, Runs) else "")
+        ran = run(preamble + asked, clone)
+        shown = ran.stdout + ran.stderr
+        if isinstance(check, Runs):
+            assert ran.returncode == 0, f"{asked}\n{shown}"
+            assert check.shows in shown, f"{asked}\n{shown}"
+        else:
+            assert ran.returncode != 0, f"{asked}\n{shown}"
+            told = [line for line in shown.splitlines() if check.told in line]
+            assert len(told) == 1, f"{asked}\n{shown}"
+            assert not re.search(r'File ".*megatron_klear.*", line', shown), f"{asked}\n{shown}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_listed(page: str):
+    shown = [command for command in commands_of((ROOT / page).read_text()) if not command.startswith("export ")]
+    assert [command for command in shown if command not in COMMANDS] == [], "say in COMMANDS how to check them"
+
+
+def test_every_listed_command_is_shown():
+    shown = {command for page in PAGES for command in commands_of((ROOT / page).read_text())}
+    assert set(COMMANDS) - shown == set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_command_hides_from_this_test(page: str):
+    text = re.sub(r"^```bash\n.*?^```", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    hidden = re.findall(r"^\s*(?:[A-Z_]+=\S+ )*(?:python|torchrun|bash|sh|pytest|klear|pip) .*$", text, re.MULTILINE)
+    assert hidden == [], "commands stand in fenced bash blocks"
+
+
+def test_the_console_command_is_the_one_that_modules_start():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"klear": "megatron_klear.cli:main"}
