@@ -4,7 +4,7 @@ klear gain runs/gppo_smollm2_arithmetic
 klear gain runs/seed0 runs/seed1
 
 Held-out accuracy: every validation's mean over prompts, and the gain over the first one on the same prompts, both with
-the bootstrap over prompts; it reads validation/step-*.jsonl, which a run with train.keep_rollouts leaves. Training
+the bootstrap over prompts; it reads validation/step-*.parquet, which a run with train.keep_rollouts leaves. Training
 reward and accuracy: the slope of a straight line over the steps with Student's interval, and the means of the first
 and the last fifth of the steps; these read metrics.jsonl.
 """
@@ -20,7 +20,8 @@ import numpy as np
 
 from megatron_klear.errors import exit_on_error
 from megatron_klear.evaluation.significance import mean_interval, trend
-from megatron_klear.train.report.runs import Run, read_lines, read_runs
+from megatron_klear.train.report.runs import Run, read_runs
+from megatron_klear.train.rollout_files import read_samples, rollout_files
 from megatron_klear.types import Verdict
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -29,9 +30,9 @@ BARS = "▁▂▃▄▅▆▇█"
 def held_out(folder: Path) -> dict[int, dict[str, float]]:
     """Accuracy of every prompt, by its id, at every step with a validation whose samples were kept."""
     found = {}
-    for path in sorted((folder / "validation").glob("step-*.jsonl")):
+    for path in rollout_files(folder / "validation"):
         right: dict[str, list[bool]] = defaultdict(list)
-        for record in read_lines(path)[0]:
+        for record in read_samples(path)[1]:
             right[record["prompt_id"]].append(record["verdict"] == Verdict.RIGHT.value)
         found[int(path.stem.removeprefix("step-"))] = {name: float(np.mean(of)) for name, of in right.items()}
     return found
