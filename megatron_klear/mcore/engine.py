@@ -53,7 +53,13 @@ class Engine:
         *,
         total_steps: int | None = None,
         architecture: Architecture | None = None,
+        turn_end: int | None = None,
     ) -> None:
+        """Build the model, load its weights, and build its optimizer.
+
+        Folders saved with checkpoints name the token `turn_end` among the ends of a response.
+        """
+        self.turn_end = turn_end
         self.run = run
         self.topology = topology
         self.total_steps = total_steps
@@ -196,7 +202,12 @@ class Engine:
         self._saver.save(
             path,
             checkpoint.TrainingState(
-                models=self.models, optimizer=self.optimizer, step=self.step, extra=extra or {}, files=files or {}
+                models=self.models,
+                optimizer=self.optimizer,
+                step=self.step,
+                extra=extra or {},
+                files=files or {},
+                turn_end=self.turn_end,
             ),
             self.topology,
             model_folder=self.run.model.path,
