@@ -25,6 +25,7 @@ from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore.head import Head
 from megatron_klear.mcore.model import PolicyModel, build_chunks, inverse_frequencies
 from megatron_klear.mcore.optimizer import build_optimizer, guarded_step, learning_rate, set_rates
+from megatron_klear.mcore.reading import check_frequencies
 from megatron_klear.mcore.rows import LocalRow, empty_batch, local_row
 from megatron_klear.mcore.topology import Topology
 from megatron_klear.types import PackedBatch, StepStats, TokenLoss
@@ -65,6 +66,7 @@ class Engine:
         self.total_steps = total_steps
         self.architecture = architecture if architecture is not None else read_architecture(run.model.path)
         self.step = 0
+        check_frequencies(self.architecture, run.model.path)
         self.models = build_chunks(self.architecture, run, topology)
         self._load_initial_weights()
         self.overlap = run.optimizer.overlap and topology.data_context.size > 1
