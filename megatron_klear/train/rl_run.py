@@ -11,6 +11,7 @@ from megatron_klear.data.prompts import PromptStream
 from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.checkpoint import latest_valid
+from megatron_klear.mcore.compare_logits import compare_with_transformers
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.model import DTYPES, inverse_frequencies
 from megatron_klear.mcore.topology import Topology, world
@@ -79,8 +80,9 @@ def run(start: GPPOStart) -> None:
         ):
             for warning in changed:
                 log.say(f"warning: {warning}")
-            if stop.note:
-                log.say(f"note: {stop.note}")
+            for note in (stop.note, compare_with_transformers(engine) if checkpoint is None else ""):
+                if note:
+                    log.say(f"note: {note}")
             taken = config.algorithm.generated_prompts or config.algorithm.prompts_per_step
             if len(prompts) < taken:
                 log.say(

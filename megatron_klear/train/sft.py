@@ -18,6 +18,7 @@ from megatron_klear.data.store import TokenStore, open_store
 from megatron_klear.data.tokenizer import load_tokenizer
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.checkpoint import latest_valid
+from megatron_klear.mcore.compare_logits import compare_with_transformers
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import Topology, world
 from megatron_klear.rl.losses import NLL
@@ -64,6 +65,8 @@ def run(start: Start) -> None:
                 log.say(f"warning: {warning}")
             for note in training_notes(tokenizer, stop):
                 log.say(f"note: {note}")
+            if checkpoint is None and (compared := compare_with_transformers(engine)):
+                log.say(f"note: {compared}")
             if checkpoint is not None:
                 log.say(f"resuming from {checkpoint}, step {engine.step} of {total_steps}")
             try:
