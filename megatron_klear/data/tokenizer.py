@@ -94,10 +94,10 @@ class ChatTokenizer:
         None where a turn ends in ordinary text: a token of it may stand anywhere in an answer.
         """
         found = self.template.turn_end()
-        tokens = self.encode(found[0]) if found else []
-        last = int(tokens[-1]) if len(tokens) else None
-        added = self._backend.get_added_tokens_decoder()
-        if last is None or (last not in added and last != self.eos_token_id):
+        if found is None:
+            return None
+        last = int(self.encode(found[0])[-1])
+        if last not in self._backend.get_added_tokens_decoder() and last != self.eos_token_id:
             return None
         return NamedToken(last, self.decode([last]))
 
