@@ -12,26 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_klear.errors import UserError
+from megatron_klear.rope import ArchitectureError, Rope, read_rope
+
+__all__ = ["Architecture", "ArchitectureError", "Family", "Rope", "architecture_from_config", "read_architecture"]
 
 Family = Literal["qwen3", "qwen2", "llama"]
 
 _FAMILIES: dict[str, Family] = {"qwen3": "qwen3", "qwen2": "qwen2", "llama": "llama"}
-_ROPE_KINDS = ("default", "linear", "llama3", "yarn")
-
-
-class ArchitectureError(UserError, ValueError):
-    """A config.json that is missing, malformed, or asks for something this project does not compute."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rope:
-    """Rotary position embedding: base and, where the config scales it, the kind and its parameters."""
-
-    theta: float
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
-    parameters: tuple[tuple[str, float | int | bool], ...] = ()
-    """The rest of `rope_scaling`/`rope_parameters`, as written, for transformers' own frequency functions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +123,7 @@ def architecture_from_config(config: dict[str, Any], source: str = "config.json"
         vocab_size=int(number("vocab_size")),
         max_positions=int(number("max_position_embeddings")),
         norm_eps=float(number("rms_norm_eps")),
-        rope=_rope(config, source),
+        rope=read_rope(config, source),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         qk_norm=family == "qwen3",
         qkv_bias=family == "qwen2",
@@ -152,16 +139,3 @@ def _refuse_unsupported(config: dict[str, Any], family: Family, source: str) -> 
         raise ArchitectureError(f"{source}: attention_bias true is not supported for {family}")
     if config.get("mlp_bias"):
         raise ArchitectureError(f"{source}: mlp_bias true is not supported")
-
-
-def _rope(config: dict[str, Any], source: str) -> Rope:
-    """RoPE from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4)."""
-    scaling: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = scaling.pop("rope_theta", config.get("rope_theta", 10000.0))
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", "default")
-    scaling.pop("type", None)
-    if kind not in _ROPE_KINDS:
-        raise ArchitectureError(f"{source}: rope_type {kind!r} is not supported; supported: {', '.join(_ROPE_KINDS)}")
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ArchitectureError(f"{source}: partial_rotary_factor {scaling['partial_rotary_factor']} is not supported")
-    return Rope(theta=float(theta), kind=kind, parameters=tuple(sorted(scaling.items())))

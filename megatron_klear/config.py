@@ -43,6 +43,10 @@ class ModelConfig(Settings):
     """The fused loss kernel (hidden states to gradients). Off computes logits and differentiates them, to debug."""
     logits_dtype: Literal["fp32", "model"] = "fp32"
     """Precision in which logits leave the matrix product; `model` is faster and rounds them."""
+    compare_logits: Literal["auto", "on", "off"] = "auto"
+    """Before the first step of a pretrained model, compare a short row's log-probs with transformers' on the same
+    folder and stop where they differ: rank 0 loads the model once more, in fp32, into host memory. `auto` does so up
+    to 2 billion parameters where memory allows, and says so where it does not."""
 
 
 class ParallelConfig(Settings):

@@ -115,7 +115,8 @@ class SamplingConfig(Settings):
     top_k: int = Field(default=0, ge=0)
     """0 keeps the whole vocabulary."""
     stop_token_ids: tuple[int, ...] = ()
-    """Ends of a response besides the tokenizer's end of sequence and the model's generation_config.json."""
+    """Ends of a response besides the chat template's end of turn and the eos of tokenizer, generation_config.json and
+    config.json."""
 
 
 class RewardConfig(Settings):

@@ -83,7 +83,8 @@ class Score:
 class Group:
     """The samples drawn from one prompt, their texts, and once graded their scores, one per sample.
 
-    A sample's tokens are the prompt's followed by the response's; `trained` is true on the response.
+    A sample's tokens are the prompt's followed by the response's; `trained` is true on the response, through the stop
+    token that ended it, which its text is without.
     """
 
     prompt: Prompt

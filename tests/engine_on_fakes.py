@@ -193,7 +193,8 @@ def assert_whole(finished: FinishedGroup) -> None:
     assert len(group.samples) == len(group.texts) == request.sampling.samples_per_prompt
     for sample, text in zip(group.samples, group.texts, strict=True):
         assert_sample(sample, request.prompt, request.sampling.max_tokens)
-        assert text == " ".join(map(str, sample.tokens[len(request.prompt.tokens) :]))
+        response = sample.tokens[len(request.prompt.tokens) :]
+        assert text == " ".join(map(str, response[:-1] if response[-1] == STOP else response))
 
 
 def assert_sample(sample: Sample, of: Prompt, max_tokens: int) -> None:

@@ -24,6 +24,8 @@ BOTTOM = {
     "toml_writer",
     "environment",
     "model_shapes",
+    "stop_tokens",
+    "rope",
 }
 ISLANDS = {"rl", "data", "rewards", "kernels"}
 SETTINGS = {

@@ -110,6 +110,23 @@ class ChatTemplate:
             return self._mark_by_blocks(messages, row.tools, turns)
         return self._mark_by_prefix(messages, row.tools, turns)
 
+    def turn_end(self) -> tuple[str, bool] | None:
+        """What closes an assistant turn, through its stop token, and whether training a turn trains it.
+
+        It is not trained where a `{% generation %}` block leaves it out. None where the template writes nothing to stop
+        at, or refuses a plain question and answer.
+        """
+        question = {"role": "user", "content": "?"}
+        try:
+            text = self._render([question, {"role": "assistant", "content": _PLACEHOLDER}], ())
+            after = text.partition(_PLACEHOLDER)[2]
+            ending = self._ending(after.replace(_START, "").replace(_END, ""))
+        except DataError:
+            return None
+        if text.count(_PLACEHOLDER) != 1:
+            return None
+        return ending, not self.has_marks or ending in after.partition(_END)[0]
+
     def _render(
         self,
         messages: Sequence[Message],

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from ..stop_tokens import NamedToken
 from ..types import Sample
 from .rows import ChatRow, DataError, Message
 from .template import ChatTemplate, MarkedText, Turns
@@ -79,6 +80,26 @@ class ChatTokenizer:
     def pad_token_id(self) -> int | None:
         """Id of `pad_token`, None where the tokenizer names none."""
         return self._special_id("pad_token")
+
+    @property
+    def eos(self) -> NamedToken | None:
+        """`eos_token`, None where the tokenizer names none or its vocabulary lacks it."""
+        token_id = self.eos_token_id
+        return None if token_id is None else NamedToken(token_id, self.spec.special_tokens["eos_token"])
+
+    @property
+    def turn_end(self) -> NamedToken | None:
+        """The token that ends an assistant turn in the chat template, which `encode_row` trains.
+
+        None where a turn ends in ordinary text: a token of it may stand anywhere in an answer.
+        """
+        found = self.template.turn_end()
+        if found is None:
+            return None
+        last = int(self.encode(found[0])[-1])
+        if last not in self._backend.get_added_tokens_decoder() and last != self.eos_token_id:
+            return None
+        return NamedToken(last, self.decode([last]))
 
     def token_id(self, token: str) -> int | None:
         """Id of a token given by its text, such as `</think>`; None where the vocabulary lacks it."""

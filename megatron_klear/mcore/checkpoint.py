@@ -67,6 +67,8 @@ class TrainingState:
     extra: dict[str, Any]
     files: Mapping[str, bytes] = field(default_factory=dict)
     """The caller's, by name, to lie beside Megatron's."""
+    turn_end: int | None = None
+    """A token that the model files kept with it are to name among the ends of a response."""
 
 
 class Saver:
@@ -219,7 +221,7 @@ def _write(hidden: Path, state: TrainingState, topology: Topology, model_folder:
         hidden.joinpath("training.json").write_text(json.dumps(training, indent=1))
         for name, content in state.files.items():
             hidden.joinpath(name).write_bytes(content)
-        manifest.copy_model_files(model_folder, hidden / "hf")
+        manifest.copy_model_files(model_folder, hidden / "hf", state.turn_end)
     return request
 
 

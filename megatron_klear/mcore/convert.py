@@ -140,11 +140,18 @@ def megatron_to_hf(
 
 
 def export_hf(
-    weights: Iterator[tuple[str, Tensor]], architecture: Architecture, model_folder: Path, out: Path, *, writer: bool
+    weights: Iterator[tuple[str, Tensor]],
+    architecture: Architecture,
+    model_folder: Path,
+    out: Path,
+    *,
+    writer: bool,
+    turn_end: int | None = None,
 ) -> None:
     """Write a model's weights, drawn on every rank, as a Hugging Face folder at `out`, replacing what is there.
 
-    The rank that is the `writer` writes; config.json and tokenizer come from `model_folder`.
+    The rank that is the `writer` writes; config.json and tokenizer come from `model_folder`; the former and
+    generation_config.json name the token `turn_end` among the ends of a response.
     """
     name, first = next(weights)
     drawn = chain([(name, first)], weights)
@@ -154,7 +161,7 @@ def export_hf(
         return
     with safetensors_io.staged_folder(out, force=True) as staging:
         plan = expected_tensors(architecture, first.dtype)
-        _write_folder(staging, drawn, plan, model_folder, safetensors_io.DEFAULT_SHARD_BYTES)
+        _write_folder(staging, drawn, plan, model_folder, safetensors_io.DEFAULT_SHARD_BYTES, turn_end)
 
 
 def _write_folder(
@@ -163,8 +170,9 @@ def _write_folder(
     plan: list[TensorSpec],
     model_folder: Path,
     max_shard_bytes: int,
+    turn_end: int | None = None,
 ) -> None:
-    manifest.copy_model_files(model_folder, staging)
+    manifest.copy_model_files(model_folder, staging, turn_end)
     safetensors_io.state_dtype(staging, plan[0].dtype)
     with SafetensorsWriter(staging, plan, max_shard_bytes) as writer:
         for name, whole in weights:

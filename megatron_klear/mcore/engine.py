@@ -25,6 +25,7 @@ from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore.head import Head
 from megatron_klear.mcore.model import PolicyModel, build_chunks, inverse_frequencies
 from megatron_klear.mcore.optimizer import build_optimizer, guarded_step, learning_rate, set_rates
+from megatron_klear.mcore.reading import check_frequencies
 from megatron_klear.mcore.rows import LocalRow, empty_batch, local_row
 from megatron_klear.mcore.topology import Topology
 from megatron_klear.types import PackedBatch, StepStats, TokenLoss
@@ -53,12 +54,19 @@ class Engine:
         *,
         total_steps: int | None = None,
         architecture: Architecture | None = None,
+        turn_end: int | None = None,
     ) -> None:
+        """Build the model, load its weights, and build its optimizer.
+
+        Folders saved with checkpoints name the token `turn_end` among the ends of a response.
+        """
+        self.turn_end = turn_end
         self.run = run
         self.topology = topology
         self.total_steps = total_steps
         self.architecture = architecture if architecture is not None else read_architecture(run.model.path)
         self.step = 0
+        check_frequencies(self.architecture, run.model.path)
         self.models = build_chunks(self.architecture, run, topology)
         self._load_initial_weights()
         self.overlap = run.optimizer.overlap and topology.data_context.size > 1
@@ -196,7 +204,12 @@ class Engine:
         self._saver.save(
             path,
             checkpoint.TrainingState(
-                models=self.models, optimizer=self.optimizer, step=self.step, extra=extra or {}, files=files or {}
+                models=self.models,
+                optimizer=self.optimizer,
+                step=self.step,
+                extra=extra or {},
+                files=files or {},
+                turn_end=self.turn_end,
             ),
             self.topology,
             model_folder=self.run.model.path,

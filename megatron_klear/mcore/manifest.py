@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_klear.errors import UserError
+from megatron_klear.stop_tokens import name_turn_end
 
 MANIFEST = "manifest.json"
 TRAINING = "training.json"
@@ -61,12 +62,16 @@ def read_training(path: Path) -> dict[str, Any]:
     return training
 
 
-def copy_model_files(source: Path, target: Path) -> None:
-    """Copy config.json and the tokenizer's files, so that a checkpoint can be converted by itself."""
+def copy_model_files(source: Path, target: Path, turn_end: int | None = None) -> None:
+    """Copy config.json and the tokenizer's files, so that a checkpoint can be converted by itself.
+
+    The copies name the token `turn_end` among the ends of a response.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for name in _MODEL_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    name_turn_end(target, turn_end)
 
 
 def note_written(folder: Path, rank: int) -> None:

@@ -6,14 +6,14 @@ The sampler's log-probs are those of the distribution really sampled from: after
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_klear.types import Group, Prompt
+from megatron_klear.types import Group, Prompt, Sample
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +124,23 @@ class BackgroundRollouts(RolloutEngine, Protocol):
     def needs_weights(self) -> bool:
         """Whether a server came back without the present weights; it gets no requests until the next `load_weights`."""
         ...
+
+
+def group_of(
+    prompt: Prompt, samples: list[Sample], decode: Callable[[Sequence[int]], str], stop_token_ids: Collection[int]
+) -> Group:
+    """The samples with the texts that rewards, reports and kept rollouts get: what the model wrote.
+
+    The stop token that ended a response is no part of its text, as `#### 72<|im_end|>` would be another answer than
+    `#### 72`; the sample keeps it, since it is trained. Everything before it is shown, special tokens too: in some
+    tokenizers `<think>` is one, and a turn header in the middle of an answer is a fault that a reward should see.
+    """
+    texts = []
+    for sample in samples:
+        response = sample.tokens[len(prompt.tokens) :].tolist()
+        ended = bool(response) and response[-1] in stop_token_ids
+        texts.append(decode(response[:-1] if ended else response))
+    return Group(prompt=prompt, samples=samples, texts=texts)
 
 
 def told_apart(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -20,7 +20,7 @@ from megatron_klear.checksum import checksum
 from megatron_klear.rl_config import SamplingConfig
 from megatron_klear.rollout.decoder import Cache, Decoder
 from megatron_klear.rollout.draw import UniformStream, draw, log_distribution
-from megatron_klear.rollout.engine import Checksums, told_apart
+from megatron_klear.rollout.engine import Checksums, group_of, told_apart
 from megatron_klear.types import Group, Prompt, Sample
 
 _UNIFORMS = 256
@@ -48,7 +48,10 @@ class LocalEngine:
         stop_token_ids: Iterable[int],
         max_sequences: int,
     ) -> None:
-        """`decode` turns token ids into text; `stop_token_ids` end a response, besides those of the sampling."""
+        """`decode` turns token ids into text, special tokens included.
+
+        `stop_token_ids` end a response, besides those of the sampling.
+        """
         self._decoder, self._decode = decoder, decode
         self._stop = frozenset(stop_token_ids)
         self._rows = max_sequences
@@ -109,9 +112,7 @@ class LocalEngine:
             )
         groups = []
         for prompt, drawn in zip(prompts, samples, strict=True):
-            done = [sample for sample in drawn if sample is not None]
-            texts = [self._decode(sample.tokens[len(prompt.tokens) :].tolist()) for sample in done]
-            groups.append(Group(prompt=prompt, samples=done, texts=texts))
+            groups.append(group_of(prompt, [sample for sample in drawn if sample is not None], self._decode, stop))
         return groups
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_klear.errors import UserError
 from megatron_klear.rollout.client import Portal, ServerClient, ServerError, open_session
 from megatron_klear.rollout.dispatch import Dispatcher, Drawn
-from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest, told_apart
+from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest, group_of, told_apart
 from megatron_klear.rollout.fleet import Fleet, Limits, ManagedServers, Member
 from megatron_klear.rollout.ranks import from_first_rank, same_outcome
 from megatron_klear.types import Group, Prompt
@@ -64,11 +64,13 @@ class VLLMEngine:
     ) -> None:
         """Connect to the servers at `addresses`, and watch over `servers` where the run started them itself.
 
-        `decode` turns token ids into text; `stop_token_ids` end a response, besides those of the sampling; `dtype` is
-        the servers'. `addresses` and `servers` are rank 0's, and are taken over: `close` ends them.
+        `decode` turns token ids into text, special tokens included; `stop_token_ids` end a response, besides those of
+        the sampling; `dtype` is the servers'. `addresses` and `servers` are rank 0's, and are taken over: `close` ends
+        them.
         """
         self._config, self._transport, self._servers = config, transport, servers
         self._decode, self._dtype, self._rank = decode, dtype, rank
+        self._stop = frozenset(stop_token_ids)
         self._finished: queue.SimpleQueue[Future[Drawn]] = queue.SimpleQueue()
         self._in_flight = self._fruitless = 0
         self._asleep = self._closed = False
@@ -81,9 +83,7 @@ class VLLMEngine:
                 requests_per_server=config.server.max_sequences,
             )
             self._portal = Portal()
-            self._fleet, self._dispatcher = self._portal.run(
-                self._connect(addresses, sorted(set(stop_token_ids)), vocab_size)
-            )
+            self._fleet, self._dispatcher = self._portal.run(self._connect(addresses, sorted(self._stop), vocab_size))
         atexit.register(self.close)
 
     @property
@@ -376,9 +376,9 @@ class VLLMEngine:
         drawn = future.result()
         if drawn.samples is None:
             return FinishedGroup(request=drawn.request, group=None, failure=drawn.failure)
-        prompt = drawn.request.prompt
-        texts = [self._decode(sample.tokens[len(prompt.tokens) :].tolist()) for sample in drawn.samples]
-        return FinishedGroup(request=drawn.request, group=Group(prompt=prompt, samples=drawn.samples, texts=texts))
+        stop = self._stop.union(drawn.request.sampling.stop_token_ids)
+        group = group_of(drawn.request.prompt, drawn.samples, self._decode, stop)
+        return FinishedGroup(request=drawn.request, group=group)
 
     def _look_after_servers(self) -> None:
         fleet = self._fleet

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from contextlib import ExitStack, closing
-from pathlib import Path
 
 import torch
 
@@ -14,7 +11,7 @@ from megatron_klear.data.prompts import PromptStream
 from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.checkpoint import latest_valid
-from megatron_klear.mcore.convert import export_hf
+from megatron_klear.mcore.compare_logits import compare_with_transformers
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.model import DTYPES, inverse_frequencies
 from megatron_klear.mcore.topology import Topology, world
@@ -34,6 +31,7 @@ from megatron_klear.train.overlap import open_feed
 from megatron_klear.train.rollout_files import RolloutWriter
 from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, resolved_settings
 from megatron_klear.train.sampler import Sampler
+from megatron_klear.train.turn_end import export_folder, stop_tokens_of
 from megatron_klear.train.validation import Validator
 from megatron_klear.types import Prompt
 
@@ -58,7 +56,14 @@ def run(start: GPPOStart) -> None:
             exclude=frozenset(prompt.id for prompt in validator.prompts),
         )
         updates = config.algorithm.prompts_per_step // config.algorithm.prompts_per_update
-        engine = Engine(config, topology, total_steps=config.train.steps * updates, architecture=architecture)
+        stop = stop_tokens_of(config.model.path, tokenizer)
+        engine = Engine(
+            config,
+            topology,
+            total_steps=config.train.steps * updates,
+            architecture=architecture,
+            turn_end=stop.turn_end,
+        )
         if config.algorithm.kl_coefficient:
             engine.keep_reference(config.algorithm.reference)
         sources = prompts.data_sources | {prompt.data_source for prompt in validator.prompts}
@@ -81,6 +86,9 @@ def run(start: GPPOStart) -> None:
                     writers.enter_context(closing(writer))
             for warning in changed:
                 log.say(f"warning: {warning}")
+            for note in (stop.note, compare_with_transformers(engine) if checkpoint is None else ""):
+                if note:
+                    log.say(f"note: {note}")
             taken = config.algorithm.generated_prompts or config.algorithm.prompts_per_step
             if len(prompts) < taken:
                 log.say(
@@ -95,20 +103,20 @@ def run(start: GPPOStart) -> None:
             train(config, engine, sampler, feed, validator, grader, log, start=first, kept=kept)
         engine.close()
         if config.checkpoint.export_hf:
-            weights = engine.hf_weights()
-            export_hf(weights, architecture, config.model.path, config.output / "hf", writer=topology.rank == 0)
+            export_folder(engine, config.output / "hf")
 
 
 def build_rollouts(
     config: GPPOConfig, architecture: Architecture, tokenizer: ChatTokenizer, topology: Topology
 ) -> RolloutEngine:
     """The rollout engine that `[rollout]` names."""
+    stop = stop_tokens_of(config.model.path, tokenizer)
     if isinstance(config.rollout, VLLMRolloutConfig):
         return open_vllm(
             config,
             architecture,
             decode=tokenizer.decode,
-            stop_token_ids=end_token_ids(config.model.path, tokenizer),
+            stop_token_ids=stop.ids,
             device=topology.device,
             rank=topology.rank,
             world_size=topology.size,
@@ -118,7 +126,7 @@ def build_rollouts(
     return LocalEngine(
         Decoder(architecture, frequencies, scaling, dtype, topology.device),
         decode=tokenizer.decode,
-        stop_token_ids=end_token_ids(config.model.path, tokenizer),
+        stop_token_ids=stop.ids,
         max_sequences=config.rollout.max_sequences,
     )
 
@@ -157,13 +165,3 @@ def _writer(config: GPPOConfig, topology: Topology, folder: str, share: float = 
     if not config.train.keep_rollouts or topology.rank != 0:
         return None
     return RolloutWriter(config.output / folder, share=share, keep_steps=config.train.keep_rollouts_steps)
-
-
-def end_token_ids(model_folder: Path, tokenizer: ChatTokenizer) -> Iterable[int]:
-    """Ends of a response: the tokenizer's end of sequence and those of generation_config.json."""
-    ends = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    generation = model_folder / "generation_config.json"
-    if generation.is_file():
-        named = json.loads(generation.read_text()).get("eos_token_id")
-        ends |= set(named if isinstance(named, list) else [] if named is None else [named])
-    return sorted(ends)

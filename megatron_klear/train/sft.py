@@ -15,9 +15,10 @@ from megatron_klear.config import DataConfig, SFTConfig
 from megatron_klear.data.packing import RowSettings, sequence_work
 from megatron_klear.data.sft import SampleStream, held_out_steps
 from megatron_klear.data.store import TokenStore
+from megatron_klear.data.tokenizer import load_tokenizer
 from megatron_klear.mcore import manifest
 from megatron_klear.mcore.checkpoint import latest_valid
-from megatron_klear.mcore.convert import export_hf
+from megatron_klear.mcore.compare_logits import compare_with_transformers
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import Topology, world
 from megatron_klear.rl.losses import NLL
@@ -27,6 +28,7 @@ from megatron_klear.train.guard import SkipGuard, TrainingStopped
 from megatron_klear.train.log import RunLog, Throughput, open_log
 from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, resolved_settings
 from megatron_klear.train.stores import open_for_all
+from megatron_klear.train.turn_end import export_folder, stop_tokens_of, training_notes
 from megatron_klear.types import PackedBatch
 
 
@@ -47,7 +49,9 @@ def run(start: Start) -> None:
             data_size=topology.data.size,
         )
         total_steps = stream.total_steps(config.train.epochs, config.train.steps)
-        engine = Engine(config, topology, total_steps=total_steps, architecture=architecture)
+        tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
+        stop = stop_tokens_of(config.model.path, tokenizer)
+        engine = Engine(config, topology, total_steps=total_steps, architecture=architecture, turn_end=stop.turn_end)
         checkpoint = latest_valid(checkpoints_of(config), topology)
         if checkpoint is not None:
             stream.load_state_dict(engine.load(checkpoint)["data"])
@@ -60,6 +64,10 @@ def run(start: Start) -> None:
         ) as log:
             for warning in (*start.warnings, *changed):
                 log.say(f"warning: {warning}")
+            for note in training_notes(tokenizer, stop):
+                log.say(f"note: {note}")
+            if checkpoint is None and (compared := compare_with_transformers(engine)):
+                log.say(f"note: {compared}")
             if checkpoint is not None:
                 log.say(f"resuming from {checkpoint}, step {engine.step} of {total_steps}")
             try:
@@ -69,8 +77,7 @@ def run(start: Start) -> None:
                 raise
         engine.close()
         if config.checkpoint.export_hf:
-            weights = engine.hf_weights()
-            export_hf(weights, architecture, config.model.path, config.output / "hf", writer=topology.rank == 0)
+            export_folder(engine, config.output / "hf")
 
 
 def fit(

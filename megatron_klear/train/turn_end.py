@@ -1,0 +1,40 @@
+"""The end of a turn as a run sees it: which tokens end a response, what to say of them, and the folder it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_klear.data.tokenizer import ChatTokenizer
+from megatron_klear.mcore.convert import export_hf
+from megatron_klear.mcore.engine import Engine
+from megatron_klear.stop_tokens import StopTokens, read_stop_tokens
+
+
+def stop_tokens_of(model_folder: Path, tokenizer: ChatTokenizer) -> StopTokens:
+    """The ends of a response of a model folder under the template of `tokenizer`."""
+    return read_stop_tokens(model_folder, turn_end=tokenizer.turn_end, tokenizer_eos=tokenizer.eos)
+
+
+def training_notes(tokenizer: ChatTokenizer, stop: StopTokens) -> Iterator[str]:
+    """What supervised training says of the end that it teaches, where it is not the model's own or is not taught."""
+    if stop.note:
+        yield stop.note
+    found = tokenizer.template.turn_end()
+    if found and not found[1]:
+        yield (
+            f"{tokenizer.template.name} ends a turn with {found[0].strip()!r} outside its generation block, so it is "
+            "not trained and the model does not learn to stop; put it inside (data.chat_template)"
+        )
+
+
+def export_folder(engine: Engine, out: Path) -> None:
+    """Write the trained model as a Hugging Face folder that names the end of turn among its ends. Collective."""
+    export_hf(
+        engine.hf_weights(),
+        engine.architecture,
+        engine.run.model.path,
+        out,
+        writer=engine.topology.rank == 0,
+        turn_end=engine.turn_end,
+    )
