@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .dress import choice_of, hedges, is_words, split_unit, undress, units_differ, unwrap
+from .dress import choice_of, hedges, is_multiple, is_words, kinds_differ, split_unit, undress, units_differ, unwrap
 from .exact import TooLargeError, based_number, exact_value
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
@@ -22,7 +22,7 @@ _LISTED = re.compile(r"(?:(?:^|\s)(?:and|or)|[,;]|[\u548c\u6216\u4e0e\u3001])\s*
 _HEDGED = re.compile(r"(?:^|\s)(?:or|maybe|perhaps|possibly)(?:\s|$)|\u6216")
 _SENTENCE_END = re.compile(r"[.!?\u3002](?:\s|$)")
 _COMMANDS = re.compile(r"\\(?:[A-Za-z]+|[\[\]()!,;: ])")
-_WORDS_BETWEEN = 3
+_WORDS_BETWEEN, _WORDS_OF_A_HEDGE = 3, 5
 
 _MARKER = re.compile(
     r"(?:####|^\W*A:|^\W*(?:final )?answer(?: is)?:?|\u7b54\u6848\s*(?:\u662f|\u4e3a|\u70ba|[:\uff1a]|(?=\*)))"
@@ -43,6 +43,7 @@ _TAIL = 2000  # characters of a text without a marked answer that are searched f
 _SPACING = re.compile(r"\\(?:[!,;: ]|quad(?![a-z])|qquad(?![a-z])|left(?![a-z])|right(?![a-z]))")
 _FRACTION_NAMES = re.compile(r"\\[dtc]frac(?![a-z])")
 _AND = re.compile(r"\\text\s*\{\s*and\s*\}|\band\b|;")
+_ALTERNATIVE = re.compile(r"\\text\s*\{\s*or\s*\}|\bor\b")
 _DECIMAL_COMMA = re.compile(r"([+-]?0),(\d{2,60})")
 _THOUSANDS = re.compile(r"(?<![\d.])([1-9]\d{0,2})((?:,\d{3})+|(?: \d{3})+)(?![\d,])")
 _SPACING_IN_NUMBERS = re.compile(r"(?<=\d)\\[,!; ](?=\d{3}(?!\d))")
@@ -63,17 +64,14 @@ def read_answer(text: str) -> Answer | None:
     """The final answer of a text, None where there is nothing to read.
 
     In this order: what stands between `<answer>` tags that no box follows; the last `\\boxed{}` (or the last list of
-    them, "\\boxed{2} and \\boxed{3}"); what follows a last line's `####`, `A:`, `Answer:` or the Chinese label; the whole
+    them, "\\boxed{2} and \\boxed{3}"); what follows a last line's `####`, `A:`, `Answer:` or its Chinese; the whole
     text where it is one formula; else the end of the text, not isolated. A text whose only box is empty or never closed
     has no answer.
     """
-    tagged = text.rfind(_TAG_CLOSE)
-    if tagged >= 0 and max(text.rfind("\\boxed"), text.rfind("\\fbox")) < tagged:
-        start = text.rfind(_TAG_OPEN, 0, tagged)
-        if start >= 0:
-            inner = text[start + len(_TAG_OPEN) : tagged].strip()
-            boxed = last_boxed(inner) or (None if _BOX.search(inner) or len(inner) > _BARE_LENGTH else inner)
-            return Answer(_outer_formula(boxed), True) if boxed else None
+    tagged = _in_tags(text)
+    if tagged is not None:
+        boxed = last_boxed(tagged) or (None if _BOX.search(tagged) or len(tagged) > _BARE_LENGTH else tagged)
+        return Answer(_outer_formula(boxed), True) if boxed else None
     boxed = last_boxed(text)
     if boxed:
         return Answer(boxed, True)
@@ -143,6 +141,7 @@ def for_engine(answer: str) -> str:
     text = split_unit(_outer_formula(answer.strip()))[0]
     text = re.sub(r"\\(?:textbf|textit|mathbf|boldsymbol|bm|emph|underline)(?=\s*\{)", r"\\text", text)
     text = undress(text) if not text.isascii() or "circ" in text or "varnothing" in text else text
+    text = _ALTERNATIVE.sub(",", text)
     text = _SPACING_IN_NUMBERS.sub(",", text.replace("{,}", ","))
     return text if text[:1] in "([" or text[:2] == "\\{" or ", " in text else group_digits(text)
 
@@ -178,6 +177,8 @@ def compare(gold: str, answer: str) -> bool | None:
     by more than a hundredth of their size: what lies between is a matter of rounding. Of choices the letters decide.
     """
     left, right = normalise(gold), normalise(answer)
+    if kinds_differ(gold, answer):
+        return False
     if left == right:
         return bool(left) or None
     first, second = as_number(left), as_number(right)
@@ -194,7 +195,7 @@ def compare(gold: str, answer: str) -> bool | None:
     chosen = _same_choice(gold, answer)
     if chosen is not None:
         return chosen
-    if hedges(unwrap(gold), unwrap(answer)):
+    if hedges(unwrap(gold), unwrap(answer)) or _contradicts_itself(right):
         return False
     return _same_quantity(gold, answer)
 
@@ -215,11 +216,26 @@ def _for_choice(text: str) -> str:
     return undress(_SPACING.sub(" ", _outer_formula(text.strip())))
 
 
+def _contradicts_itself(normalised: str) -> bool:
+    """Whether the text is an equation of constants that are not equal, `3=4`."""
+    if "=" not in normalised or "." in normalised:
+        return False
+    try:
+        values = [exact_value(side) for side in normalised.split("=")]
+    except TooLargeError:
+        return True
+    return None not in values and len(set(values)) > 1
+
+
 def _same_quantity(gold: str, answer: str) -> bool | None:
     """Whether two quantities are the same, as far as exact constants and units of one word go."""
-    parts = [split_unit(_strip_ends(text)) for text in (gold, answer)]
-    if units_differ(parts[0][1], parts[1][1]):
+    gold, answer = _strip_ends(gold), _strip_ends(answer)
+    parts = [split_unit(gold), split_unit(answer)]
+    lettered = [split_unit(gold, letters=True), split_unit(answer, letters=True)]
+    if units_differ(lettered[0][1], lettered[1][1]):
         return False
+    if any(unit for _, unit in parts):  # a single letter beside a unit is one too
+        parts = lettered
     texts = [normalise(quantity) for quantity, _ in parts]
     if texts[0] == texts[1]:
         return bool(texts[0]) or None
@@ -232,6 +248,8 @@ def _same_quantity(gold: str, answer: str) -> bool | None:
             values.append(None)
             if number is None and all(value is not None for value in values[:-1]) and text is texts[1]:
                 return False  # a number that nobody writes out is not the one of the ground truth
+    if values[0] is not None and values[1] is None and is_multiple(texts[1]):
+        return False  # the engine would take the letters of `5x` for a unit
     if values[0] is None or values[1] is None:
         return None
     return _same_value(values[0], values[1], exact="." not in texts[0] + texts[1])
@@ -249,6 +267,23 @@ def _same_value(first: Fraction, second: Fraction, *, exact: bool) -> bool | Non
 def _strip_ends(text: str) -> str:
     """The text without outer dollars, closing spaces, backslashes and stops; its mark-up stays."""
     return _CLOSING.sub("", _outer_formula(text.strip())).strip()
+
+
+def _in_tags(text: str) -> str | None:
+    """What the last `<answer>` tags hold (or the last list of them), None where a box follows or there are none."""
+    found: list[str] = []
+    end, start_of_next = len(text), 0
+    last_box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    while len(found) < _MOST_BOXES:
+        close = text.rfind(_TAG_CLOSE, 0, end)
+        start = text.rfind(_TAG_OPEN, 0, max(close, 0))
+        if start < 0 or (not found and close < last_box):
+            break
+        if found and not _is_list_gap(text[close + len(_TAG_CLOSE) : start_of_next]):
+            break
+        found.append(text[start + len(_TAG_OPEN) : close].strip())
+        end = start_of_next = start
+    return ", ".join(reversed(list(dict.fromkeys(found)))) if found else None
 
 
 def _closing_braces(text: str) -> dict[int, int]:
@@ -285,7 +320,9 @@ def _is_list_gap(gap: str) -> bool:
         return True
     if _SENTENCE_END.search(plain):
         return False
-    return len(words) <= _WORDS_BETWEEN and (_LISTED.search(plain) is not None or _HEDGED.search(plain) is not None)
+    if len(words) <= _WORDS_OF_A_HEDGE and _HEDGED.search(plain):
+        return True
+    return len(words) <= _WORDS_BETWEEN and _LISTED.search(plain) is not None
 
 
 def _outer_formula(text: str) -> str:

@@ -21,6 +21,7 @@ _WRAPPED_UNIT = re.compile(
     rf"(.*?[\d)}}!])(?:\s|\\[,;:! ])*\\(?:text|mathrm|mbox|textrm|operatorname)\s*\{{\s*({_WORD}+)\.?\s*\}}"
     r"(?:\^\{?([23])\}?)?"
 )
+_MULTIPLE = re.compile(r"[-+]?\d+(?:\.\d*)?([A-Za-z]+)")
 _SCALES = {
     "hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12,
     "\u767e": 2, "\u5343": 3, "\u4e07": 4, "\u4ebf": 8, "\u842c": 4, "\u5104": 8,
@@ -49,6 +50,7 @@ _LIST = re.compile(
     r"[,;\u6216\u548c]|\\(?:pm|mp|cup|in|le|ge|leq|geq|lor|vee|infty|begin)(?![A-Za-z])|[<>=]"
     r"|(?<![A-Za-z])(?:and|or|either)(?![A-Za-z])"
 )
+_JOINING = frozenset({"or", "and", "either"})
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _OPERATORS = re.compile(r"[=+^<>_*|/\\$]|\d\s*\(|[({\[]\s*-?\d")
 _LATIN = re.compile(r"[A-Za-z]+")
@@ -76,30 +78,43 @@ def unwrap(text: str) -> str:
     return text
 
 
-def split_unit(text: str) -> tuple[str, str]:
+def split_unit(text: str, *, letters: bool = False) -> tuple[str, str]:
     """A quantity and its unit of one word, both as texts; the unit is "" where there is none.
 
     A word that could be a product of variables is a unit only inside `\\text{}`, where it is a well-known one, or
-    where it stands apart and is long. `5 million` is a quantity.
+    where it stands apart and is long; with `letters` a single one that names a unit, too. `5 million` is a quantity.
     """
     found = _WRAPPED_UNIT.fullmatch(text)
     if found:
         quantity, word, power = found.groups()
-        apart = True
+        apart = len(word) > 1 or word in _KNOWN_UNITS or not word.isascii()
     else:
         plain = _UNIT.fullmatch(text)
         if plain is None:
             return text, ""
         quantity, space, word, power = plain.groups()
-        long = bool(space) and len(word) >= 4 and re.search("[aeiou]", word) is not None
-        apart = long or (word.lower() in _KNOWN_UNITS and len(word) > 1) or not word.isascii()
-        apart = apart and not (word.isascii() is False and _OTHER_SCRIPT.fullmatch(word[0]) is None)
+        product = "".join(sorted(set(word))) == word  # abcd
+        apart = bool(space) and len(word) >= 4 and re.search("[aeiou]", word) is not None and not product
+        apart = apart or (word.lower() in _KNOWN_UNITS and (len(word) > 1 or (letters and bool(space))))
+        apart = apart or _OTHER_SCRIPT.fullmatch(word[0]) is not None
     lower = word.lower()
     if lower in _SCALES:
         return f"({quantity})*10^{{{_SCALES[lower]}}}", ""
     if not apart or lower in _NO_UNIT:
         return text, ""
     return quantity, _KNOWN_UNITS.get(lower, lower) + (power or "")
+
+
+def is_multiple(normalised: str) -> bool:
+    """Whether a text is a number times letters that name no unit, `5x`."""
+    found = _MULTIPLE.fullmatch(normalised)
+    return found is not None and found[1].lower() not in _KNOWN_UNITS
+
+
+def kinds_differ(first: str, second: str) -> bool:
+    """Whether one of two texts is in degrees and the other in percent."""
+    signs = [("%" in text, _DEGREE.search(text) is not None) for text in (first, second)]
+    return (True, False) in signs and (False, True) in signs
 
 
 def units_differ(first: str, second: str) -> bool:
@@ -132,11 +147,13 @@ def is_words(text: str) -> bool:
         return False
     if _OTHER_SCRIPT.search(plain):
         return not plain[:1].isdigit()
-    runs = _LATIN.findall(plain)
+    runs = [run for run in _LATIN.findall(plain) if run.lower() not in _JOINING]
     if not any(len(run) >= 2 for run in runs):
         return False
     if plain[:1].isdigit() or plain[:1] in "+-.":  # a quantity with a unit, unless figures go on behind words
-        return re.search(r"[A-Za-z]{2}.*\d", plain) is not None and split_unit(plain)[1] == ""
+        return (re.search(rf"{runs[0]}.*\d", plain) is not None and split_unit(plain)[1] == "") or (
+            runs[-1].lower() in ("am", "pm")
+        )
     lower = [run.lower() for run in runs]
     if wrapped and _LATIN.fullmatch(plain):
         return True

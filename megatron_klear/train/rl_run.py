@@ -28,7 +28,7 @@ from megatron_klear.settings import write_resolved
 from megatron_klear.start import GPPOStart
 from megatron_klear.train.arrival import send_weights
 from megatron_klear.train.gppo import resume, train
-from megatron_klear.train.grading import Grader
+from megatron_klear.train.grading import Grader, check_prompts
 from megatron_klear.train.log import Throughput, open_log
 from megatron_klear.train.overlap import open_feed
 from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, resolved_settings
@@ -55,11 +55,12 @@ def run(start: GPPOStart) -> None:
             thinking=config.prompts.thinking,
             exclude=frozenset(prompt.id for prompt in validator.prompts),
         )
+        asked = [*prompts.all, *validator.prompts]
+        check_prompts(config.reward, asked)
         updates = config.algorithm.prompts_per_step // config.algorithm.prompts_per_update
         engine = Engine(config, topology, total_steps=config.train.steps * updates, architecture=architecture)
         if config.algorithm.kl_coefficient:
             engine.keep_reference(config.algorithm.reference)
-        sources = prompts.data_sources | {prompt.data_source for prompt in validator.prompts}
         checkpoint = latest_valid(checkpoints_of(config), topology)
         first = 0 if checkpoint is None else int(manifest.read_training(checkpoint)["extra"]["rollout_step"])
         if topology.rank == 0:
@@ -68,11 +69,12 @@ def run(start: GPPOStart) -> None:
         throughput = Throughput.of(config, architecture, topology.size, device)
         with (
             closing(build_rollouts(config, architecture, tokenizer, topology)) as rollouts,
-            Grader(config.reward, sources, topology.rank) as grader,
+            Grader(config.reward, asked, topology.rank) as grader,
             open_log(
                 config, rank=topology.rank, resume_step=first, total_steps=config.train.steps, throughput=throughput
             ) as log,
         ):
+            grader.wait_until_ready()
             for warning in changed:
                 log.say(f"warning: {warning}")
             taken = config.algorithm.generated_prompts or config.algorithm.prompts_per_step
