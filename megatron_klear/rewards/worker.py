@@ -91,9 +91,9 @@ def serve() -> None:
 
 def _failed_trial(trial: Request, words: str) -> RewardError:
     return RewardError(
-        f"the reward of data_source {trial.data_source!r} failed on a made-up response, {trial.response!r}, to a problem "
-        f"with the ground truth {str(trial.ground_truth)[:80]!r}: {words}; a reward must judge any text: mend it, or the "
-        "row that it cannot use"
+        f"the reward of data_source {trial.data_source!r} failed on a made-up response, {trial.response!r}, to a "
+        f"problem with the ground truth {str(trial.ground_truth)[:80]!r}: {words}; a reward must judge any text: mend "
+        "it, or the row that it cannot use"
     )
 
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from megatron_klear.errors import UserError
 from megatron_klear.rewards.base import RewardSettings, check_sources, check_truths
-from megatron_klear.rewards.pool import GradingPool
 from megatron_klear.rewards.format import complete
+from megatron_klear.rewards.pool import GradingPool
 from megatron_klear.rewards.scoring import ErrorAlarm, Graded, score
 from megatron_klear.rewards.worker import Request
 from megatron_klear.rl_config import RewardConfig
