@@ -133,7 +133,8 @@ class RewardConfig(Settings):
     max_error_share: float = Field(default=0.05, ge=0, le=1)
     """The run stops when more than this share of a step's samples end as timeout or error."""
     functions: dict[str, str] = Field(default_factory=dict)
-    """Rewards of your own: data_source to dotted path, `"my_task" = "my_module:reward"`."""
+    """Rewards by data_source: your own by dotted path, `"my_task" = "my_module:reward"`, or a built-in by its name,
+    `"my/set" = "math"`."""
 
 
 class OverlongPenalty(Settings):

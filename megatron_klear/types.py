@@ -49,13 +49,18 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """One problem to roll out. `ground_truth` is whatever the reward of its `data_source` needs."""
+    """One problem to roll out. `ground_truth` is whatever the reward of its `data_source` needs.
+
+    `extra_info` is the row's own, for rewards that ask for it; `place` is the row as errors name it.
+    """
 
     id: str
     data_source: str
     tokens: npt.NDArray[np.int32]  # [prompt], through the chat template, generation prompt included
     text: str
     ground_truth: Any
+    extra_info: Any = None
+    place: str = ""
 
 
 class Verdict(StrEnum):

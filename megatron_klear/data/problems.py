@@ -10,7 +10,7 @@ from .arithmetic import INSTRUCTION, arithmetic_rows
 from .rows import DataError, ProblemRow, read_problem
 from .sources import raw_rows, read_chunks, resolve_files
 
-_COLUMNS = ("prompt", "data_source", "reward_model")
+_COLUMNS = ("prompt", "data_source", "reward_model", "extra_info")
 _REASONING_GYM = "reasoning_gym"
 _TYPES = {int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a text")}
 """What a setting of the arithmetic generator may be, by the type of its default."""

@@ -164,6 +164,8 @@ class PromptStream:
             tokens=tokens,
             text=text,
             ground_truth=row.ground_truth,
+            extra_info=row.extra_info,
+            place=place,
         )
 
 

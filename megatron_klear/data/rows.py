@@ -85,12 +85,14 @@ class ProblemRow:
     messages: tuple[Message, ...]
     data_source: str
     ground_truth: Any
+    extra_info: Any = None
 
 
 def read_problem(row: object) -> ProblemRow:
     """Check a parsed row of the Klear/verl form: `prompt`, `data_source`, `reward_model.ground_truth`.
 
-    Other keys are left alone. Raises DataError that says which key is wrong; the caller adds the file and the line.
+    `extra_info` comes along for rewards that ask for it; other keys are left alone.
+    Raises DataError that says which key is wrong; the caller adds the file and the line.
     """
     if not isinstance(row, dict):
         raise DataError(f"the row is {_kind(row)}; {EXPECTED_PROBLEM}")
@@ -104,7 +106,7 @@ def read_problem(row: object) -> ProblemRow:
         raise DataError(f"`data_source` is {_kind(data_source)}; {EXPECTED_PROBLEM}")
     if not isinstance(reward, dict) or reward.get("ground_truth") is None:
         raise DataError(f"`reward_model.ground_truth` is missing; {EXPECTED_PROBLEM}")
-    return ProblemRow(tuple(messages), data_source, reward["ground_truth"])
+    return ProblemRow(tuple(messages), data_source, reward["ground_truth"], row.get("extra_info"))
 
 
 def _read_messages(messages: object, key: str) -> list[Message]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -13,6 +11,9 @@ from megatron_klear.errors import UserError
 from megatron_klear.types import Score, Verdict
 
 from .format import Thinking
+from .own import OwnReward as _Yours
+from .own import SignatureError
+from .truths import TruthError, read_truths
 
 SchemeName = Literal["paper", "released"]
 
@@ -66,16 +67,24 @@ SCHEMES: Mapping[SchemeName, Scheme] = {
 """`paper`: binary, with thinking required (arXiv 2508.07629, section 3). `released`: as the published code has it,
 where an unfinished response scores above a wrong one."""
 
+_MATH = "megatron_klear.rewards.math:MathReward"
 BUILT_IN: Mapping[str, str] = {
-    "math": "megatron_klear.rewards.math:MathReward",
-    "gsm8k": "megatron_klear.rewards.math:MathReward",
-    "arithmetic": "megatron_klear.rewards.math:MathReward",
-    "aime": "megatron_klear.rewards.math:MathReward",
-    "amc": "megatron_klear.rewards.math:MathReward",
-    "hmmt": "megatron_klear.rewards.math:MathReward",
+    **dict.fromkeys(("math", "gsm8k", "arithmetic", "aime", "amc", "hmmt"), _MATH),
+    # data_source values of verl's prepared data, and names of data sets on the hub
+    **dict.fromkeys(("aimo", "asdiv", "big-math", "beyondaime", "brumo", "cmimc", "dapo-math", "deepmath"), _MATH),
+    **dict.fromkeys(
+        ("deepscaler", "gsm-plus", "gsm-symbolic", "gsm_symbolic", "mawps", "minerva", "minervamath"), _MATH
+    ),
+    **dict.fromkeys(
+        ("multiarith", "numina", "numinamath", "olympiad", "olympiadbench", "omni-math", "openr1-math"), _MATH
+    ),
+    **dict.fromkeys(("openmathinstruct", "openmathreasoning", "orz", "svamp", "skywork-math"), _MATH),
     "reasoning_gym": "megatron_klear.rewards.reasoning_gym:ReasoningGymReward",
 }
-"""Rewards that come with the package, by the start of the `data_source`; classes made with the reward's settings."""
+"""Rewards that come with the package, by the start of the `data_source` or of its last path component, without case;
+classes made with the reward's settings."""
+_MOST_TOLD = 3
+_TOLD = ("math", "gsm8k", "arithmetic", "aime", "amc", "hmmt", "reasoning_gym")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,25 +99,54 @@ class RewardSettings:
 def find(data_source: str, functions: Mapping[str, str] | None = None) -> tuple[str, bool]:
     """Dotted path of the reward of a `data_source`, and whether it comes with the package.
 
-    A name fits a `data_source` that equals it or goes on with anything but a letter: `math` fits `math_longcot`, not
-    `mathematica`. The longest name wins, and yours (`reward.functions`) before a built-in of the same length.
-    Raises RewardError where no name fits.
+    A name fits a `data_source`, or what follows its last slash, that equals it or goes on with anything but a letter,
+    without case: `math` fits `math_longcot` and `HuggingFaceH4/MATH-500`, not `mathematica`. The longest name wins, and
+    yours (`reward.functions`) before a built-in of the same length. Yours may stand for a built-in, by its name or
+    its path. Raises RewardError where no name fits.
     """
     yours = functions or {}
     names = [(len(name), name in yours, name) for name in {*yours, *BUILT_IN} if _fits(name, data_source)]
     if not names:
         raise RewardError(
-            f"no reward for data_source {data_source!r}: built in are {', '.join(BUILT_IN)}; name one of your own in "
-            f'[reward.functions], "{data_source}" = "my_module:my_reward"'
+            f"no reward for data_source {data_source!r}: built in are {', '.join(_TOLD)} and the usual sets of maths "
+            f'problems; name a built-in or one of your own in [reward.functions], "{data_source}" = "math" or '
+            f'"{data_source}" = "my_module:my_reward"'
         )
     name = max(names)[2]
-    return (yours[name], False) if name in yours else (BUILT_IN[name], True)
+    if name not in yours:
+        return BUILT_IN[name], True
+    path = BUILT_IN.get(yours[name].casefold(), yours[name])
+    return path, path in BUILT_IN.values()
 
 
 def check_sources(data_sources: Iterable[str], functions: Mapping[str, str] | None = None) -> None:
     """Raise RewardError where a data source has no reward; imports none of them."""
     for data_source in sorted(set(data_sources)):
         find(data_source, functions)
+
+
+def check_truths(rows: Iterable[tuple[str, str, Any]], functions: Mapping[str, str] | None = None) -> None:
+    """Raise RewardError where the maths reward cannot read a ground truth; cheap, for all rows before a run.
+
+    A row is its place as errors name it, its `data_source` and its ground truth. What a reward of your own takes only
+    it knows.
+    """
+    paths: dict[str, str] = {}
+    bad: list[str] = []
+    for place, data_source, ground_truth in rows:
+        if data_source not in paths:
+            paths[data_source] = find(data_source, functions)[0]
+        if paths[data_source] != _MATH:
+            continue
+        try:
+            read_truths(ground_truth)
+        except TruthError as error:
+            bad.append(f"{place} (data_source {data_source!r}): {error}")
+    if bad:
+        told = "; ".join(bad[:_MOST_TOLD]) + (f"; and {len(bad) - _MOST_TOLD} more" if len(bad) > _MOST_TOLD else "")
+        raise RewardError(
+            f"{told}. Mend or remove what is no answer, or give its data_source another reward in [reward.functions]"
+        )
 
 
 def resolve(data_source: str, settings: RewardSettings) -> Reward:
@@ -118,31 +156,27 @@ def resolve(data_source: str, settings: RewardSettings) -> Reward:
     if built_in:
         reward: Reward = found(SCHEMES[settings.scheme], require_thinking=settings.require_thinking)
         return reward
-    return _Yours(found)
+    try:
+        return _Yours(found)
+    except SignatureError as error:
+        raise RewardError(f"[reward.functions]: {path!r} {error}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class _Yours:
-    """A user's function behind the protocol."""
-
-    function: Callable[[str, Any], object]
-
-    def __call__(self, response: str, ground_truth: Any) -> Score:
-        result = self.function(response, ground_truth)
-        if isinstance(result, Score):
-            score = result
-        elif isinstance(result, numbers.Real):
-            reward = float(result)
-            score = Score(reward=reward, verdict=Verdict.RIGHT if reward > 0 else Verdict.WRONG)
-        else:
-            raise TypeError(f"the reward returned {type(result).__name__}, expected a Score or a number")
-        if not math.isfinite(score.reward):
-            raise ValueError(f"the reward returned {score.reward}, which is not finite")
-        return score
+def judge(
+    reward: Reward, response: str, ground_truth: Any, *, data_source: str, extra_info: Mapping[str, Any] | None
+) -> Score:
+    """The score of a response; a reward of your own is given what it asks for besides."""
+    if isinstance(reward, _Yours):
+        return reward(response, ground_truth, data_source=data_source, extra_info=extra_info)
+    return reward(response, ground_truth)
 
 
 def _fits(name: str, data_source: str) -> bool:
-    return data_source.startswith(name) and not data_source[len(name) : len(name) + 1].isalpha()
+    name, whole = name.casefold(), data_source.casefold()
+    return any(
+        text.startswith(name) and not text[len(name) : len(name) + 1].isalpha()
+        for text in (whole, whole.rpartition("/")[2])
+    )
 
 
 def _import(path: str) -> Callable[..., Any]:
@@ -150,7 +184,9 @@ def _import(path: str) -> Callable[..., Any]:
     if not colon:
         module_name, _, name = path.rpartition(".")
     if not module_name or not name:
-        raise RewardError(f'[reward.functions]: {path!r} must have the form "module:function"')
+        raise RewardError(
+            f'[reward.functions]: {path!r} must have the form "module:function", or be a built-in: {", ".join(_TOLD)}'
+        )
     try:
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from megatron_klear.types import Score, Verdict
 
-from .answers import Answer, compare, read_answer, too_complex
+from .answers import Answer, compare, for_engine, normalise, read_answer, read_words, too_complex
 from .base import Scheme
+from .dress import is_words, same_words
+from .engine import parse, verify, warm_up
 from .format import Thinking, split_thinking
+from .truths import TruthError, read_truths
 
 _SHOWN = 80  # characters of an answer in a note
 
@@ -31,70 +33,65 @@ class MathReward:
         if self.require_thinking and parts.thinking is not Thinking.KEPT:
             reward = self.scheme.value(Verdict.MALFORMED, parts.thinking)
             return Score(reward=reward, verdict=Verdict.MALFORMED, note=parts.thinking.value)
-        golds = ground_truth if isinstance(ground_truth, list | tuple) else [ground_truth]
-        verdict, note = grade_any([str(gold) for gold in golds], response if parts.answer is None else parts.answer)
+        verdict, note = grade(ground_truth, response if parts.answer is None else parts.answer)
         return Score(reward=self.scheme.value(verdict), verdict=verdict, note=note)
 
 
-def grade_any(golds: list[str], text: str) -> tuple[Verdict, str]:
-    """The verdict on a text against several right answers, and why."""
-    verdict, note = Verdict.ERROR, "the ground truth is empty"
-    for gold in golds:
-        verdict, note = grade(gold, text)
+def grade(ground_truth: Any, text: str) -> tuple[Verdict, str]:
+    """The verdict on the final answer of a text, and why: what was read, what was expected.
+
+    `error` means that the ground truth itself is no answer.
+    """
+    try:
+        truths = read_truths(ground_truth)
+    except TruthError as error:
+        return Verdict.ERROR, str(error)
+    verdict, note = Verdict.ERROR, ""
+    for truth in truths:
+        verdict, note = _grade_words(truth, text) if is_words(truth.text) else _grade_formula(truth, text)
         if verdict is Verdict.RIGHT:
             break
     return verdict, note
 
 
-def grade(gold: str, text: str) -> tuple[Verdict, str]:
-    """The verdict on the final answer of a text, and why: what was read, what was expected.
+def _grade_words(expected: Answer, text: str) -> tuple[Verdict, str]:
+    """Words are compared as words: no engine reads "4" out of "July 4"."""
+    read = read_words(text)
+    if read is None:
+        return Verdict.MALFORMED, "no answer"
+    if same_words(expected.text, read) or compare(expected.text, read):
+        return Verdict.RIGHT, ""
+    return Verdict.WRONG, f"read {_shown(read)}, expected {_shown(expected.text)}"
 
-    `error` means that the ground truth itself cannot be read.
-    """
-    expected = read_answer(gold)
-    if expected is None:
-        return Verdict.ERROR, f"the ground truth {gold[:_SHOWN]!r} holds no answer"
+
+def _grade_formula(expected: Answer, text: str) -> tuple[Verdict, str]:
     answer = read_answer(text)
     if answer is None:
         return Verdict.MALFORMED, "no answer"
     same = compare(expected.text, answer.text) if expected.isolated and answer.isolated else None
+    if same is None and answer.isolated and normalise(expected.text) == normalise(answer.text) != "":
+        same = True
     if same is None:
-        gold_forms = _parse(expected)
-        if not gold_forms:
-            return Verdict.ERROR, f"the ground truth {gold[:_SHOWN]!r} holds no answer"
         if too_complex(answer.text):
             return Verdict.MALFORMED, f"an answer of {len(answer.text)} characters, too long or too deeply nested"
-        forms = _parse(answer)
+        gold_forms, forms = _forms(expected), _forms(answer)
         if not forms:
             return Verdict.MALFORMED, "no answer"
-        same = _verify(gold_forms, forms)
+        same = bool(gold_forms) and verify(gold_forms, forms, inequalities=_is_interval(expected.text))
     if same:
         return Verdict.RIGHT, ""
-    read = _shown(answer) if answer.isolated else "the end of the text"
-    return Verdict.WRONG, f"read {read}, expected {_shown(expected)}"
+    read = _shown(answer.text) if answer.isolated else "the end of the text"
+    return Verdict.WRONG, f"read {read}, expected {_shown(expected.text)}"
 
 
-def warm_up() -> None:
-    """Import the symbolic engine, which takes a second or two, before any clock runs."""
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeout is off, as it must be
-    logging.getLogger("latex2sympy2_extended").setLevel(logging.ERROR)
-    _verify(_parse(Answer("\\frac{1}{2}", True)), _parse(Answer("0.25 + x", True)))
+def _forms(answer: Answer) -> list[Any]:
+    """An answer as the engine reads it."""
+    return parse(f"\\boxed{{{for_engine(answer.text)}}}" if answer.isolated else answer.text)
 
 
-def _parse(answer: Answer) -> list[Any]:
-    """What math-verify makes of an answer: symbolic forms and, last, the text itself."""
-    from math_verify import parse
-
-    if not answer.isolated:
-        return list(parse(answer.text, parsing_timeout=None))
-    return list(parse(f"\\boxed{{{answer.text}}}", parsing_timeout=None))
+def _is_interval(text: str) -> bool:
+    return text.removeprefix("\\left")[:1] in ("(", "[") and "\\in " not in text
 
 
-def _verify(gold_forms: list[Any], forms: list[Any]) -> bool:
-    from math_verify import verify
-
-    return bool(verify(gold_forms, forms, timeout_seconds=None))
-
-
-def _shown(answer: Answer) -> str:
-    return answer.text if len(answer.text) <= _SHOWN else answer.text[:_SHOWN] + "..."
+def _shown(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

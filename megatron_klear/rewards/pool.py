@@ -23,6 +23,7 @@ from .worker import LENGTH, READY, TIMED_OUT, Request, WorkerJob, pack
 
 _KILL_AFTER_SECONDS = 0.5  # past the limit: first the worker may stop by itself, which is quicker than a new one
 _START_SECONDS = 120.0  # imports on a busy machine
+_EXIT_SECONDS = 2.0
 _MAX_FAILED_STARTS = 3
 _READ_BYTES = 1 << 16
 MEMORY_BYTES = 8 << 30
@@ -45,13 +46,22 @@ class GradingPool:
         timeout_seconds: float = 5.0,
         workers: int = 0,
         memory_bytes: int = MEMORY_BYTES,
+        trials: Sequence[Request] = (),
     ) -> None:
-        """Start the workers. Raises RewardError where a data source has no reward."""
+        """Start the workers. Raises RewardError where a data source has no reward.
+
+        `trials` are made-up responses that each worker judges before it is ready: `wait_until_ready` raises where a
+        reward fails on one.
+        """
         self.settings = settings or RewardSettings()
         sources = tuple(sorted(set(data_sources)))
         check_sources(sources, self.settings.functions)
         self._job = WorkerJob(
-            settings=self.settings, data_sources=sources, timeout_seconds=timeout_seconds, memory_bytes=memory_bytes
+            settings=self.settings,
+            data_sources=sources,
+            timeout_seconds=timeout_seconds,
+            memory_bytes=memory_bytes,
+            trials=tuple(trials),
         )
         self.restarts = 0
         self._selector = selectors.DefaultSelector()
@@ -149,6 +159,8 @@ class GradingPool:
     def _bury(self, worker: _Worker, done: dict[int, Score]) -> None:
         """Replace a worker that died, or that did not start in time."""
         late = worker.deadline is not None and worker.deadline <= time.monotonic()
+        if not late:
+            worker.wait()
         code = self._replace(worker)
         if worker.task is not None:
             words = f"the grading process ended with exit code {code}"
@@ -249,6 +261,11 @@ class _Worker:
             messages.append(pickle.loads(bytes(self._unread[LENGTH.size : end])))
             del self._unread[:end]
         return messages
+
+    def wait(self) -> None:
+        """Give a process that closed its pipe the moment that its exit takes, so that its own code is told."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_EXIT_SECONDS)
 
     def kill(self) -> int:
         """End the process and what it started; returns its exit code."""

@@ -36,7 +36,12 @@ class Graded:
 def score(groups: Sequence[Group], pool: GradingPool) -> Graded:
     """Grade every response of the groups. The groups are copied, never changed."""
     requests = [
-        Request(group.prompt.data_source, group.prompt.ground_truth, complete(group.prompt.text, text))
+        Request(
+            group.prompt.data_source,
+            group.prompt.ground_truth,
+            complete(group.prompt.text, text),
+            group.prompt.extra_info,
+        )
         for group in groups
         for text in group.texts
     ]

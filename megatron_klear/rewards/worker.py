@@ -17,11 +17,21 @@ from typing import IO, Any
 
 from megatron_klear.types import Score, Verdict
 
-from .base import Reward, RewardError, RewardSettings, resolve
+from .base import Reward, RewardError, RewardSettings, judge, resolve
 
 LENGTH = struct.Struct("<Q")
 _ORPHAN_SECONDS = 5  # of computing past the limit: only a worker whose parent is gone lives to see it
 TIMED_OUT = "timed out"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One response to grade; `response` is complete with what the prompt wrote of its thinking."""
+
+    data_source: str
+    ground_truth: Any
+    response: str
+    extra_info: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,15 +43,8 @@ class WorkerJob:
     """Whose rewards to import before it says that it is ready."""
     timeout_seconds: float
     memory_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One response to grade; `response` is complete with what the prompt wrote of its thinking."""
-
-    data_source: str
-    ground_truth: Any
-    response: str
+    trials: tuple[Request, ...] = ()
+    """Made-up responses, which every reward must be able to judge before the worker is ready."""
 
 
 READY = "ready"
@@ -75,10 +78,23 @@ def serve() -> None:
             _send(answers, error)
             return
         limit_memory(job.memory_bytes)
+        for trial in job.trials:
+            words = _grade_in_time(trial, rewards, job)
+            if isinstance(words, str) and words != TIMED_OUT:  # the first call may be slow
+                _send(answers, _failed_trial(trial, words))
+                return
         _send(answers, READY)
         while True:
             request: Request = _receive(requests)
             _send(answers, _grade_in_time(request, rewards, job))
+
+
+def _failed_trial(trial: Request, words: str) -> RewardError:
+    return RewardError(
+        f"the reward of data_source {trial.data_source!r} failed on a made-up response, {trial.response!r}, to a "
+        f"problem with the ground truth {str(trial.ground_truth)[:80]!r}: {words}; a reward must judge any text: mend "
+        "it, or the row that it cannot use"
+    )
 
 
 def limit_memory(memory_bytes: int) -> None:
@@ -119,8 +135,16 @@ def _grade(request: Request, rewards: dict[str, Reward], settings: RewardSetting
     try:
         if request.data_source not in rewards:
             rewards[request.data_source] = resolve(request.data_source, settings)
-        score = rewards[request.data_source](request.response, request.ground_truth)
+        score = judge(
+            rewards[request.data_source],
+            request.response,
+            request.ground_truth,
+            data_source=request.data_source,
+            extra_info=request.extra_info,
+        )
         return Score(reward=float(score.reward), verdict=Verdict(score.verdict), note=str(score.note))
+    except SystemExit as error:
+        return f"the reward called sys.exit, exit code {error.code}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:500]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from types import TracebackType
@@ -11,18 +11,31 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_klear.errors import UserError
-from megatron_klear.rewards.base import RewardSettings
+from megatron_klear.rewards.base import RewardSettings, check_sources, check_truths
+from megatron_klear.rewards.format import complete
 from megatron_klear.rewards.pool import GradingPool
 from megatron_klear.rewards.scoring import ErrorAlarm, Graded, score
+from megatron_klear.rewards.worker import Request
 from megatron_klear.rl_config import RewardConfig
-from megatron_klear.types import Group
+from megatron_klear.types import Group, Prompt
+
+_MADE_UP = "<think>\nThis was made up to try the reward.\n</think>\n\nThe answer is \\boxed{0}."
+
+
+def check_prompts(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
+    """Raise RewardError, the same on every rank, where a prompt has no reward or a ground truth is no answer."""
+    check_sources((prompt.data_source for prompt in prompts), config.functions)
+    check_truths(((prompt.place, prompt.data_source, prompt.ground_truth) for prompt in prompts), config.functions)
 
 
 class Grader:
     """Scores groups the same on every rank; a context, since it holds worker processes on rank 0."""
 
-    def __init__(self, config: RewardConfig, data_sources: Iterable[str], rank: int) -> None:
-        """Start the workers. Raises RewardError where a data source has no reward."""
+    def __init__(self, config: RewardConfig, prompts: Sequence[Prompt], rank: int) -> None:
+        """Start the workers, which try every reward once on a made-up response to the first prompt of its kind.
+
+        Raises RewardError where a prompt's data source has no reward.
+        """
         self._alarm = ErrorAlarm(config.max_error_share)
         settings = RewardSettings(
             scheme=config.scheme, require_thinking=config.require_thinking, functions=config.functions
@@ -31,9 +44,30 @@ class Grader:
         self._in_use = Lock()  # the pool serves one caller at a time
         self._background: ThreadPoolExecutor | None = None
         if rank == 0:
+            first = {prompt.data_source: prompt for prompt in reversed(prompts)}
             self._pool = GradingPool(
-                data_sources, settings, timeout_seconds=config.timeout_seconds, workers=config.workers
+                first,
+                settings,
+                timeout_seconds=config.timeout_seconds,
+                workers=config.workers,
+                trials=[
+                    Request(name, prompt.ground_truth, complete(prompt.text, _MADE_UP), prompt.extra_info)
+                    for name, prompt in first.items()
+                ],
             )
+
+    def wait_until_ready(self) -> None:
+        """Return when the rewards are imported and tried. Raises RewardError on every rank where one cannot be used."""
+        message: list[Any] = [None]
+        if self._pool is not None:
+            try:
+                self._pool.wait_until_ready()
+            except UserError as error:
+                message = [error]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast_object_list(message, src=0)
+        if message[0] is not None:
+            raise message[0]
 
     def grade(self, groups: Sequence[Group]) -> Graded:
         """Groups with scores. Raises GradingAlarm on every rank when too many could not be graded."""

@@ -25,7 +25,7 @@ from megatron_klear.settings import write_resolved
 from megatron_klear.start import GPPOStart
 from megatron_klear.train.arrival import send_weights
 from megatron_klear.train.gppo import resume, train
-from megatron_klear.train.grading import Grader
+from megatron_klear.train.grading import Grader, check_prompts
 from megatron_klear.train.log import Throughput, open_log
 from megatron_klear.train.overlap import open_feed
 from megatron_klear.train.rollout_files import RolloutWriter
@@ -47,14 +47,9 @@ def run(start: GPPOStart) -> None:
         tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
         validator = _validator(config, tokenizer, topology)
         kept = _writer(config, topology, "rollouts", share=config.train.keep_rollouts_share)
-        prompts = PromptStream(
-            config.prompts.sources,
-            tokenizer,
-            max_tokens=config.prompts.max_tokens,
-            seed=config.seed,
-            thinking=config.prompts.thinking,
-            exclude=frozenset(prompt.id for prompt in validator.prompts),
-        )
+        prompts = _prompts(config, tokenizer, validator)
+        asked = [*prompts.all, *validator.prompts]
+        check_prompts(config.reward, asked)
         updates = config.algorithm.prompts_per_step // config.algorithm.prompts_per_update
         stop = stop_tokens_of(config.model.path, tokenizer)
         engine = Engine(
@@ -66,7 +61,6 @@ def run(start: GPPOStart) -> None:
         )
         if config.algorithm.kl_coefficient:
             engine.keep_reference(config.algorithm.reference)
-        sources = prompts.data_sources | {prompt.data_source for prompt in validator.prompts}
         checkpoint = latest_valid(checkpoints_of(config), topology)
         first = 0 if checkpoint is None else int(manifest.read_training(checkpoint)["extra"]["rollout_step"])
         if topology.rank == 0:
@@ -75,7 +69,7 @@ def run(start: GPPOStart) -> None:
         throughput = Throughput.of(config, architecture, topology.size, device)
         with (
             closing(build_rollouts(config, architecture, tokenizer, topology)) as rollouts,
-            Grader(config.reward, sources, topology.rank) as grader,
+            Grader(config.reward, asked, topology.rank) as grader,
             open_log(
                 config, rank=topology.rank, resume_step=first, total_steps=config.train.steps, throughput=throughput
             ) as log,
@@ -84,17 +78,12 @@ def run(start: GPPOStart) -> None:
             for writer in (kept, validator.kept):
                 if writer is not None:
                     writers.enter_context(closing(writer))
-            for warning in changed:
+            grader.wait_until_ready()
+            for warning in (*changed, *_few_prompts(config, len(prompts))):
                 log.say(f"warning: {warning}")
             for note in (stop.note, compare_with_transformers(engine) if checkpoint is None else ""):
                 if note:
                     log.say(f"note: {note}")
-            taken = config.algorithm.generated_prompts or config.algorithm.prompts_per_step
-            if len(prompts) < taken:
-                log.say(
-                    f"warning: prompts.sources hold {len(prompts)} prompts and a step takes {taken}: some are sampled "
-                    "more than once in a step"
-                )
             sampler = build_sampler(config, engine, rollouts)
             feed = open_feed(config, sampler, prompts, grader, log)
             if checkpoint is not None:
@@ -104,6 +93,26 @@ def run(start: GPPOStart) -> None:
         engine.close()
         if config.checkpoint.export_hf:
             export_folder(engine, config.output / "hf")
+
+
+def _prompts(config: GPPOConfig, tokenizer: ChatTokenizer, validator: Validator) -> PromptStream:
+    """The problems to train on; the held-out ones are left out wherever they come from."""
+    return PromptStream(
+        config.prompts.sources,
+        tokenizer,
+        max_tokens=config.prompts.max_tokens,
+        seed=config.seed,
+        thinking=config.prompts.thinking,
+        exclude=frozenset(prompt.id for prompt in validator.prompts),
+    )
+
+
+def _few_prompts(config: GPPOConfig, count: int) -> list[str]:
+    """A warning where a step takes more prompts than there are."""
+    taken = config.algorithm.generated_prompts or config.algorithm.prompts_per_step
+    if count >= taken:
+        return []
+    return [f"prompts.sources hold {count} prompts and a step takes {taken}: some are sampled more than once in a step"]
 
 
 def build_rollouts(
