@@ -59,11 +59,13 @@ class FakeServer:
         self.faults = faults or iter(())
         self.healthy = True
         self.control_faults: dict[str, str] = {}
-        """What goes wrong on other routes: "oom" or "hang" by path."""
+        """What goes wrong on other routes: "oom" or "hang" by path, with its options or without."""
         self.version = "default"
         self.requests: list[dict[str, Any]] = []
         self.control: list[str] = []
         self.running = self.most_running = 0
+        self.drawn_asleep = 0
+        """Requests that came while weights or cache slept."""
         self.api_key: str | None = None
         self.start()
 
@@ -80,6 +82,8 @@ class FakeServer:
     def start(self) -> None:
         """Listen; a server started again has lost its weights and keeps its port."""
         self.version = "default"
+        self.asleep: set[str] = set()
+        """What sleeps: weights, kv_cache."""
         self._connections: set[Any] = set()
         self._portal = Portal()
         self._portal.run(self._listen(), 10)
@@ -129,7 +133,7 @@ class FakeServer:
         self._connections.add(request.transport)
         if self.api_key is not None and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        fault = self.control_faults.get(request.path)
+        fault = self.control_faults.get(request.path) or self.control_faults.get(_with_options(request))
         if fault == "hang":
             await asyncio.sleep(3600)
         elif fault is not None:
@@ -147,7 +151,11 @@ class FakeServer:
     async def _control(self, request: web.Request) -> web.Response:
         text = await request.text()
         body = json.loads(text) if text else {}
-        self.control.append(request.path + "".join(f" {value}" for value in request.query.values()))
+        self.control.append(_with_options(request))
+        if request.path == "/sleep":
+            self.asleep = {"weights", "kv_cache"}
+        elif request.path == "/wake_up":
+            self.asleep -= set(request.query.getall("tags", ["weights", "kv_cache"]))
         if request.path == "/pause":
             self._going.clear()
         elif request.path == "/resume":
@@ -161,6 +169,7 @@ class FakeServer:
         parameters = body["sampling_params"]
         if "prompt_logprobs" in parameters:
             return web.json_response({"prompt_logprobs": _of_prompt(body["token_ids"]), "choices": []})
+        self.drawn_asleep += bool(self.asleep)
         fault = next(self.faults, "")
         self.requests.append(body | {"fault": fault})
         self.running += 1
@@ -255,6 +264,10 @@ def spoilt(answer: dict[str, Any], fault: str) -> Any:
     elif fault in ("started_anew", "newer", "older"):
         last["version"] = {"started_anew": "default", "newer": "1000", "older": "0"}[fault]
     return answer
+
+
+def _with_options(request: web.Request) -> str:
+    return request.path + "".join(f" {value}" for value in request.query.values())
 
 
 def _of_prompt(tokens: list[int]) -> list[dict[str, dict[str, float]] | None]:

@@ -90,6 +90,8 @@ class Member:
     client: ServerClient
     version: int = NO_WEIGHTS
     alive: bool = True
+    asleep: bool = False
+    """Whether weights or cache may have given their memory back: it draws nothing until both are known to be awake."""
     failures: int = 0
     misses: int = 0
     times_aside: int = 0
@@ -256,7 +258,7 @@ class Fleet:
         self.version = NO_WEIGHTS
 
     def _current(self, member: Member) -> bool:
-        return self.version >= 0 and member.version == self.version
+        return self.version >= 0 and member.version == self.version and not member.asleep
 
     def _any_alive(self) -> bool:
         return any(member.alive for member in self.members) and (self.router is None or self.router.alive)
@@ -310,7 +312,7 @@ class Fleet:
         states = []
         for member in self.members:
             state = "away" if not member.alive else "busy" if self._current(member) else "without the present weights"
-            states.append(f"{member.client.url} is {state}")
+            states.append(f"{member.client.url} is {state}" + (", asleep at least in part" if member.asleep else ""))
         return "; ".join(states)
 
     async def _watch(self, member: Member) -> None:

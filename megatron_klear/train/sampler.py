@@ -73,8 +73,9 @@ class Sampler:
     def sync(self, version: int) -> None:
         """Give the engine the trainer's weights; `version` is the number of rollout steps trained."""
         self._send(version)
+        if version != self.version:  # servers given the same weights again have done nothing yet that is news
+            self._last_news = time.monotonic()
         self.version = version
-        self._last_news = time.monotonic()
 
     def draw(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
         """Groups of the prompts, in order; those that could not be had within the deadline are left out.

@@ -284,6 +284,31 @@ def test_servers_that_never_answer_end_the_run(prompts, mode: str, kind, words: 
         feed.next_step(0)
 
 
+class Forgetting(FakeRollouts):
+    """Takes the weights again and again, and answers nothing."""
+
+    def take(self, timeout_seconds):
+        self.needs_weights = True
+        return []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_servers_that_take_weights_and_answer_nothing_end_the_run(prompts, mode: str):
+    run = Run(prompts, mode, 0)
+    engine = Forgetting(0)
+
+    def send(version: int) -> None:
+        engine.load(version)
+        assert engine.syncs < 100_000, "the limit of patience is never reached"
+
+    sampler = Sampler(engine, send, patience_seconds=0.05)
+    feed = open_feed(run.config, sampler, run.stream, FakeGrader(0), RunLog())
+    sampler.sync(0)
+    with pytest.raises(UserError, match="groups under way"):
+        feed.next_step(0)
+    assert engine.syncs > 1
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_too_many_dropped_groups_end_the_run(prompts, mode: str):
     run = Run(prompts, mode, 0, rollouts={"fail": 1.0})
