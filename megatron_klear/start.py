@@ -97,9 +97,11 @@ def start_gppo(argv: Sequence[str] | None = None, *, description: str = "") -> G
     with exit_on_bad_input():
         architecture = read_architecture(config.model.path)
     planning = check_layout(config, architecture, world_size)
-    problems = [*planning, *check_packages(config), *check_prompt_files(config), *check_rollout(config, architecture)]
+    gpu_bytes = smallest_gpu_bytes()
+    problems = [*planning, *check_packages(config), *check_prompt_files(config)]
+    problems += check_rollout(config, architecture, world_size, gpu_bytes=gpu_bytes)
     if command.dry_run and not planning and os.environ.get("RANK", "0") == "0":
-        print(describe_rl_plan(config, architecture, world_size, device_memory_bytes=smallest_gpu_bytes()))
+        print(describe_rl_plan(config, architecture, world_size, device_memory_bytes=gpu_bytes))
     if problems:
         exit_with(problems)
     if command.dry_run:

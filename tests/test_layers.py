@@ -16,7 +16,17 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 # Layers from below: a room imports rooms of lower layers, and of its own where that layer is not made of islands.
 BOTTOM = {"errors", "types", "architecture", "zigzag", "checksum", "schema", "toml_writer"}
 ISLANDS = {"rl", "data", "rewards", "kernels"}
-SETTINGS = {"config", "rl_config", "rollout_config", "settings", "estimate", "checks", "rollout_checks", "start"}
+SETTINGS = {
+    "config",
+    "rl_config",
+    "rollout_config",
+    "settings",
+    "estimate",
+    "checks",
+    "rollout_checks",
+    "rollout_placement",
+    "start",
+}
 ENGINES = {"mcore", "rollout"}
 LOOPS = {"train", "evaluation"}
 ALLOWED = (
@@ -41,6 +51,7 @@ WITHOUT_TORCH = [
     "estimate",
     "checks",
     "rollout_checks",
+    "rollout_placement",
     "start",
     "rewards",
     "data.packing",
