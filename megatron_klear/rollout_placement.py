@@ -35,8 +35,8 @@ def check_modes(config: GPPOConfig) -> list[str]:
     if rollout.transfer == "cuda_ipc" and rollout.mode != "synchronous":
         errors.append(
             f"rollout.transfer = cuda_ipc has servers on the trainer's cards, and in rollout.mode = {rollout.mode} "
-            "they draw while it trains: neither ever gives its memory to the other. Use synchronous, or servers on cards of "
-            "their own with transfer = nccl"
+            "they draw while it trains: neither ever gives its memory to the other. Use synchronous, or servers on "
+            "cards of their own with transfer = nccl"
         )
     if rollout.transfer in ("cuda_ipc", "nccl") and config.parallel.device == "cpu":
         errors.append(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import os
 import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -51,13 +50,15 @@ class VLLMEngine:
         vocab_size: int,
         dtype: torch.dtype,
         rank: int = 0,
+        api_key: str | None = None,
         servers: ManagedServers | None = None,
         limits: Limits | None = None,
     ) -> None:
         """Connect to the servers at `addresses`, and watch over `servers` where the run started them itself.
 
         `decode` turns token ids into text; `stop_token_ids` end a response, besides those of the sampling; `dtype` is
-        the servers'. `addresses` and `servers` are rank 0's, and are taken over: `close` ends them.
+        the servers'; `api_key` is for requests to them. `addresses`, the key and `servers` are rank 0's, and are taken
+        over: `close` ends them.
         """
         self._config, self._transport, self._servers = config, transport, servers
         self._decode, self._dtype, self._rank = decode, dtype, rank
@@ -73,7 +74,7 @@ class VLLMEngine:
             )
             self._portal = Portal()
             self._fleet, self._dispatcher = self._portal.run(
-                self._connect(addresses, sorted(set(stop_token_ids)), vocab_size)
+                self._connect(addresses, sorted(set(stop_token_ids)), vocab_size, api_key)
             )
             self._control = FleetControl(self._fleet, self._portal, servers)
         atexit.register(self.close)
@@ -198,9 +199,10 @@ class VLLMEngine:
             if self._servers is not None:
                 self._servers.close()
 
-    async def _connect(self, addresses: Sequence[str], stop: Sequence[int], vocab: int) -> tuple[Fleet, Dispatcher]:
+    async def _connect(
+        self, addresses: Sequence[str], stop: Sequence[int], vocab: int, key: str | None
+    ) -> tuple[Fleet, Dispatcher]:
         self._session = session = open_session(len(addresses) * self._limits.requests_per_server)
-        key = os.environ.get(self._config.api_key_variable) or None
         clients = [ServerClient(url, session=session, api_key=key, vocab_size=vocab) for url in addresses]
         router = None
         if self._config.router is not None:

@@ -6,15 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_klear.architecture import read_architecture
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.rl_config import GPPOConfig
+from megatron_klear.rollout.open_vllm import open_vllm
 from megatron_klear.rollout.server_command import ServerCommand, run_commands
 from megatron_klear.rollout.server_guard import RequireKey
+from megatron_klear.rollout.vllm import VLLMEngine
 from megatron_klear.rollout_checks import check_rollout, check_servers
 from megatron_klear.settings import load
 from megatron_klear.start import start_gppo
@@ -62,7 +66,8 @@ def settings(folder: Path, *flags: str) -> GPPOConfig:
 
 def commands(folder: Path, *flags: str, ports: tuple[int, ...] = (8000,)) -> list[ServerCommand]:
     config = settings(folder, *flags)
-    return run_commands(config, read_architecture(config.model.path), list(ports))
+    key = os.environ.get(config.rollout.api_key_variable)
+    return run_commands(config, read_architecture(config.model.path), list(ports), api_key=key)
 
 
 def option(command: ServerCommand, name: str) -> str:
@@ -160,6 +165,51 @@ def test_a_key_travels_in_the_environment_alone(folder: Path, monkeypatch: pytes
     environment = command.environment(dict(os.environ))
     assert environment["VLLM_API_KEY"] == "sesame"
     assert "KLEAR_ROLLOUT_API_KEY" not in environment
+
+
+@pytest.mark.parametrize("own", ["", "sesame"])
+def test_servers_of_the_run_want_a_key_that_only_the_run_knows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, own: str
+):
+    monkeypatch.setenv("FAKE_SERVER_PIDS", str(folder / "pids"))
+    if own:
+        monkeypatch.setenv("KLEAR_ROLLOUT_API_KEY", own)
+    config = settings(folder)
+
+    def opened() -> VLLMEngine:
+        shape = read_architecture(config.model.path)
+        return open_vllm(
+            config,
+            shape,
+            decode=str,
+            stop_token_ids=[1],
+            device=torch.device("cpu"),
+            rank=0,
+            world_size=1,
+        )
+
+    keys = set()
+    for _ in range(2):
+        with closing(opened()) as engine:
+            (note,) = [note for note in (folder / "pids").iterdir() if _runs(note)]
+            process = Path("/proc") / note.read_text().split()[0]
+            environment = dict(line.split("=", 1) for line in (process / "environ").read_text().split("\0") if line)
+            key = environment["VLLM_API_KEY"]
+            assert engine._fleet.members[0].client._headers == {"Authorization": f"Bearer {key}"}
+            assert key not in (process / "cmdline").read_text()
+            assert "RequireKey" in (process / "cmdline").read_text()
+            assert "KLEAR_ROLLOUT_API_KEY" not in environment
+            assert key not in (folder / "run/servers/server-0.log").read_text()
+            assert key not in caplog.text
+            assert key == own if own else len(key) > 40
+            assert os.environ.get("KLEAR_ROLLOUT_API_KEY", "") == own, "workers would inherit it"
+            keys.add(key)
+    assert len(keys) == (1 if own else 2)
+    assert "sesame" not in repr(commands(folder))
+
+
+def _runs(note: Path) -> bool:
+    return (Path("/proc") / note.read_text().split()[0]).exists()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "node1", "10.0.0.3"])
