@@ -17,6 +17,7 @@ class FakeRollouts:
     """Draws nonsense. A request's tokens are of the versions that were held while it was under way."""
 
     is_submitter = True
+    last_progress = 0.0
 
     def __init__(self, seed: int, *, fail: float = 0.0, lose_weights: float = 0.0, slow: float = 0.5) -> None:
         """Shares: of requests that fail, of calls after which a server needs weights, of calls that deliver nothing."""

@@ -121,6 +121,11 @@ class BackgroundRollouts(RolloutEngine, Protocol):
         ...
 
     @property
+    def last_progress(self) -> float:
+        """When a response was last seen to grow, by time.monotonic; 0 where that is not known."""
+        ...
+
+    @property
     def needs_weights(self) -> bool:
         """Whether a server came back without the present weights; it gets no requests until the next `load_weights`."""
         ...

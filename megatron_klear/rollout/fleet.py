@@ -65,11 +65,11 @@ class Limits:
     """How long things may take, and how often they may fail."""
 
     request_seconds: float
-    """Longest wait for one answer."""
+    """Longest time that a server which has requests draws no token; however long an answer takes while it does."""
     deadline_seconds: float
-    """Longest time over all attempts, and longest time without any server."""
+    """Longest time that a sample makes no headway over all attempts, and longest time without any server."""
     requests_per_server: int
-    """Requests that one server has at once; more would only queue there, against `request_seconds`."""
+    """Most requests that one server has at once; fewer where its cache holds fewer."""
     health_seconds: float = 10.0
     """Longest wait for a sign of health."""
     tick_seconds: float = 1.0
@@ -98,6 +98,13 @@ class Member:
     back_at: float = 0.0
     requests: int = 0
     tokens: int = 0
+    """Expected length, prompts included, of what it is drawing."""
+    cache_tokens: int | None = None
+    """What its cache holds, where it says."""
+    computed: float | None = None
+    """Its count of tokens at the last look; None where it does not say."""
+    progress_at: float = 0.0
+    """When it was last seen to make progress, by time.monotonic."""
     attempts: set[asyncio.Task[Completion]] = field(default_factory=set)
 
 
@@ -127,7 +134,7 @@ class Fleet:
         self.hung: set[str] = set()
         """Addresses that stopped to give signs of life since `hear_of`."""
         self._waiting: deque[_Waiter] = deque()
-        self._last_usable = self._last_alive = time.monotonic()
+        self._last_usable = self._last_alive = self._resumed_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self._helpers: set[asyncio.Task[None]] = set()
 
@@ -193,7 +200,31 @@ class Fleet:
     def succeeded(self, member: Member) -> None:
         """The member answered as it should."""
         member.failures = member.times_aside = 0
+        member.progress_at = time.monotonic()
         self.answered.add(member.client.url)
+
+    def stalled(self, member: Member, since: float) -> bool:
+        """Whether the member has drawn nothing for `request_seconds`, of requests that it has had since `since`."""
+        return not self.updating and time.monotonic() - self.progress_of(member, since) > self.limits.request_seconds
+
+    def progress_of(self, member: Member, since: float) -> float:
+        """When the member last made progress, or `since`. Behind a router it may have been any of them."""
+        behind = self.members if member is self.router else ()
+        return max(since, self._resumed_at, member.progress_at, *(other.progress_at for other in behind))
+
+    @property
+    def last_progress(self) -> float:
+        """When any of them was last seen to make progress, by time.monotonic."""
+        return max((member.progress_at for member in [*self.members, *self._targets()]), default=0.0)
+
+    async def look_at_load(self, member: Member) -> None:
+        """Ask a server what it has computed and can hold."""
+        load = await member.client.load(self.limits.health_seconds)
+        if load is None:
+            return
+        if load.tokens != member.computed:
+            member.computed, member.progress_at = load.tokens, time.monotonic()
+        member.cache_tokens = load.cache_tokens
 
     def failed(self, member: Member, error: ServerError) -> None:
         """The member did not answer as it should; several times in a row put it aside for a while."""
@@ -251,6 +282,7 @@ class Fleet:
             else:
                 self.lose(member)
         self.updating = False
+        self._resumed_at = time.monotonic()
         self._hand_out()
 
     def forget_weights(self) -> None:
@@ -280,7 +312,7 @@ class Fleet:
         usable = self._usable()
         while self._waiting:
             waiter = self._waiting[0]
-            free = [member for member in usable if member.requests < limit]
+            free = [member for member in usable if member.requests < limit and self._holds(member, waiter.tokens)]
             if not waiter.place.done() and not free:
                 return
             self._waiting.popleft()
@@ -291,6 +323,14 @@ class Fleet:
             member.requests += 1
             member.tokens += waiter.tokens
             waiter.place.set_result(member)
+
+    def _holds(self, member: Member, tokens: int) -> bool:
+        """Whether the member's cache has room for so many more tokens; what has none would only wait there."""
+        behind = self.members if member is self.router else [member]
+        sizes = [one.cache_tokens for one in behind]
+        if not member.requests or None in sizes:
+            return True
+        return member.tokens + tokens <= sum(size for size in sizes if size is not None)
 
     async def _expire_for_ever(self) -> None:
         while True:
@@ -330,6 +370,13 @@ class Fleet:
             member.misses = 0
             if not member.alive:
                 await self._welcome(member)
+            elif self._owes_progress(member):
+                await self.look_at_load(member)
+
+    def _owes_progress(self, member: Member) -> bool:
+        # Only where no answer has shown it for a while: servers take their time to write their metrics.
+        busy = member.requests or (self.router is not None and self.router.requests)
+        return bool(busy) and time.monotonic() - member.progress_at > self.limits.request_seconds / 4
 
     async def _welcome(self, member: Member) -> None:
         """Take a server back that answers again; one that was started anew has lost its weights."""

@@ -67,6 +67,7 @@ class FleetControl:
             members = self._wake(members, "weights")
             members = self.each(members, lambda client: client.pause("keep", CONTROL_SECONDS))
             members = self.each(members, lambda client: transport.attach([client]))
+            self._portal.run(self._look_at_loads(members))
         except BaseException:
             self.end([])
             raise
@@ -144,6 +145,9 @@ class FleetControl:
                 self._fleet.put_aside(member, reason)
 
         self.on_loop(put)
+
+    async def _look_at_loads(self, members: Sequence[Member]) -> None:
+        await asyncio.gather(*map(self._fleet.look_at_load, members))
 
     def _wake(self, members: Sequence[Member], part: str) -> list[Member]:
         """Those of the members that are awake to that part.

@@ -95,6 +95,11 @@ class VLLMEngine:
         return self._in_flight
 
     @property
+    def last_progress(self) -> float:
+        """When a server was last seen to draw, by time.monotonic; rank 0 knows."""
+        return self._fleet.last_progress if self._portal is not None else 0.0
+
+    @property
     def needs_weights(self) -> bool:
         """Whether a server that answers is without the present weights; rank 0 knows, the others say no."""
         return self._portal is not None and self._fleet.needs_weights

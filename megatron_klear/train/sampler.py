@@ -49,8 +49,8 @@ class Sampler:
     ) -> None:
         """`send` brings the trainer's present weights to the engine under a version.
 
-        A run stops when nothing that was asked for ended for `patience_seconds`, or when more than `max_dropped_share`
-        of what was asked for together was dropped.
+        A run stops when nothing that was asked for ended or grew for `patience_seconds`, or when more than
+        `max_dropped_share` of what was asked for together was dropped.
         """
         self._rollouts, self._send = rollouts, send
         self._patience, self._max_dropped_share = patience_seconds, max_dropped_share
@@ -174,10 +174,10 @@ class Sampler:
         now = time.monotonic()
         if finished or not waiting:
             self._last_news = now
-        elif now - self._last_news > self._patience:
+        elif (quiet := now - max(self._last_news, self.background.last_progress)) > self._patience:
             raise UserError(
-                f"no rollout ended in {now - self._last_news:.0f} s, with {waiting} groups under way: the servers "
-                "hang, or one response takes longer than rollout.deadline_seconds; their logs say more"
+                f"no rollout ended or grew in {quiet:.0f} s, with {waiting} groups under way: the servers hang; their "
+                "logs say more"
             )
         self._dropped += sum(one.group is None for one in finished)
         return finished

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,6 +283,27 @@ def test_servers_that_never_answer_end_the_run(prompts, mode: str, kind, words: 
     sampler.sync(0)
     with pytest.raises(UserError, match=words):
         feed.next_step(0)
+
+
+class Slow(FakeRollouts):
+    """Delivers nothing for a while, in which its responses grow."""
+
+    until = 0.0
+
+    def take(self, timeout_seconds):
+        self.last_progress = time.monotonic()
+        self.until = self.until or self.last_progress + 0.2
+        return super().take(timeout_seconds) if self.last_progress > self.until else []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_patience_is_with_responses_that_grow(prompts, mode: str):
+    run = Run(prompts, mode, 0)
+    engine = Slow(0)
+    sampler = Sampler(engine, engine.load, patience_seconds=0.05)
+    feed = open_feed(run.config, sampler, run.stream, FakeGrader(0), RunLog())
+    sampler.sync(0)
+    assert feed.next_step(0).chosen
 
 
 class Forgetting(FakeRollouts):
