@@ -86,6 +86,9 @@ class VLLMRolloutConfig(Settings):
     """Longest time that a response makes no headway over all servers; then its group is dropped and counted."""
     max_dropped_share: float = Field(default=0.05, ge=0, le=1)
     """The run stops when more than this share of a step's groups was dropped."""
+    seed_requests: bool = True
+    """Seed every request, so that a server that is asked again draws the same; without it vLLM decodes a few per cent
+    faster, and a run with the same `seed` draws other responses each time."""
     probe_tolerance: float | None = Field(default=None, gt=0)
     """Mean difference of log-probs in nats between trainer and server on the probe after each sync; unset goes by
     precision."""

@@ -127,7 +127,7 @@ class ServerClient:
         tokens: Sequence[int] | npt.NDArray[np.int32],
         *,
         sampling: SamplingConfig,
-        seed: int,
+        seed: int | None,
         stop_token_ids: Iterable[int],
         timeout_seconds: float | None = None,
         request_id: str | None = None,
@@ -140,18 +140,19 @@ class ServerClient:
         ServerError, and GarbageAnswer where the answer cannot be a sample.
         """
         stop = sorted({*stop_token_ids, *sampling.stop_token_ids})
-        parameters = {
+        parameters: dict[str, Any] = {
             "n": 1,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "max_tokens": sampling.max_tokens,
-            "seed": seed,
             "logprobs": 0,
             "stop_token_ids": stop,
             "ignore_eos": True,  # the stop tokens above are all there are
             "detokenize": False,
         }
+        if seed is not None:
+            parameters["seed"] = seed
         body: dict[str, Any] = {"token_ids": [int(token) for token in tokens], "sampling_params": parameters}
         if request_id is not None:
             body["request_id"] = request_id

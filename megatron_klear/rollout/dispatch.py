@@ -1,7 +1,7 @@
 """Draws groups from several servers: retries what fails, continues what was cut short, gives up past the deadline.
 
-Every sample is one request of its own, seeded by the run, the prompt and the sample's number, so that asking again
-gives the same response again, whichever server answers (up to rounding).
+Every sample is one request of its own, seeded by the run, the prompt and the sample's number unless told otherwise, so
+that asking again gives the same response again, whichever server answers (up to rounding).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from megatron_klear.rollout.client import Completion, GarbageAnswer, ServerError, WrongWeights
 from megatron_klear.rollout.engine import GroupRequest
-from megatron_klear.rollout.fleet import Fleet, Member, NoServer, Withdrawn
+from megatron_klear.rollout.fleet import Fleet, NoServer, Withdrawn
+from megatron_klear.rollout.member import Member
 from megatron_klear.types import Sample, VersionSpan
 
 _MOST_PUT_OFF = 3
@@ -85,8 +86,9 @@ class _Tries:
 class Dispatcher:
     """Draws samples over a fleet of servers; to be used on the fleet's loop."""
 
-    def __init__(self, fleet: Fleet, *, stop_token_ids: Iterable[int]) -> None:
-        """`stop_token_ids` end a response, besides those of the sampling."""
+    def __init__(self, fleet: Fleet, *, stop_token_ids: Iterable[int], seeded: bool = True) -> None:
+        """`stop_token_ids` end a response, besides those of the sampling; where not `seeded`, each draw is another."""
+        self._seeded = seeded
         self._fleet, self._stop = fleet, sorted(set(stop_token_ids))
         self._retries = self._dropped = 0
         self._mean_tokens, self._ended = 0.0, 0  # of the responses that ended lately
@@ -186,7 +188,7 @@ class Dispatcher:
             member.client.generate(
                 [*request.prompt.tokens.tolist(), *response.tokens],
                 sampling=sampling,
-                seed=sample_seed(request.seed, request.prompt.id, number, done),
+                seed=sample_seed(request.seed, request.prompt.id, number, done) if self._seeded else None,
                 stop_token_ids=self._stop,
                 request_id=name,
             )

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_klear.errors import UserError
 from megatron_klear.rollout.client import Portal, ServerClient, ServerError
-from megatron_klear.rollout.fleet import Fleet, ManagedServers, Member
+from megatron_klear.rollout.fleet import Fleet
+from megatron_klear.rollout.member import ManagedServers, Member
 
 if TYPE_CHECKING:
     from megatron_klear.rollout.transfer import WeightTransport

@@ -19,8 +19,9 @@ from megatron_klear.errors import UserError
 from megatron_klear.rollout.client import Portal, ServerClient, open_session
 from megatron_klear.rollout.dispatch import Dispatcher, Drawn
 from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest, told_apart
-from megatron_klear.rollout.fleet import Fleet, Limits, ManagedServers, Member
+from megatron_klear.rollout.fleet import Fleet
 from megatron_klear.rollout.fleet_control import CONTROL_SECONDS, LOOK_SECONDS, SIGN_OF_LIFE_SECONDS, FleetControl
+from megatron_klear.rollout.member import Limits, ManagedServers, Member
 from megatron_klear.rollout.ranks import from_first_rank, same_outcome
 from megatron_klear.types import Group, Prompt
 
@@ -93,6 +94,10 @@ class VLLMEngine:
     def in_flight(self) -> int:
         """Requests submitted and not taken yet."""
         return self._in_flight
+
+    def notices(self) -> list[str]:
+        """What happened to servers that the run started since the last call, in words; rank 0's."""
+        return self._servers.notices() if self._servers is not None else []
 
     @property
     def last_progress(self) -> float:
@@ -214,7 +219,7 @@ class VLLMEngine:
             router = ServerClient(self._config.router, session=session, api_key=key, vocab_size=vocab)
         fleet = Fleet(clients, self._limits, router=router)
         fleet.start()
-        return fleet, Dispatcher(fleet, stop_token_ids=stop)
+        return fleet, Dispatcher(fleet, stop_token_ids=stop, seeded=self._config.seed_requests)
 
     async def _disconnect(self) -> None:
         self._fleet.stop()

@@ -46,14 +46,16 @@ class Sampler:
         *,
         patience_seconds: float = float("inf"),
         max_dropped_share: float = 0.0,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`send` brings the trainer's present weights to the engine under a version.
+        """`send` brings the trainer's present weights to the engine under a version; `tell` takes news for people.
 
         A run stops when nothing that was asked for ended or grew for `patience_seconds`, or when more than
         `max_dropped_share` of what was asked for together was dropped.
         """
         self._rollouts, self._send = rollouts, send
         self._patience, self._max_dropped_share = patience_seconds, max_dropped_share
+        self._tell = tell
         self._others: list[FinishedGroup] = []  # ended while something else was waited for
         self._dropped = 0
         self._last_news = time.monotonic()
@@ -169,6 +171,8 @@ class Sampler:
 
     def _ended(self, timeout_seconds: float) -> list[FinishedGroup]:
         assert self.background is not None
+        for notice in self.background.notices():
+            self._tell(f"rollout {notice}")
         waiting = self.background.in_flight
         finished = self.background.take(timeout_seconds)
         now = time.monotonic()

@@ -303,7 +303,18 @@ def test_patience_is_with_responses_that_grow(prompts, mode: str):
     sampler = Sampler(engine, engine.load, patience_seconds=0.05)
     feed = open_feed(run.config, sampler, run.stream, FakeGrader(0), RunLog())
     sampler.sync(0)
-    assert feed.next_step(0).chosen
+    assert feed.next_step(0).graded
+
+
+def test_what_happens_to_servers_is_told(prompts):
+    run = Run(prompts, "synchronous", 0)
+    told: list[str] = []
+    sampler = Sampler(run.engine, run.engine.load, tell=told.append)
+    feed = open_feed(run.config, sampler, run.stream, FakeGrader(0), RunLog())
+    sampler.sync(0)
+    run.engine.happened = ["server 1 ended with exit code 9; restart 1"]
+    feed.next_step(0)
+    assert told == ["rollout server 1 ended with exit code 9; restart 1"]
 
 
 class Forgetting(FakeRollouts):

@@ -90,13 +90,12 @@ def test_a_request_that_still_gets_tokens_is_not_cut():
 def test_a_server_without_statistics_is_asked_for_what_it_has_and_goes_on_from_there():
     with FakeServer(token_seconds=0.05) as server:
         server.has_metrics = False
-        with engine_on([server], limits=replace(FAST, request_seconds=0.3, deadline_seconds=0.6)) as engine:
+        with engine_on([server], limits=replace(FAST, request_seconds=0.7, deadline_seconds=1.5)) as engine:
             asked = requests(2, max_tokens=40)
             assert_each_once(drain(engine, asked), asked)
             assert server.aborted
             assert engine.counters()["groups_dropped"] == 0
             assert max(len(request["token_ids"]) for request in server.requests) > 3, "what was drawn is kept"
-            assert engine._fleet.members[0].alive
 
 
 def test_what_a_server_drew_before_it_got_stuck_is_kept(servers: list[FakeServer]):

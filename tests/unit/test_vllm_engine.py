@@ -64,6 +64,15 @@ def test_every_sample_has_its_own_seed_of_63_bits():
     assert sample_seed(1, "a", 2) == sample_seed(1, "a", 2)
 
 
+def test_requests_have_no_seed_where_none_is_wanted(servers: list[FakeServer]):
+    with engine_on(servers, seed_requests=False) as engine:
+        for finished in drain(engine, requests(4)):
+            assert_whole(finished)
+    asked = [request["sampling_params"] for server in servers for request in server.requests]
+    assert len(asked) == 8
+    assert not any("seed" in parameters for parameters in asked)
+
+
 def test_a_prompt_that_comes_twice_gets_different_seeds(servers: list[FakeServer]):
     with engine_on(servers) as engine:
         assert len(engine.generate([prompt(1)] * 3, sampling(), seed=1)) == 3
@@ -281,6 +290,9 @@ def test_servers_of_the_run_are_watched(servers: list[FakeServer]):
         second.healthy = False
         engine.submit(requests(1))
         wait_until(lambda: engine.take(0.01) is not None and managed.restarts == [second.url])
+        managed.happened = ["server 1 is back"]
+        assert engine.notices() == ["server 1 is back"]
+        assert engine.notices() == []
         managed.failure = UserError("server 0 died after 10 restarts")
         with pytest.raises(UserError, match="10 restarts"):
             engine.take(1.0)
