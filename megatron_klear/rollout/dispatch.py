@@ -141,8 +141,10 @@ class Dispatcher:
             raise _GaveUp(_told(request, number, tries, str(error))) from None
         tries.deadline = tries.deadline or time.monotonic() + fleet.limits.deadline_seconds
         asked_at, oldest = time.monotonic(), fleet.version
+        part: Completion | None
+        stalled: _Stalled | None = None
         try:
-            part, stalled = await self._ask(member, request, number, response), None
+            part = await self._ask(member, request, number, response)
         except _Stalled as error:
             part, stalled = error.part, error
         except ServerError as error:
