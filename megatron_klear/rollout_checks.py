@@ -1,4 +1,4 @@
-"""What speaks against the vLLM servers that a run would start, found before any of them is. Imports no torch."""
+"""What speaks against a run's sampler, its servers above all, found before anything is started. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_klear.architecture import Architecture
 from megatron_klear.rollout_config import ServerConfig, VLLMRolloutConfig
+from megatron_klear.rollout_placement import check_cards, check_local, check_modes
 
 if TYPE_CHECKING:
     from megatron_klear.rl_config import GPPOConfig
@@ -23,12 +24,23 @@ CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's attention on the CPU knows (0.32)."""
 
 
-def check_rollout(config: GPPOConfig, architecture: Architecture) -> list[str]:
-    """Whether the run's own servers can be started; nothing where others are named, or none are needed."""
+def check_rollout(
+    config: GPPOConfig, architecture: Architecture, world_size: int, *, gpu_bytes: int | None = None
+) -> list[str]:
+    """Whether sampler and trainer of `world_size` processes can be where they are told to be, and servers start.
+
+    `gpu_bytes` is the memory of one card, None where there is none. Servers that others start are not looked at.
+    """
     rollout = config.rollout
-    if not isinstance(rollout, VLLMRolloutConfig) or rollout.servers:
-        return []
-    return check_servers(config, architecture)
+    if not isinstance(rollout, VLLMRolloutConfig):
+        return check_local(config, architecture, world_size, gpu_bytes, os.environ)
+    errors = check_modes(config)
+    if rollout.servers:
+        return errors
+    errors += check_servers(config, architecture)
+    if server_device(config) == "cuda" and config.parallel.device != "cpu":
+        errors += check_cards(rollout, server_gpus(rollout.server, os.environ), world_size, os.environ)
+    return errors
 
 
 def lacking_for_rollout(config: GPPOConfig) -> list[str]:

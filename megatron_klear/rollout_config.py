@@ -39,7 +39,7 @@ class ServerConfig(Settings):
     memory_share: float = Field(default=0.9, gt=0, le=1)
     """Share of a GPU that a server may fill, weights and cache."""
     max_sequences: PositiveInt = 256
-    """Sequences that one server decodes at once."""
+    """Sequences that one server decodes at once; requests in its hands are fewer where its cache holds fewer."""
     eager: bool | None = None
     """No compilation and no CUDA graphs; unset is true on the CPU, where compiling costs a minute."""
     host: str = "127.0.0.1"
@@ -79,12 +79,16 @@ class VLLMRolloutConfig(Settings):
     """Asynchronous: most rollout steps between the oldest policy that drew a token and the one trained."""
     max_groups_in_flight: PositiveInt | None = None
     """Asynchronous: groups under way at once; unset is what the staleness bound allows."""
-    request_seconds: float = Field(default=1800, gt=0)
-    """Longest wait for one response; then it is asked for elsewhere."""
+    request_seconds: float = Field(default=300, gt=0)
+    """Longest time that a server with requests draws no token; then they are asked for elsewhere. A response may take
+    as long as it takes while its server draws."""
     deadline_seconds: float = Field(default=3600, gt=0)
-    """Longest time a response is tried for over all servers; then its group is dropped and counted."""
+    """Longest time that a response makes no headway over all servers; then its group is dropped and counted."""
     max_dropped_share: float = Field(default=0.05, ge=0, le=1)
     """The run stops when more than this share of a step's groups was dropped."""
+    seed_requests: bool = True
+    """Seed every request, so that a server that is asked again draws the same; without it vLLM decodes a few per cent
+    faster, and a run with the same `seed` draws other responses each time."""
     probe_tolerance: float | None = Field(default=None, gt=0)
     """Mean difference of log-probs in nats between trainer and server on the probe after each sync; unset goes by
     precision."""

@@ -120,12 +120,14 @@ def start_gppo(argv: Sequence[str] | None = None, *, description: str = "") -> G
     world_size = command.planned_processes or int(os.environ.get("WORLD_SIZE", "1"))
     architecture, note = _model_of(command)
     planning = check_layout(config, architecture, world_size)
-    problems = [*check_packages(config, lambda module: True), *check_rollout(config, architecture)]
+    gpu_bytes = smallest_gpu_bytes()
+    rollout = check_rollout(config, architecture, world_size, gpu_bytes=gpu_bytes)
+    problems = [*check_packages(config, lambda module: True), *rollout]
     lacking = [*check_prompt_files(config), *lacking_for_rollout(config)]
     problems = [problem for problem in problems if problem not in lacking]
     lacking += [problem for problem in check_packages(config) if problem not in problems]
     if command.dry_run and not planning and os.environ.get("RANK", "0") == "0":
-        print(note + describe_rl_plan(config, architecture, world_size, device_memory_bytes=smallest_gpu_bytes()))
+        print(note + describe_rl_plan(config, architecture, world_size, device_memory_bytes=gpu_bytes))
     _refuse_or_end(command, [*planning, *problems], lacking)
     return GPPOStart(config=config, architecture=architecture, world_size=world_size)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_klear.errors import UserError
 from megatron_klear.rollout.client import Portal, ServerClient
 from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest
-from megatron_klear.rollout.fleet import Limits
+from megatron_klear.rollout.member import Limits
 from megatron_klear.rollout.transfer import TransferFailed
 from megatron_klear.rollout.vllm import VLLMEngine
 from megatron_klear.rollout_config import VLLMRolloutConfig
@@ -98,6 +98,7 @@ class FakeServers:
         self.restarts: list[str] = []
         self.held: list[bool] = []
         self.looks_until_up = 0
+        self.happened: list[str] = []
         self.failure: UserError | None = None
         self.closed = False
 
@@ -107,6 +108,11 @@ class FakeServers:
             raise self.failure
         found, self.came_back = self.came_back, []
         return found
+
+    def notices(self) -> list[str]:
+        """What happened."""
+        told, self.happened = self.happened, []
+        return told
 
     def answered(self, address: str) -> None:
         """Note it."""

@@ -17,6 +17,7 @@ class FakeRollouts:
     """Draws nonsense. A request's tokens are of the versions that were held while it was under way."""
 
     is_submitter = True
+    last_progress = 0.0
 
     def __init__(self, seed: int, *, fail: float = 0.0, lose_weights: float = 0.0, slow: float = 0.5) -> None:
         """Shares: of requests that fail, of calls after which a server needs weights, of calls that deliver nothing."""
@@ -24,6 +25,7 @@ class FakeRollouts:
         self._fail, self._lose, self._slow = fail, lose_weights, slow
         self._waiting: list[tuple[GroupRequest, int]] = []
         self.version, self.needs_weights = -1, False
+        self.happened: list[str] = []
         self.submitted: list[tuple[str, int]] = []
         self.most_in_flight = self.syncs = 0
 
@@ -57,6 +59,10 @@ class FakeRollouts:
                 request, first = self._waiting.pop(self._random.randrange(len(self._waiting)))
                 finished.append(self._finished(request, first))
         return finished
+
+    def notices(self) -> list[str]:
+        told, self.happened = self.happened, []
+        return told
 
     def counters(self) -> dict[str, float]:
         return {"server_retries": 1.0, "groups_dropped": 0.0}

@@ -29,6 +29,7 @@ ANSWER_FAULTS = (
 )
 REFUSALS = ("oom", "refuse", "bad_gateway")
 CUTS = ("drop", "cut", "hang")
+# "stuck" draws half of its tokens and then nothing, until it is told to abort
 
 
 def token_after(context: Sequence[int]) -> tuple[int, float]:
@@ -59,11 +60,19 @@ class FakeServer:
         self.faults = faults or iter(())
         self.healthy = True
         self.control_faults: dict[str, str] = {}
-        """What goes wrong on other routes: "oom" or "hang" by path."""
+        """What goes wrong on other routes: "oom" or "hang" by path, with its options or without."""
         self.version = "default"
         self.requests: list[dict[str, Any]] = []
         self.control: list[str] = []
         self.running = self.most_running = 0
+        self.cache_tokens: int | None = None
+        self.has_metrics = True
+        self.drawn = 0
+        """Tokens, as the metrics tell them."""
+        self.aborted: list[str] = []
+        self._aborts: dict[str, asyncio.Event] = {}
+        self.drawn_asleep = 0
+        """Requests that came while weights or cache slept."""
         self.api_key: str | None = None
         self.start()
 
@@ -80,6 +89,8 @@ class FakeServer:
     def start(self) -> None:
         """Listen; a server started again has lost its weights and keeps its port."""
         self.version = "default"
+        self.asleep: set[str] = set()
+        """What sleeps: weights, kv_cache."""
         self._connections: set[Any] = set()
         self._portal = Portal()
         self._portal.run(self._listen(), 10)
@@ -107,6 +118,8 @@ class FakeServer:
         app = web.Application(middlewares=[self._around], client_max_size=1 << 28)
         app.router.add_get("/health", self._health)
         app.router.add_get("/weight_info", self._weight_info)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_post("/inference/v1/abort_requests", self._abort)
         app.router.add_post("/inference/v1/generate", self._generate)
         for path in ("/pause", "/resume", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights"):
             app.router.add_post(path, self._control)
@@ -129,7 +142,7 @@ class FakeServer:
         self._connections.add(request.transport)
         if self.api_key is not None and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        fault = self.control_faults.get(request.path)
+        fault = self.control_faults.get(request.path) or self.control_faults.get(_with_options(request))
         if fault == "hang":
             await asyncio.sleep(3600)
         elif fault is not None:
@@ -144,10 +157,29 @@ class FakeServer:
     async def _weight_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.version})
 
+    async def _metrics(self, request: web.Request) -> web.Response:
+        if not self.has_metrics:
+            return web.Response(status=404)
+        lines = [f'vllm:generation_tokens_total{{engine="0",model_name="policy"}} {float(self.drawn)}']
+        if self.cache_tokens is not None:
+            lines.append(f'vllm:cache_config_info{{block_size="16",kv_cache_size_tokens="{self.cache_tokens}"}} 1.0')
+        return web.Response(text="\n".join(lines) + "\n")
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        for name in (await request.json())["request_ids"]:
+            self.aborted.append(name)
+            if name in self._aborts:
+                self._aborts[name].set()
+        return web.Response()
+
     async def _control(self, request: web.Request) -> web.Response:
         text = await request.text()
         body = json.loads(text) if text else {}
-        self.control.append(request.path + "".join(f" {value}" for value in request.query.values()))
+        self.control.append(_with_options(request))
+        if request.path == "/sleep":
+            self.asleep = {"weights", "kv_cache"}
+        elif request.path == "/wake_up":
+            self.asleep -= set(request.query.getall("tags", ["weights", "kv_cache"]))
         if request.path == "/pause":
             self._going.clear()
         elif request.path == "/resume":
@@ -161,16 +193,22 @@ class FakeServer:
         parameters = body["sampling_params"]
         if "prompt_logprobs" in parameters:
             return web.json_response({"prompt_logprobs": _of_prompt(body["token_ids"]), "choices": []})
+        self.drawn_asleep += bool(self.asleep)
         fault = next(self.faults, "")
         self.requests.append(body | {"fault": fault})
+        name = f"generate-tokens-{body.get('request_id', 'x')}"
+        self._aborts[name] = stop = asyncio.Event()
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
-            return await self._answer(request, body["token_ids"], parameters["max_tokens"], fault)
+            return await self._answer(request, body["token_ids"], parameters["max_tokens"], fault, stop)
         finally:
+            del self._aborts[name]
             self.running -= 1
 
-    async def _answer(self, request: web.Request, prompt: list[int], length: int, fault: str) -> web.StreamResponse:
+    async def _answer(
+        self, request: web.Request, prompt: list[int], length: int, fault: str, stop: asyncio.Event
+    ) -> web.StreamResponse:
         if fault == "hang":
             await asyncio.sleep(3600)
         if fault == "oom":
@@ -184,8 +222,8 @@ class FakeServer:
             assert request.transport is not None
             request.transport.abort()
             return web.Response()
-        answer = await self._draw(prompt, length, aborted=fault == "abort")
-        text = json.dumps(answer if fault in ("", "abort", "cut", "slow") else spoilt(answer, fault))
+        answer = await self._draw(prompt, length, fault, stop)
+        text = json.dumps(answer if fault in ("", "abort", "stuck", "cut", "slow") else spoilt(answer, fault))
         if fault == "not_json":
             text = "<html>busy</html>"
         if fault == "slow":
@@ -199,18 +237,24 @@ class FakeServer:
             return response
         return web.Response(text=text, content_type="application/json")
 
-    async def _draw(self, prompt: list[int], length: int, *, aborted: bool) -> dict[str, Any]:
+    async def _draw(self, prompt: list[int], length: int, fault: str, stop: asyncio.Event) -> dict[str, Any]:
         tokens, logprobs, finish = response_to(prompt, length)
-        if aborted:
+        if fault in ("abort", "stuck"):
             tokens, logprobs, finish = tokens[: len(tokens) // 2], logprobs[: len(tokens) // 2], "abort"
         spans: list[dict[str, Any]] = []
         for place in range(len(tokens)):
             if self.token_seconds:
                 await asyncio.sleep(self.token_seconds)
             await self._going.wait()
+            if stop.is_set():
+                tokens, logprobs, finish = tokens[:place], logprobs[:place], "abort"
+                break
+            self.drawn += 1
             if not spans or spans[-1]["version"] != self.version:
                 spans.append({"version": self.version, "start": place, "end": place})
             spans[-1]["end"] = place + 1
+        if fault == "stuck":
+            await stop.wait()
         content = [
             {"token_id": token, "logprob": logprob, "rank": 1, "top_logprobs": []}
             for token, logprob in zip(tokens, logprobs, strict=True)
@@ -255,6 +299,10 @@ def spoilt(answer: dict[str, Any], fault: str) -> Any:
     elif fault in ("started_anew", "newer", "older"):
         last["version"] = {"started_anew": "default", "newer": "1000", "older": "0"}[fault]
     return answer
+
+
+def _with_options(request: web.Request) -> str:
+    return request.path + "".join(f" {value}" for value in request.query.values())
 
 
 def _of_prompt(tokens: list[int]) -> list[dict[str, dict[str, float]] | None]:

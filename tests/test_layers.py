@@ -37,6 +37,7 @@ SETTINGS = {
     "estimate",
     "checks",
     "rollout_checks",
+    "rollout_placement",
     "start",
 }
 ENGINES = {"mcore", "rollout"}
@@ -65,6 +66,7 @@ WITHOUT_TORCH = [
     "estimate",
     "checks",
     "rollout_checks",
+    "rollout_placement",
     "start",
     "rewards",
     "data.packing",

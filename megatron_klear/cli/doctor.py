@@ -274,6 +274,7 @@ def config_problems(path: Path, findings: dict[str, Finding], processes: int | N
     from megatron_klear.errors import UserError
     from megatron_klear.rl_config import GPPOConfig
     from megatron_klear.rollout_checks import check_rollout
+    from megatron_klear.start import smallest_gpu_bytes
 
     try:
         config = read_config(path)
@@ -293,7 +294,8 @@ def config_problems(path: Path, findings: dict[str, Finding], processes: int | N
             shape = read_architecture(config.model.path)
             plan = checks.check_plan(sft, shape, world_size) if sft else checks.check_layout(config, shape, world_size)
             problems += plan
-            problems += check_rollout(config, shape) if isinstance(config, GPPOConfig) else []
+            if isinstance(config, GPPOConfig):
+                problems += check_rollout(config, shape, world_size, gpu_bytes=smallest_gpu_bytes())
         return problems
     except UserError as error:
         return getattr(error, "problems", [str(error)])

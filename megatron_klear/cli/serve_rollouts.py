@@ -13,6 +13,7 @@ healthy it prints their addresses, which the run is given as `rollout.servers`. 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import sys
@@ -82,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert isinstance(rollout, VLLMRolloutConfig)
     server = rollout.server
     with exit_on_error():
-        commands = run_commands(config, architecture, choose_ports(server.port, server.count))
+        key = os.environ.get(rollout.api_key_variable) or None
+        commands = run_commands(config, architecture, choose_ports(server.port, server.count), api_key=key)
         if shown_only:
             print("\n".join(command.shown() for command in commands))
             return 0

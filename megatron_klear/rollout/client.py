@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_klear.rollout.answers import ForeignWeights, Malformed, read_completion, read_prompt_logprobs
+from megatron_klear.rollout.server_metrics import ServerLoad, read_metrics
 from megatron_klear.types import VersionSpan
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ Result = TypeVar("Result")
 PauseMode = Literal["abort", "wait", "keep"]
 
 _GENERATE = "/inference/v1/generate"
+_REQUEST_PREFIX = "generate-tokens-"  # what vLLM puts before a request's own id
 _HEALTH_SECONDS = 5.0
 _CONNECT_SECONDS = 10.0
 # Below the 5 s after which the server closes an idle connection: else a request may go out on one just closed.
@@ -106,34 +108,54 @@ class ServerClient:
         label = answer.get("weight_version") if isinstance(answer, dict) else None
         return label if isinstance(label, str) else None
 
+    async def load(self, timeout_seconds: float = _HEALTH_SECONDS) -> ServerLoad | None:
+        """What the server has computed so far and can hold; None where it does not say."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+            async with self._session.get(self.url + "/metrics", headers=self._headers, timeout=timeout) as response:
+                return read_metrics(await response.text()) if response.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+            return None
+
+    async def abort(self, request_id: str, timeout_seconds: float = _HEALTH_SECONDS) -> None:
+        """Have the server answer a request to `generate` with what it has drawn so far."""
+        body = {"request_ids": [_REQUEST_PREFIX + request_id]}
+        await self.post("/inference/v1/abort_requests", body, timeout_seconds=timeout_seconds)
+
     async def generate(
         self,
         tokens: Sequence[int] | npt.NDArray[np.int32],
         *,
         sampling: SamplingConfig,
-        seed: int,
+        seed: int | None,
         stop_token_ids: Iterable[int],
-        timeout_seconds: float,
+        timeout_seconds: float | None = None,
+        request_id: str | None = None,
     ) -> Completion:
         """Draw one response to `tokens`, of at most `sampling.max_tokens`.
+
+        It may take as long as it takes where no timeout is given; `request_id` is its name for `abort`.
 
         It ends at `stop_token_ids` and those of `sampling` alone, whatever the model's own settings say. Raises
         ServerError, and GarbageAnswer where the answer cannot be a sample.
         """
         stop = sorted({*stop_token_ids, *sampling.stop_token_ids})
-        parameters = {
+        parameters: dict[str, Any] = {
             "n": 1,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "max_tokens": sampling.max_tokens,
-            "seed": seed,
             "logprobs": 0,
             "stop_token_ids": stop,
             "ignore_eos": True,  # the stop tokens above are all there are
             "detokenize": False,
         }
-        body = {"token_ids": [int(token) for token in tokens], "sampling_params": parameters}
+        if seed is not None:
+            parameters["seed"] = seed
+        body: dict[str, Any] = {"token_ids": [int(token) for token in tokens], "sampling_params": parameters}
+        if request_id is not None:
+            body["request_id"] = request_id
         answer = await self.post(_GENERATE, body, timeout_seconds=timeout_seconds)
         try:
             read = read_completion(
@@ -166,14 +188,16 @@ class ServerClient:
             raise GarbageAnswer(self.url, _GENERATE, 200, str(error)) from None
 
     async def post(
-        self, path: str, json: Any = None, params: dict[str, Any] | None = None, timeout_seconds: float = 300
+        self, path: str, json: Any = None, params: dict[str, Any] | None = None, timeout_seconds: float | None = 300
     ) -> Any:
         """The decoded JSON answer, None where it is empty.
 
         Raises ServerError for any status but 200, for no whole answer within the timeout, and GarbageAnswer where the
         answer is not JSON.
         """
-        timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=min(timeout_seconds, _CONNECT_SECONDS))
+        timeout = aiohttp.ClientTimeout(
+            total=timeout_seconds, sock_connect=min(timeout_seconds or _CONNECT_SECONDS, _CONNECT_SECONDS)
+        )
         try:
             async with self._session.post(
                 self.url + path, json=json, params=params, headers=self._headers, timeout=timeout
@@ -183,7 +207,9 @@ class ServerClient:
                     raise ServerError(self.url, path, response.status, body.decode(errors="replace"))
                 return await response.json(content_type=None) if body else None
         except TimeoutError:
-            raise ServerError(self.url, path, None, f"nothing within {timeout_seconds:g} s") from None
+            raise ServerError(
+                self.url, path, None, f"nothing within {timeout_seconds or _CONNECT_SECONDS:g} s"
+            ) from None
         except (aiohttp.ClientError, OSError) as error:
             raise ServerError(self.url, path, None, f"{type(error).__name__}: {error}") from None
         except (ValueError, RecursionError) as error:

@@ -120,6 +120,15 @@ class BackgroundRollouts(RolloutEngine, Protocol):
         """Requests submitted and not taken yet."""
         ...
 
+    def notices(self) -> list[str]:
+        """What happened to the run's own servers since the last call, in words; the submitting rank's."""
+        ...
+
+    @property
+    def last_progress(self) -> float:
+        """When a response was last seen to grow, by time.monotonic; 0 where that is not known."""
+        ...
+
     @property
     def needs_weights(self) -> bool:
         """Whether a server came back without the present weights; it gets no requests until the next `load_weights`."""

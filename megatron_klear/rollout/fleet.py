@@ -10,12 +10,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
-from megatron_klear.rollout.client import Completion, ServerClient, ServerError, WrongWeights
+from megatron_klear.rollout.client import ServerClient, ServerError, WrongWeights
+from megatron_klear.rollout.member import NO_WEIGHTS, Limits, ManagedServers, Member
 
-NO_WEIGHTS = -1
 _LOG = logging.getLogger(__name__)
 
 
@@ -25,78 +25,6 @@ class Withdrawn(ServerError):
 
 class NoServer(Exception):
     """No server took the request in time; the message says why."""
-
-
-class ManagedServers(Protocol):
-    """Servers that the run has started itself."""
-
-    def poll(self) -> list[str]:
-        """Addresses that came back since the last call, without the present weights."""
-        ...
-
-    def answered(self, address: str) -> None:
-        """A good answer came from there."""
-        ...
-
-    def restart(self, address: str) -> None:
-        """Start it anew: it hangs."""
-        ...
-
-    @property
-    def starting(self) -> bool:
-        """Whether one is on its way up."""
-        ...
-
-    def hold(self) -> None:
-        """Start none that died, until `release`."""
-        ...
-
-    def release(self) -> None:
-        """Start those that died again."""
-        ...
-
-    def close(self) -> None:
-        """End them."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """How long things may take, and how often they may fail."""
-
-    request_seconds: float
-    """Longest wait for one answer."""
-    deadline_seconds: float
-    """Longest time over all attempts, and longest time without any server."""
-    requests_per_server: int
-    """Requests that one server has at once; more would only queue there, against `request_seconds`."""
-    health_seconds: float = 10.0
-    """Longest wait for a sign of health."""
-    tick_seconds: float = 1.0
-    """Time between two looks at a server."""
-    backoff_seconds: float = 0.2
-    """Wait before the second attempt, doubled for each further one, and time aside of a server that fails."""
-    max_backoff_seconds: float = 15.0
-    strikes: int = 3
-    """Failures in a row, or missed signs of health, that put a server aside."""
-    max_unsound: int = 12
-    """Attempts of one sample that may end in a refusal or in garbage."""
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class Member:
-    """One server as the run sees it."""
-
-    client: ServerClient
-    version: int = NO_WEIGHTS
-    alive: bool = True
-    failures: int = 0
-    misses: int = 0
-    times_aside: int = 0
-    back_at: float = 0.0
-    requests: int = 0
-    tokens: int = 0
-    attempts: set[asyncio.Task[Completion]] = field(default_factory=set)
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -125,7 +53,7 @@ class Fleet:
         self.hung: set[str] = set()
         """Addresses that stopped to give signs of life since `hear_of`."""
         self._waiting: deque[_Waiter] = deque()
-        self._last_usable = self._last_alive = time.monotonic()
+        self._last_usable = self._last_alive = self._resumed_at = time.monotonic()
         self._tasks: list[asyncio.Task[None]] = []
         self._helpers: set[asyncio.Task[None]] = set()
 
@@ -191,7 +119,31 @@ class Fleet:
     def succeeded(self, member: Member) -> None:
         """The member answered as it should."""
         member.failures = member.times_aside = 0
+        member.progress_at = time.monotonic()
         self.answered.add(member.client.url)
+
+    def stalled(self, member: Member, since: float) -> bool:
+        """Whether the member has drawn nothing for `request_seconds`, of requests that it has had since `since`."""
+        return not self.updating and time.monotonic() - self.progress_of(member, since) > self.limits.request_seconds
+
+    def progress_of(self, member: Member, since: float) -> float:
+        """When the member last made progress, or `since`. Behind a router it may have been any of them."""
+        behind = self.members if member is self.router else ()
+        return max(since, self._resumed_at, member.progress_at, *(other.progress_at for other in behind))
+
+    @property
+    def last_progress(self) -> float:
+        """When any of them was last seen to make progress, by time.monotonic."""
+        return max((member.progress_at for member in [*self.members, *self._targets()]), default=0.0)
+
+    async def look_at_load(self, member: Member) -> None:
+        """Ask a server what it has computed and can hold."""
+        load = await member.client.load(self.limits.health_seconds)
+        if load is None:
+            return
+        if load.tokens != member.computed:
+            member.computed, member.progress_at = load.tokens, time.monotonic()
+        member.cache_tokens = load.cache_tokens
 
     def failed(self, member: Member, error: ServerError) -> None:
         """The member did not answer as it should; several times in a row put it aside for a while."""
@@ -249,6 +201,7 @@ class Fleet:
             else:
                 self.lose(member)
         self.updating = False
+        self._resumed_at = time.monotonic()
         self._hand_out()
 
     def forget_weights(self) -> None:
@@ -256,7 +209,7 @@ class Fleet:
         self.version = NO_WEIGHTS
 
     def _current(self, member: Member) -> bool:
-        return self.version >= 0 and member.version == self.version
+        return self.version >= 0 and member.version == self.version and not member.asleep
 
     def _any_alive(self) -> bool:
         return any(member.alive for member in self.members) and (self.router is None or self.router.alive)
@@ -278,7 +231,7 @@ class Fleet:
         usable = self._usable()
         while self._waiting:
             waiter = self._waiting[0]
-            free = [member for member in usable if member.requests < limit]
+            free = [member for member in usable if member.requests < limit and self._holds(member, waiter.tokens)]
             if not waiter.place.done() and not free:
                 return
             self._waiting.popleft()
@@ -289,6 +242,14 @@ class Fleet:
             member.requests += 1
             member.tokens += waiter.tokens
             waiter.place.set_result(member)
+
+    def _holds(self, member: Member, tokens: int) -> bool:
+        """Whether the member's cache has room for so many more tokens; what has none would only wait there."""
+        behind = self.members if member is self.router else [member]
+        sizes = [one.cache_tokens for one in behind]
+        if not member.requests or None in sizes:
+            return True
+        return member.tokens + tokens <= sum(size for size in sizes if size is not None)
 
     async def _expire_for_ever(self) -> None:
         while True:
@@ -310,7 +271,7 @@ class Fleet:
         states = []
         for member in self.members:
             state = "away" if not member.alive else "busy" if self._current(member) else "without the present weights"
-            states.append(f"{member.client.url} is {state}")
+            states.append(f"{member.client.url} is {state}" + (", asleep at least in part" if member.asleep else ""))
         return "; ".join(states)
 
     async def _watch(self, member: Member) -> None:
@@ -328,6 +289,13 @@ class Fleet:
             member.misses = 0
             if not member.alive:
                 await self._welcome(member)
+            elif self._owes_progress(member):
+                await self.look_at_load(member)
+
+    def _owes_progress(self, member: Member) -> bool:
+        # Only where no answer has shown it for a while: servers take their time to write their metrics.
+        busy = member.requests or (self.router is not None and self.router.requests)
+        return bool(busy) and time.monotonic() - member.progress_at > self.limits.request_seconds / 4
 
     async def _welcome(self, member: Member) -> None:
         """Take a server back that answers again; one that was started anew has lost its weights."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -42,9 +44,13 @@ def open_vllm(
     def addresses() -> list[str]:
         if rollout.servers:
             return list(rollout.servers)
-        started.append(_start_servers(config, rollout, architecture))
+        started.append(_start_servers(config, rollout, architecture, key))
         return list(started[0].addresses)
 
+    # Whoever reaches a server can replace its weights and, with cuda_ipc, run code in it, other users of this machine
+    # included: servers without a key of the user's get one that nobody else knows. It is in no log and on no command
+    # line, and not in this process's environment either, which workers inherit.
+    key = os.environ.get(rollout.api_key_variable) or (None if rollout.servers else secrets.token_urlsafe(32))
     found = from_first_rank(addresses)
     servers = started[0] if started else None
     try:
@@ -58,6 +64,7 @@ def open_vllm(
             vocab_size=architecture.vocab_size,
             dtype=dtype,
             rank=rank,
+            api_key=key,
             servers=servers,
         )
     except BaseException:
@@ -66,13 +73,15 @@ def open_vllm(
         raise
 
 
-def _start_servers(config: GPPOConfig, rollout: VLLMRolloutConfig, architecture: Architecture) -> Servers:
+def _start_servers(
+    config: GPPOConfig, rollout: VLLMRolloutConfig, architecture: Architecture, key: str | None
+) -> Servers:
     from megatron_klear.rollout.server_command import run_commands
     from megatron_klear.rollout.servers import Servers, choose_ports
 
     server = rollout.server
     servers = Servers(
-        run_commands(config, architecture, choose_ports(server.port, server.count)),
+        run_commands(config, architecture, choose_ports(server.port, server.count), api_key=key),
         folder=config.output / "servers",
         startup_seconds=server.startup_seconds,
         max_restarts=server.max_restarts,

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ class ServerCommand:
     """One server: what to run, the variables that are set for it, and where it will listen."""
 
     arguments: tuple[str, ...]
-    variables: Mapping[str, str]
+    variables: Mapping[str, str] = field(repr=False)  # the key is among them
     """Set on top of what the caller's environment hands on."""
     dropped: tuple[str, ...]
     """Variables that the server must not inherit."""
@@ -170,8 +170,10 @@ def _variables(
     return variables
 
 
-def run_commands(config: GPPOConfig, architecture: Architecture, ports: list[int]) -> list[ServerCommand]:
-    """The servers that a run starts on this machine, one on each port.
+def run_commands(
+    config: GPPOConfig, architecture: Architecture, ports: list[int], *, api_key: str | None
+) -> list[ServerCommand]:
+    """The servers that a run starts on this machine, one on each port, which want `api_key` where it is given.
 
     The run must have passed `rollout_checks.check_servers`.
     """
@@ -188,7 +190,7 @@ def run_commands(config: GPPOConfig, architecture: Architecture, ports: list[int
             index=index,
             port=port,
             seed=config.seed,
-            api_key=os.environ.get(rollout.api_key_variable) or None,
+            api_key=api_key,
             gpus=server_gpus(rollout.server, os.environ) if device == "cuda" else (),
         )
         for index, port in enumerate(ports)

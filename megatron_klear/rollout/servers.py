@@ -1,6 +1,6 @@
 """Starts vLLM servers, waits until they are healthy, starts again those that die, and ends them with the run.
 
-    servers = Servers(run_commands(config, architecture, choose_ports(0, 2)), folder=output / "servers")
+    servers = Servers(run_commands(config, architecture, choose_ports(0, 2), api_key=None), folder=output / "servers")
     servers.start()
     ...
     for address in servers.poll(): ...      # came back without the present weights
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -36,6 +37,7 @@ _HEALTH_TIMEOUT_SECONDS = 5.0
 _GRACE_SECONDS = 10.0  # for a server to end by itself after SIGTERM
 _LONGEST_PAUSE_SECONDS = 30.0
 _TAIL_LINES = 40
+_MOST_NOTICES = 100
 # Below the range that systems hand out to outgoing connections, which could take a port while its server restarts.
 _PORTS = range(20000, 32000)
 
@@ -89,7 +91,7 @@ class Servers:
         self._max_restarts = max_restarts
         self._lock = threading.Lock()
         self._came_back: list[str] = []
-        self._notices: list[str] = []
+        self._notices: deque[str] = deque(maxlen=_MOST_NOTICES)
         self._failure: ServersError | None = None
         self._ending = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -152,9 +154,10 @@ class Servers:
             return came_back
 
     def notices(self) -> list[str]:
-        """What happened to servers since the last call, in words."""
+        """What happened to servers since the last call, in words; of very much, the last."""
         with self._lock:
-            notices, self._notices = self._notices, []
+            notices = list(self._notices)
+            self._notices.clear()
             return notices
 
     def answered(self, address: str) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
-import functools
-import os
 import queue
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +16,12 @@ import torch
 from torch import Tensor
 
 from megatron_klear.errors import UserError
-from megatron_klear.rollout.client import Portal, ServerClient, ServerError, open_session
+from megatron_klear.rollout.client import Portal, ServerClient, open_session
 from megatron_klear.rollout.dispatch import Dispatcher, Drawn
 from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest, group_of, told_apart
-from megatron_klear.rollout.fleet import Fleet, Limits, ManagedServers, Member
+from megatron_klear.rollout.fleet import Fleet
+from megatron_klear.rollout.fleet_control import CONTROL_SECONDS, LOOK_SECONDS, SIGN_OF_LIFE_SECONDS, FleetControl
+from megatron_klear.rollout.member import Limits, ManagedServers, Member
 from megatron_klear.rollout.ranks import from_first_rank, same_outcome
 from megatron_klear.types import Group, Prompt
 
@@ -31,14 +30,7 @@ if TYPE_CHECKING:
     from megatron_klear.rollout.transfer import WeightTransport
     from megatron_klear.rollout_config import VLLMRolloutConfig
 
-Result = TypeVar("Result")
-
-_LOOK_SECONDS = 0.2
-# Other ranks wait for the first in a broadcast, which has a time limit of its own.
-_SIGN_OF_LIFE_SECONDS = 20.0
 _FRUITLESS_UPDATES = 5
-_CONTROL_SECONDS = 120.0
-_RESUME_SECONDS = 20.0
 
 
 class WeightsNeeded(UserError):
@@ -59,23 +51,23 @@ class VLLMEngine:
         vocab_size: int,
         dtype: torch.dtype,
         rank: int = 0,
+        api_key: str | None = None,
         servers: ManagedServers | None = None,
         limits: Limits | None = None,
     ) -> None:
         """Connect to the servers at `addresses`, and watch over `servers` where the run started them itself.
 
         `decode` turns token ids into text, special tokens included; `stop_token_ids` end a response, besides those of
-        the sampling; `dtype` is the servers'. `addresses` and `servers` are rank 0's, and are taken over: `close` ends
-        them.
+        the sampling; `dtype` is the servers'; `api_key` is for requests to them. `addresses`, the key and `servers` are
+        rank 0's, and are taken over: `close` ends them.
         """
         self._config, self._transport, self._servers = config, transport, servers
         self._decode, self._dtype, self._rank = decode, dtype, rank
         self._stop = frozenset(stop_token_ids)
         self._finished: queue.SimpleQueue[Future[Drawn]] = queue.SimpleQueue()
         self._in_flight = self._fruitless = 0
-        self._asleep = self._closed = False
+        self._closed = False
         self._portal: Portal | None = None
-        self._paused: list[Member] = []
         if rank == 0:
             self._limits = limits or Limits(
                 request_seconds=config.request_seconds,
@@ -83,7 +75,10 @@ class VLLMEngine:
                 requests_per_server=config.server.max_sequences,
             )
             self._portal = Portal()
-            self._fleet, self._dispatcher = self._portal.run(self._connect(addresses, sorted(self._stop), vocab_size))
+            self._fleet, self._dispatcher = self._portal.run(
+                self._connect(addresses, sorted(self._stop), vocab_size, api_key)
+            )
+            self._control = FleetControl(self._fleet, self._portal, servers)
         atexit.register(self.close)
 
     @property
@@ -101,6 +96,15 @@ class VLLMEngine:
         """Requests submitted and not taken yet."""
         return self._in_flight
 
+    def notices(self) -> list[str]:
+        """What happened to servers that the run started since the last call, in words; rank 0's."""
+        return self._servers.notices() if self._servers is not None else []
+
+    @property
+    def last_progress(self) -> float:
+        """When a server was last seen to draw, by time.monotonic; rank 0 knows."""
+        return self._fleet.last_progress if self._portal is not None else 0.0
+
     @property
     def needs_weights(self) -> bool:
         """Whether a server that answers is without the present weights; rank 0 knows, the others say no."""
@@ -113,9 +117,10 @@ class VLLMEngine:
         none took them that is all of them, and the checksums are empty. Raises UserError on every rank where no server
         answers within `deadline_seconds`, or none takes the weights time and again.
         """
-        if self._asleep and self._servers is not None:
-            self._servers.release()
-        members = same_outcome(lambda: self._prepare(version) if self._portal else [])
+        until = time.monotonic() + (self._limits.deadline_seconds if self._portal else 0)
+        members: list[Member] = []
+        while not from_first_rank(lambda: self._prepare(version, members, until)):
+            pass
         checksums = same_outcome(lambda: self._send(weights, version, members))
         return from_first_rank(lambda: checksums)
 
@@ -138,8 +143,8 @@ class VLLMEngine:
         until = time.monotonic() + timeout_seconds
         found: list[FinishedGroup] = []
         while not found:
-            self._look_after_servers()
-            seconds = min(_LOOK_SECONDS, until - time.monotonic()) if self._in_flight else 0
+            self._control.look_after()
+            seconds = min(LOOK_SECONDS, until - time.monotonic()) if self._in_flight else 0
             with contextlib.suppress(queue.Empty):
                 found.append(self._as_finished(self._finished.get(timeout=max(0.0, seconds))))
             if time.monotonic() >= until or not self._in_flight:
@@ -177,7 +182,7 @@ class VLLMEngine:
         """Attempts that failed and groups that were dropped since the last call; 0 on other ranks than the first."""
         if self._portal is None:
             return {"server_retries": 0.0, "groups_dropped": 0.0}
-        return self._on_loop(self._dispatcher.take_counters)
+        return self._control.on_loop(self._dispatcher.take_counters)
 
     def sleep(self) -> None:
         """Have servers on the trainer's own cards give back weights and cache; others go on.
@@ -186,7 +191,7 @@ class VLLMEngine:
         dies in its sleep is down until the next weights. Raises UserError on every rank where servers die for good.
         """
         if self._transport.needs_shared_device:
-            while not from_first_rank(self._fall_asleep):
+            while not from_first_rank(lambda: self._control.fall_asleep()):
                 pass
 
     def close(self) -> None:
@@ -205,36 +210,17 @@ class VLLMEngine:
             if self._servers is not None:
                 self._servers.close()
 
-    def _fall_asleep(self) -> bool:
-        """Whether all sleep that can; not yet while a server starts."""
-        servers, until = self._servers, time.monotonic() + _SIGN_OF_LIFE_SECONDS
-        if self._asleep:
-            return True
-        self._on_loop(self._fleet.forget_weights)
-        if servers is not None:
-            servers.hold()
-            while servers.starting:
-                self._look_after_servers()
-                if time.monotonic() > until:
-                    return False
-                time.sleep(_LOOK_SECONDS)
-        asleep = self._each(self._fleet.members, lambda client: client.sleep(2, _CONTROL_SECONDS))
-        if servers is not None:
-            for member in set(self._fleet.members).difference(asleep):
-                servers.restart(member.client.url)
-        self._asleep = True
-        return True
-
-    async def _connect(self, addresses: Sequence[str], stop: Sequence[int], vocab: int) -> tuple[Fleet, Dispatcher]:
+    async def _connect(
+        self, addresses: Sequence[str], stop: Sequence[int], vocab: int, key: str | None
+    ) -> tuple[Fleet, Dispatcher]:
         self._session = session = open_session(len(addresses) * self._limits.requests_per_server)
-        key = os.environ.get(self._config.api_key_variable) or None
         clients = [ServerClient(url, session=session, api_key=key, vocab_size=vocab) for url in addresses]
         router = None
         if self._config.router is not None:
             router = ServerClient(self._config.router, session=session, api_key=key, vocab_size=vocab)
         fleet = Fleet(clients, self._limits, router=router)
         fleet.start()
-        return fleet, Dispatcher(fleet, stop_token_ids=stop)
+        return fleet, Dispatcher(fleet, stop_token_ids=stop, seeded=self._config.seed_requests)
 
     async def _disconnect(self) -> None:
         self._fleet.stop()
@@ -245,35 +231,21 @@ class VLLMEngine:
             raise RuntimeError("submit and take are for the rank where is_submitter is true")
         return self._portal
 
-    def _prepare(self, version: int) -> list[Member]:
-        """Pause and attach every server that answers; those who fail are left out."""
-        until = time.monotonic() + self._limits.deadline_seconds
+    def _prepare(self, version: int, members: list[Member], until: float) -> bool:
+        """Add to `members` who takes part in a sync; False where nobody is ready yet, for ranks to meet meanwhile."""
+        look_until = time.monotonic() + SIGN_OF_LIFE_SECONDS
         while True:
-            self._look_after_servers()
-            members = self._on_loop(lambda: self._fleet.begin_update(version))
-            self._paused = members
-            try:
-                ready = self._attach(members)
-            except BaseException:
-                self._end_update([])
-                raise
-            if ready:
-                return ready
-            self._end_update([])
+            members += self._control.begin(version, self._transport)
+            if members:
+                return True
             if time.monotonic() > until:
                 raise UserError(
                     f"no rollout server took part in sync {version} within rollout.deadline_seconds "
                     f"{self._limits.deadline_seconds:g}: {self._fleet.states()}"
                 )
-            time.sleep(_LOOK_SECONDS)
-
-    def _attach(self, members: Sequence[Member]) -> list[Member]:
-        while self._fleet.restarted:
-            self._transport.detach(self._fleet.restarted.pop())
-        if self._asleep:
-            members = self._each(members, lambda client: client.wake_up(["weights"], _CONTROL_SECONDS))
-        members = self._each(members, lambda client: client.pause("keep", _CONTROL_SECONDS))
-        return self._each(members, lambda client: self._transport.attach([client]))
+            if time.monotonic() > look_until:
+                return False
+            time.sleep(LOOK_SECONDS)
 
     def _send(self, weights: Iterable[tuple[str, Tensor]], version: int, members: Sequence[Member]) -> Checksums:
         if self._portal is None:
@@ -290,73 +262,36 @@ class VLLMEngine:
             why = failure.failures if failure is not None else {}
             told = {holder.partition(" ")[0] for holder in checksums}
             holders = [member for member in members if member.client.url in told]
-            self._put_aside(
+            self._control.put_aside(
                 {
                     member: f"it did not get all weights: {why.get(member.client.url, 'the update broke off')}"
                     for member in members
                     if member not in holders
                 }
             )
-            self._end_update(holders)
-        self._fruitless = 0 if holders else self._fruitless + 1
+            ready = self._control.end(holders)
+        self._fruitless = 0 if ready else self._fruitless + 1
         if self._fruitless >= _FRUITLESS_UPDATES:
-            raise failure or UserError(f"no rollout server took the weights of sync {version}")
+            raise failure or UserError(
+                f"no rollout server draws after sync {version}, tried {_FRUITLESS_UPDATES} times: "
+                f"{self._fleet.states()}"
+            )
         return checksums
-
-    def _end_update(self, holders: Sequence[Member]) -> None:
-        """Have the servers draw again; what others than `holders` were drawing is taken back before."""
-        if self._asleep and holders:
-            holders = self._each(holders, lambda client: client.wake_up(["kv_cache"], _CONTROL_SECONDS))
-            self._asleep = False
-        going = {member.client for member in holders}
-        self._on_loop(lambda: self._fleet.end_update(holders))
-        # One that does not hear it is told again when it gives a sign of life.
-        self._each(
-            self._paused,
-            lambda client: client.resume(_RESUME_SECONDS if client in going else self._limits.health_seconds),
-        )
-        self._paused = []
-
-    def _each(
-        self, members: Sequence[Member], call: Callable[[ServerClient], Coroutine[Any, Any, None]]
-    ) -> list[Member]:
-        """Those of the members whose server did it; the others are put aside, without weights."""
-
-        async def together() -> list[BaseException | None]:
-            return await asyncio.gather(*(call(member.client) for member in members), return_exceptions=True)
-
-        outcomes = self._only_rank().run(together())
-        failed: dict[Member, str] = {}
-        for member, outcome in zip(members, outcomes, strict=True):
-            if isinstance(outcome, ServerError):
-                failed[member] = str(outcome)
-            elif outcome is not None:
-                raise outcome
-        self._put_aside(failed)
-        return [member for member in members if member not in failed]
-
-    def _put_aside(self, members: Mapping[Member, str]) -> None:
-        def put() -> None:
-            for member, reason in members.items():
-                self._fleet.lose(member)
-                self._fleet.put_aside(member, reason)
-
-        self._on_loop(put)
 
     def _probe(self, tokens: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.float32]]:
         found: dict[str, npt.NDArray[np.float32]] = {}
 
         async def ask(client: ServerClient) -> None:
-            found[client.url] = await client.prompt_logprobs(tokens, _CONTROL_SECONDS)
+            found[client.url] = await client.prompt_logprobs(tokens, CONTROL_SECONDS)
 
-        self._each(self._fleet.holders(), ask)
+        self._control.each(self._fleet.holders(), ask)
         return found
 
     def _wait_for(self, drawing: Sequence[Future[Drawn]]) -> Literal["done", "weights", "wait"]:
-        until = time.monotonic() + _SIGN_OF_LIFE_SECONDS
+        until = time.monotonic() + SIGN_OF_LIFE_SECONDS
         while time.monotonic() < until:
-            self._look_after_servers()
-            if not wait(drawing, timeout=_LOOK_SECONDS).not_done:
+            self._control.look_after()
+            if not wait(drawing, timeout=LOOK_SECONDS).not_done:
                 return "done"
             if self._fleet.needs_weights and not self._fleet.can_draw:
                 return "weights"
@@ -379,19 +314,3 @@ class VLLMEngine:
         stop = self._stop.union(drawn.request.sampling.stop_token_ids)
         group = group_of(drawn.request.prompt, drawn.samples, self._decode, stop)
         return FinishedGroup(request=drawn.request, group=group)
-
-    def _look_after_servers(self) -> None:
-        fleet = self._fleet
-        if self._servers is not None:
-            self._on_loop(functools.partial(fleet.hear_of, self._servers))
-        if fleet.seconds_without_servers > self._limits.deadline_seconds:
-            raise UserError(
-                f"no rollout server has answered for rollout.deadline_seconds {self._limits.deadline_seconds:g}: "
-                f"{fleet.states()}"
-            )
-
-    def _on_loop(self, function: Callable[[], Result]) -> Result:
-        async def call() -> Result:
-            return function()
-
-        return self._only_rank().run(call())

@@ -26,7 +26,7 @@ from megatron_klear.start import GPPOStart
 from megatron_klear.train.arrival import send_weights
 from megatron_klear.train.gppo import resume, train
 from megatron_klear.train.grading import Grader, check_prompts
-from megatron_klear.train.log import Throughput, open_log
+from megatron_klear.train.log import RunLog, Throughput, open_log
 from megatron_klear.train.overlap import open_feed
 from megatron_klear.train.rollout_files import RolloutWriter
 from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, resolved_settings
@@ -84,7 +84,7 @@ def run(start: GPPOStart) -> None:
             for note in (stop.note, compare_with_transformers(engine) if checkpoint is None else ""):
                 if note:
                     log.say(f"note: {note}")
-            sampler = build_sampler(config, engine, rollouts)
+            sampler = build_sampler(config, engine, rollouts, log)
             feed = open_feed(config, sampler, prompts, grader, log)
             if checkpoint is not None:
                 resume(engine, feed, checkpoint)
@@ -140,7 +140,7 @@ def build_rollouts(
     )
 
 
-def build_sampler(config: GPPOConfig, engine: Engine, rollouts: RolloutEngine) -> Sampler:
+def build_sampler(config: GPPOConfig, engine: Engine, rollouts: RolloutEngine, log: RunLog) -> Sampler:
     """The rollout engine with the way to it, and the limits that `[rollout]` sets."""
     if not isinstance(config.rollout, VLLMRolloutConfig):
         return Sampler(rollouts, lambda version: send_weights(engine, rollouts, version))
@@ -150,6 +150,7 @@ def build_sampler(config: GPPOConfig, engine: Engine, rollouts: RolloutEngine) -
         lambda version: send_weights(engine, rollouts, version, tolerance=tolerance),
         patience_seconds=config.rollout.deadline_seconds + _GRACE_SECONDS,
         max_dropped_share=config.rollout.max_dropped_share,
+        tell=log.say,
     )
 
 

@@ -46,14 +46,16 @@ class Sampler:
         *,
         patience_seconds: float = float("inf"),
         max_dropped_share: float = 0.0,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`send` brings the trainer's present weights to the engine under a version.
+        """`send` brings the trainer's present weights to the engine under a version; `tell` takes news for people.
 
-        A run stops when nothing that was asked for ended for `patience_seconds`, or when more than `max_dropped_share`
-        of what was asked for together was dropped.
+        A run stops when nothing that was asked for ended or grew for `patience_seconds`, or when more than
+        `max_dropped_share` of what was asked for together was dropped.
         """
         self._rollouts, self._send = rollouts, send
         self._patience, self._max_dropped_share = patience_seconds, max_dropped_share
+        self._tell = tell
         self._others: list[FinishedGroup] = []  # ended while something else was waited for
         self._dropped = 0
         self._last_news = time.monotonic()
@@ -73,8 +75,9 @@ class Sampler:
     def sync(self, version: int) -> None:
         """Give the engine the trainer's weights; `version` is the number of rollout steps trained."""
         self._send(version)
+        if version != self.version:  # servers given the same weights again have done nothing yet that is news
+            self._last_news = time.monotonic()
         self.version = version
-        self._last_news = time.monotonic()
 
     def draw(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
         """Groups of the prompts, in order; those that could not be had within the deadline are left out.
@@ -168,15 +171,17 @@ class Sampler:
 
     def _ended(self, timeout_seconds: float) -> list[FinishedGroup]:
         assert self.background is not None
+        for notice in self.background.notices():
+            self._tell(f"rollout {notice}")
         waiting = self.background.in_flight
         finished = self.background.take(timeout_seconds)
         now = time.monotonic()
         if finished or not waiting:
             self._last_news = now
-        elif now - self._last_news > self._patience:
+        elif (quiet := now - max(self._last_news, self.background.last_progress)) > self._patience:
             raise UserError(
-                f"no rollout ended in {now - self._last_news:.0f} s, with {waiting} groups under way: the servers "
-                "hang, or one response takes longer than rollout.deadline_seconds; their logs say more"
+                f"no rollout ended or grew in {quiet:.0f} s, with {waiting} groups under way: the servers hang; their "
+                "logs say more"
             )
         self._dropped += sum(one.group is None for one in finished)
         return finished

@@ -23,6 +23,12 @@ def is_nan(response, truth):
 
 def raises(response, truth):
     raise KeyError("no such answer")
+
+def later(fault):
+    # Fails on what the model wrote, not on the response that is made up to try the reward.
+    return lambda response, truth: 0.0 if "made up" in response else fault(response, truth)
+
+dies_later, is_nan_later, raises_later = later(dies), later(is_nan), later(raises)
 """
 
 
@@ -101,9 +107,26 @@ def test_wrong_weights_stop_the_run_with_the_tensor_s_name(toml, tmp_path, ranks
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        ("dies", "the grading process ended with exit code 7"),
+        ("dies", "grading processes do not start (exit code 7, 3 times in a row)"),
         ("is_nan", "the reward returned nan, which is not finite"),
         ("raises", "KeyError: 'no such answer'"),
+    ],
+)
+def test_rewards_that_fail_are_told_before_anything_is_drawn(toml, tmp_path, ranks, function: str, words: str):
+    functions = f'workers = 1\nfunctions = {{"arithmetic" = "planted_rewards:{function}"}}'
+    config = edited(toml, tmp_path, "workers = 1", functions)
+    with pytest.raises(UserError) as info:
+        ranks(1, planted, config, toml.parent, tmp_path / "run")
+    assert words in str(info.value)
+    assert not (tmp_path / "run" / "rollouts").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("dies_later", "the grading process ended with exit code 7"),
+        ("is_nan_later", "the reward returned nan, which is not finite"),
+        ("raises_later", "KeyError: 'no such answer'"),
     ],
 )
 def test_rewards_that_fail_stop_the_run(toml, tmp_path, ranks, function: str, words: str):

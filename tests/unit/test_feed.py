@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,6 +283,63 @@ def test_servers_that_never_answer_end_the_run(prompts, mode: str, kind, words: 
     sampler.sync(0)
     with pytest.raises(UserError, match=words):
         feed.next_step(0)
+
+
+class Slow(FakeRollouts):
+    """Delivers nothing for a while, in which its responses grow."""
+
+    until = 0.0
+
+    def take(self, timeout_seconds):
+        self.last_progress = time.monotonic()
+        self.until = self.until or self.last_progress + 0.2
+        return super().take(timeout_seconds) if self.last_progress > self.until else []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_patience_is_with_responses_that_grow(prompts, mode: str):
+    run = Run(prompts, mode, 0)
+    engine = Slow(0)
+    sampler = Sampler(engine, engine.load, patience_seconds=0.05)
+    feed = open_feed(run.config, sampler, run.stream, FakeGrader(0), RunLog())
+    sampler.sync(0)
+    assert feed.next_step(0).graded
+
+
+def test_what_happens_to_servers_is_told(prompts):
+    run = Run(prompts, "synchronous", 0)
+    told: list[str] = []
+    sampler = Sampler(run.engine, run.engine.load, tell=told.append)
+    feed = open_feed(run.config, sampler, run.stream, FakeGrader(0), RunLog())
+    sampler.sync(0)
+    run.engine.happened = ["server 1 ended with exit code 9; restart 1"]
+    feed.next_step(0)
+    assert told == ["rollout server 1 ended with exit code 9; restart 1"]
+
+
+class Forgetting(FakeRollouts):
+    """Takes the weights again and again, and answers nothing."""
+
+    def take(self, timeout_seconds):
+        self.needs_weights = True
+        return []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_servers_that_take_weights_and_answer_nothing_end_the_run(prompts, mode: str):
+    run = Run(prompts, mode, 0)
+    engine = Forgetting(0)
+
+    def send(version: int) -> None:
+        engine.load(version)
+        assert engine.syncs < 100_000, "the limit of patience is never reached"
+
+    sampler = Sampler(engine, send, patience_seconds=0.05)
+    feed = open_feed(run.config, sampler, run.stream, FakeGrader(0), RunLog())
+    sampler.sync(0)
+    with pytest.raises(UserError, match="groups under way"):
+        feed.next_step(0)
+    assert engine.syncs > 1
 
 
 @pytest.mark.parametrize("mode", MODES)

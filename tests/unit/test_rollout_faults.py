@@ -75,6 +75,78 @@ def test_partial_answers_are_continued_and_keep_their_versions(servers: list[Fak
     assert max(lengths) > 3, "what was drawn is not drawn again"
 
 
+def test_a_request_that_still_gets_tokens_is_not_cut():
+    # Each response takes several times request_seconds and deadline_seconds.
+    with FakeServer(token_seconds=0.05) as server:
+        limits = replace(FAST, request_seconds=0.3, deadline_seconds=0.4)
+        with engine_on([server], limits=limits) as engine:
+            asked = requests(3, max_tokens=40)
+            assert_each_once(drain(engine, asked), asked)
+            assert engine.counters() == {"server_retries": 0.0, "groups_dropped": 0.0}
+            assert not server.aborted
+            assert engine._fleet.members[0].failures == 0, "no strike either"
+
+
+def test_a_server_without_statistics_is_asked_for_what_it_has_and_goes_on_from_there():
+    with FakeServer(token_seconds=0.05) as server:
+        server.has_metrics = False
+        with engine_on([server], limits=replace(FAST, request_seconds=0.7, deadline_seconds=1.5)) as engine:
+            asked = requests(2, max_tokens=40)
+            assert_each_once(drain(engine, asked), asked)
+            assert server.aborted
+            assert engine.counters()["groups_dropped"] == 0
+            assert max(len(request["token_ids"]) for request in server.requests) > 3, "what was drawn is kept"
+
+
+def test_what_a_server_drew_before_it_got_stuck_is_kept(servers: list[FakeServer]):
+    stuck = servers[0]
+    stuck.faults = repeat("stuck")
+    with engine_on(servers, limits=replace(FAST, request_seconds=0.3)) as engine:
+        asked = requests(8, max_tokens=40)
+        assert_each_once(drain(engine, asked), asked)
+        assert stuck.requests
+        assert len(stuck.aborted) >= len(stuck.requests)
+        assert engine._fleet.members[0].failures > 0, "a server that makes no progress has a strike"
+        continued = [request for server in servers for request in server.requests if len(request["token_ids"]) > 3]
+        assert continued
+
+
+def test_a_pause_for_new_weights_is_no_lack_of_progress():
+    with (
+        FakeServer(token_seconds=0.01) as server,
+        engine_on([server], limits=replace(FAST, request_seconds=0.3)) as engine,
+    ):
+        asked = requests(2, max_tokens=40)
+        engine.submit(asked)
+        wait_for(lambda: bool(server.running))
+        transport = engine._transport
+        send = transport.send
+        transport.send = lambda *arguments: (time.sleep(0.6), send(*arguments))[1]
+        engine.load_weights(weights(), 4)
+        assert_each_once(drain(engine, []), asked)
+        assert not server.aborted
+
+
+def test_a_server_is_given_what_its_cache_holds(servers: list[FakeServer]):
+    small, large, silent = servers
+    small.cache_tokens, large.cache_tokens = (
+        30,
+        120,
+    )  # a request is expected to take 3 + 12 / 2 tokens, and up to 3 + 12
+    for server in servers:
+        server.token_seconds = 0.02
+    with engine_on(servers) as engine:
+        asked = requests(30)
+        assert_each_once(drain(engine, asked), asked)
+        assert 1 <= small.most_running <= 3
+        assert 4 <= large.most_running <= 13
+        assert silent.most_running == 16
+    with engine_on([small]) as engine:
+        asked = requests(2, max_tokens=40)
+        assert_each_once(drain(engine, asked), asked)
+        assert small.most_running <= 3, "one that is larger than the cache is drawn alone"
+
+
 def test_a_part_drawn_before_an_update_is_told_apart_from_the_rest():
     with FakeServer() as server:
         server.faults = chain(["abort"], repeat("hang"))

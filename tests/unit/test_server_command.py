@@ -6,15 +6,19 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_klear.architecture import read_architecture
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.rl_config import GPPOConfig
+from megatron_klear.rollout.open_vllm import open_vllm
 from megatron_klear.rollout.server_command import ServerCommand, run_commands
 from megatron_klear.rollout.server_guard import RequireKey
+from megatron_klear.rollout.vllm import VLLMEngine
 from megatron_klear.rollout_checks import check_rollout, check_servers
 from megatron_klear.settings import load
 from megatron_klear.start import start_gppo
@@ -62,7 +66,8 @@ def settings(folder: Path, *flags: str) -> GPPOConfig:
 
 def commands(folder: Path, *flags: str, ports: tuple[int, ...] = (8000,)) -> list[ServerCommand]:
     config = settings(folder, *flags)
-    return run_commands(config, read_architecture(config.model.path), list(ports))
+    key = os.environ.get(config.rollout.api_key_variable)
+    return run_commands(config, read_architecture(config.model.path), list(ports), api_key=key)
 
 
 def option(command: ServerCommand, name: str) -> str:
@@ -162,6 +167,51 @@ def test_a_key_travels_in_the_environment_alone(folder: Path, monkeypatch: pytes
     assert "KLEAR_ROLLOUT_API_KEY" not in environment
 
 
+@pytest.mark.parametrize("own", ["", "sesame"])
+def test_servers_of_the_run_want_a_key_that_only_the_run_knows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, own: str
+):
+    monkeypatch.setenv("FAKE_SERVER_PIDS", str(folder / "pids"))
+    if own:
+        monkeypatch.setenv("KLEAR_ROLLOUT_API_KEY", own)
+    config = settings(folder)
+
+    def opened() -> VLLMEngine:
+        shape = read_architecture(config.model.path)
+        return open_vllm(
+            config,
+            shape,
+            decode=str,
+            stop_token_ids=[1],
+            device=torch.device("cpu"),
+            rank=0,
+            world_size=1,
+        )
+
+    keys = set()
+    for _ in range(2):
+        with closing(opened()) as engine:
+            (note,) = [note for note in (folder / "pids").iterdir() if _runs(note)]
+            process = Path("/proc") / note.read_text().split()[0]
+            environment = dict(line.split("=", 1) for line in (process / "environ").read_text().split("\0") if line)
+            key = environment["VLLM_API_KEY"]
+            assert engine._fleet.members[0].client._headers == {"Authorization": f"Bearer {key}"}
+            assert key not in (process / "cmdline").read_text()
+            assert "RequireKey" in (process / "cmdline").read_text()
+            assert "KLEAR_ROLLOUT_API_KEY" not in environment
+            assert key not in (folder / "run/servers/server-0.log").read_text()
+            assert key not in caplog.text
+            assert key == own if own else len(key) > 40
+            assert os.environ.get("KLEAR_ROLLOUT_API_KEY", "") == own, "workers would inherit it"
+            keys.add(key)
+    assert len(keys) == (1 if own else 2)
+    assert "sesame" not in repr(commands(folder))
+
+
+def _runs(note: Path) -> bool:
+    return (Path("/proc") / note.read_text().split()[0]).exists()
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "node1", "10.0.0.3"])
 def test_an_open_interface_needs_a_key(folder: Path, monkeypatch: pytest.MonkeyPatch, host: str):
     flags = ("--rollout.server.host", host)
@@ -201,7 +251,76 @@ def test_the_trainer_refuses_servers_that_it_cannot_start(folder: Path, capsys: 
         start_gppo([*flags, *missing])
     assert "tools/make_vllm_env.sh" in capsys.readouterr().err
     config = settings(folder, *missing, "--rollout.servers", '["http://else:1"]')
-    assert check_rollout(config, read_architecture(config.model.path)) == []
+    assert check_rollout(config, read_architecture(config.model.path), 1) == []
+
+
+def placement(folder: Path, *flags: str, world_size: int = 4, gpu_bytes: int | None = None) -> str:
+    """What is said of a run that trains on GPUs."""
+    config = settings(folder, *GPU, "--parallel.device", "cuda", *flags)
+    return "\n".join(check_rollout(config, read_architecture(config.model.path), world_size, gpu_bytes=gpu_bytes))
+
+
+APART = ("--rollout.server.devices", "[4, 5]", "--rollout.server.count", "2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--rollout.transfer", "nccl"), "GPUs 0 are the trainer's too"),
+        (("--rollout.transfer", "nccl", "--rollout.server.devices", "[3]"), "GPUs 3 are the trainer's too"),
+        (("--rollout.transfer", "nccl", *APART), ""),
+        (("--rollout.transfer", "cuda_ipc", *APART), "some on 4, 5"),
+        (("--rollout.transfer", "cuda_ipc", "--rollout.server.count", "4"), ""),
+        (("--rollout.transfer", "cuda_ipc", "--rollout.mode", "asynchronous"), "neither ever gives its memory"),
+        (("--rollout.transfer", "cuda_ipc", "--rollout.mode", "one_step_off"), "neither ever gives its memory"),
+        ((), "devices is not set, and the servers would take the trainer's GPUs 0"),
+        (("--rollout.server.devices", "[0]", "--rollout.server.memory_share", "0.3"), ""),
+        (APART, ""),
+    ],
+)
+def test_servers_and_trainer_on_cards_that_cannot_be_are_told(folder: Path, flags: tuple[str, ...], told: str):
+    said = placement(folder, *flags)
+    assert told in said if told else said == ""
+
+
+def test_cards_are_told_apart_by_their_names(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    nccl = ("--rollout.transfer", "nccl", "--rollout.server.devices")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert placement(folder, *nccl, "[0]") == ""
+    assert "GPUs 5 are" in placement(folder, *nccl, "[5]")
+    assert placement(folder, *nccl, "[5]", world_size=1) == ""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert placement(folder, *nccl, "[5]") == "", "the other ranks are on other machines"
+
+
+def test_servers_of_others_are_judged_by_mode_and_transfer_alone(folder: Path):
+    others = ("--rollout.servers", '["http://else:1"]', "--rollout.transfer")
+    assert placement(folder, *others, "nccl") == ""
+    assert "neither ever" in placement(folder, *others, "cuda_ipc", "--rollout.mode", "asynchronous")
+    assert "parallel.device is cpu" in placement(folder, *others, "nccl", "--parallel.device", "cpu")
+
+
+def test_a_local_cache_that_no_device_holds_is_told(folder: Path):
+    text = (folder / "run.toml").read_text().partition("[rollout]")[0]
+    (folder / "run.toml").write_text(text.replace('device = "cpu"', "") + "[rollout]\nmax_sequences = 64\n")
+    shape = read_architecture(folder / "model")
+    row_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 2
+    weights = 2 * shape.num_parameters
+
+    def said(gpu_bytes: int | None, *flags: str, world_size: int = 1) -> str:
+        config = settings(folder, *flags)
+        return "\n".join(check_rollout(config, shape, world_size, gpu_bytes=gpu_bytes))
+
+    eight = ("--algorithm.prompts_per_step", "8", "--algorithm.prompts_per_update", "8")
+    eight += ("--sampling.samples_per_prompt", "4")
+    huge = ("--sampling.max_tokens", str(10**12), "--train.tokens_per_microbatch", str(2 * 10**12))
+    need = weights + 32 * 192 * row_bytes
+    assert said(need, *eight) == ""
+    assert "the cache of 32 sequences" in said(need - 1, *eight)
+    assert said(need - 1, *eight, world_size=2) == "", "each process draws its share"
+    assert said(need - 1, *eight, "--rollout.max_sequences", "31") == ""
+    assert "lower rollout.max_sequences" in said(None, *eight, *huge)
+    assert said(None, *eight, "--parallel.device", "cuda", *huge) == ""
 
 
 @pytest.mark.parametrize(

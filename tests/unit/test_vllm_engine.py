@@ -64,6 +64,15 @@ def test_every_sample_has_its_own_seed_of_63_bits():
     assert sample_seed(1, "a", 2) == sample_seed(1, "a", 2)
 
 
+def test_requests_have_no_seed_where_none_is_wanted(servers: list[FakeServer]):
+    with engine_on(servers, seed_requests=False) as engine:
+        for finished in drain(engine, requests(4)):
+            assert_whole(finished)
+    asked = [request["sampling_params"] for server in servers for request in server.requests]
+    assert len(asked) == 8
+    assert not any("seed" in parameters for parameters in asked)
+
+
 def test_a_prompt_that_comes_twice_gets_different_seeds(servers: list[FakeServer]):
     with engine_on(servers) as engine:
         assert len(engine.generate([prompt(1)] * 3, sampling(), seed=1)) == 3
@@ -281,6 +290,9 @@ def test_servers_of_the_run_are_watched(servers: list[FakeServer]):
         second.healthy = False
         engine.submit(requests(1))
         wait_until(lambda: engine.take(0.01) is not None and managed.restarts == [second.url])
+        managed.happened = ["server 1 is back"]
+        assert engine.notices() == ["server 1 is back"]
+        assert engine.notices() == []
         managed.failure = UserError("server 0 died after 10 restarts")
         with pytest.raises(UserError, match="10 restarts"):
             engine.take(1.0)
@@ -323,6 +335,68 @@ def test_no_server_of_the_run_is_awake_beside_sleeping_ones(servers: list[FakeSe
         managed.looks_until_up = 10
         with pytest.raises(UserError, match="10 restarts"):
             engine.sleep()
+
+
+def on_shared_cards(engine: VLLMEngine) -> VLLMEngine:
+    transport_of(engine).needs_shared_device = True
+    engine.sleep()
+    return engine
+
+
+@pytest.mark.parametrize("part", ["weights", "kv_cache"])
+def test_a_server_that_does_not_wake_whole_draws_nothing_until_it_does(servers: list[FakeServer], part: str):
+    sound, broken = servers
+    managed = FakeServers()
+    with engine_on(servers, managed=managed) as engine:
+        on_shared_cards(engine)
+        broken.control_faults = {f"/wake_up {part}": "oom"}
+        engine.load_weights(weights(), 4)
+        assert managed.restarts == [broken.url], "what fails to wake is started anew"
+        for _ in range(2):
+            wait_until(lambda: engine.needs_weights)
+            for finished in drain(engine, requests(10)):
+                assert_whole(finished)
+            assert not broken.requests
+            engine.load_weights(weights(), 4)
+        broken.control_faults = {}
+        wait_until(lambda: engine.needs_weights)
+        engine.load_weights(weights(), 4)
+        assert not broken.asleep
+        for finished in drain(engine, requests(20)):
+            assert_whole(finished)
+        assert broken.requests
+        assert not sound.drawn_asleep
+        assert not broken.drawn_asleep
+
+
+def test_servers_that_take_weights_and_do_not_wake_end_the_run(servers: list[FakeServer]):
+    with engine_on(servers) as engine:
+        on_shared_cards(engine)
+        for server in servers:
+            server.control_faults = {"/wake_up kv_cache": "oom"}
+        for _ in range(4):
+            engine.load_weights(weights(), 4)
+            assert not engine._fleet.can_draw
+        with pytest.raises(UserError, match=r"sync 4.*asleep"):
+            engine.load_weights(weights(), 4)
+        assert not any(server.requests for server in servers)
+
+
+def test_a_half_woken_fleet_sleeps_and_wakes_whole(servers: list[FakeServer]):
+    _, broken = servers
+    with engine_on(servers, managed=FakeServers()) as engine:
+        on_shared_cards(engine)
+        broken.control_faults = {"/wake_up kv_cache": "oom"}
+        engine.load_weights(weights(), 4)
+        broken.control_faults = {}
+        engine.sleep()
+        assert [sorted(server.asleep) for server in servers] == [["kv_cache", "weights"]] * 2
+        wait_until(lambda: all(member.alive for member in engine._fleet.members))
+        engine.load_weights(weights(), 5)
+        assert not any(server.asleep for server in servers)
+        for finished in drain(engine, requests(20)):
+            assert_whole(finished)
+        assert broken.requests
 
 
 def test_a_router_gets_all_requests_and_servers_the_weights(servers: list[FakeServer]):

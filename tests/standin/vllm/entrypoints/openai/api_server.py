@@ -157,6 +157,15 @@ class Server:
         raise web.HTTPInternalServerError(text=json.dumps({"error": f"no method {method} {args}"}))
 
 
+@web.middleware
+async def with_key(request: web.Request, handler: Callable[[web.Request], Awaitable[Any]]) -> Any:
+    """Refuse who does not know the key, where there is one."""
+    key = os.environ.get("VLLM_API_KEY")
+    if key and request.path != "/health" and request.headers.get("Authorization") != f"Bearer {key}":
+        raise web.HTTPUnauthorized
+    return await handler(request)
+
+
 def main() -> None:
     """Serve until a signal."""
     parser = argparse.ArgumentParser()
@@ -165,7 +174,7 @@ def main() -> None:
     for name in ("--port", "--max-model-len", "--max-num-seqs"):
         parser.add_argument(name, type=int, required=True)
     options, _ = parser.parse_known_args()
-    app = web.Application(client_max_size=1 << 28)
+    app = web.Application(client_max_size=1 << 28, middlewares=[with_key])
     app.add_routes(Server(options).routes())
     print(f"stand-in {os.getpid()} serves {options.model}", flush=True)
     web.run_app(app, host=options.host, port=options.port, print=None)
