@@ -5,7 +5,6 @@ Each function returns sentences that name the key and the remedy, none when all 
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import os
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_klear.architecture import Architecture
 from megatron_klear.config import RunConfig, SFTConfig
+from megatron_klear.data.sources import file_problem, find_files
 from megatron_klear.settings import differences
 
 if TYPE_CHECKING:
@@ -203,20 +203,10 @@ def check_prompt_files(config: GPPOConfig) -> list[str]:
 
 
 def _check_pattern(key: str, pattern: str) -> list[str]:
-    paths = sorted(glob.glob(pattern, recursive=True))
+    paths = find_files(pattern)
     if not paths:
         return [f"{key}: no file matches {pattern} (the current directory is {Path.cwd()})"]
-    errors = []
-    for path in map(Path, paths):
-        if path.suffix not in (".jsonl", ".parquet"):
-            errors.append(f"{key}: {path} is neither .jsonl nor .parquet")
-        elif not path.is_file():
-            errors.append(f"{key}: {path} is not a file; name files or a glob such as {path}/*.jsonl")
-        elif path.stat().st_size == 0:
-            errors.append(f"{key}: {path} is empty; remove it or write rows to it")
-        elif not os.access(path, os.R_OK):
-            errors.append(f"{key}: {path} cannot be read; check its permissions")
-    return errors
+    return [f"{key}: {problem}" for path in paths if (problem := file_problem(path))]
 
 
 def _check_model_folder(config: RunConfig) -> list[str]:

@@ -37,6 +37,35 @@ class Chunk:
         return f"{self.path}: row {number}" if self.lines is None else f"{self.path}:{number}"
 
 
+def find_files(pattern: str) -> list[Path]:
+    """What a setting's path or glob names, sorted; empty where nothing does.
+
+    A path that exists is that file, and a folder that exists is that folder, brackets and stars in their names
+    included: only what follows them is a glob.
+    """
+    if not glob.has_magic(pattern) or os.path.exists(pattern):
+        return [Path(pattern)] if os.path.exists(pattern) else []
+    parts = Path(pattern).parts
+    literal = max((n for n in range(1, len(parts)) if os.path.isdir(os.path.join(*parts[:n]))), default=0)
+    prefix = glob.escape(os.path.join(*parts[:literal])) if literal else ""
+    return [Path(name) for name in sorted(glob.glob(os.path.join(prefix, *parts[literal:]), recursive=True))]
+
+
+def file_problem(path: Path) -> str | None:
+    """Why a file cannot be read as rows, in words that name it; None where it can."""
+    if path.is_dir():
+        return f"{path} is not a file but a folder; name its files, for example '{path}/*.jsonl'"
+    if not path.is_file():
+        return f"{path} does not exist"
+    if path.suffix not in (".jsonl", ".parquet"):
+        return f"{path} is neither .jsonl nor .parquet"
+    if path.stat().st_size == 0:
+        return f"{path} is empty; remove it or write rows to it"
+    if not os.access(path, os.R_OK):
+        return f"{path} cannot be read; check its permissions"
+    return None
+
+
 def resolve_files(patterns: Sequence[str], key: str) -> list[Path]:
     """Files that `patterns` (paths or globs) name, in that order, those of one glob sorted.
 
@@ -45,22 +74,13 @@ def resolve_files(patterns: Sequence[str], key: str) -> list[Path]:
     """
     files: list[Path] = []
     for pattern in patterns:
-        if glob.has_magic(pattern) and not os.path.exists(pattern):
-            found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
-            if not found:
-                raise DataError(f"{key}: no file matches {pattern!r}")
-        else:
-            found = [Path(pattern)]
-        files += found
+        found = find_files(pattern)
+        if not found:
+            raise DataError(f"{key}: no file matches {pattern} (the current directory is {Path.cwd()})")
+        files += [path for path in found if len(found) == 1 or path.is_file()]
     for path in files:
-        if path.is_dir():
-            raise DataError(f"{key}: {path} is a folder; name its files, for example '{path}/*.jsonl'")
-        if not path.is_file():
-            raise DataError(f"{key}: {path} does not exist")
-        if path.suffix not in (".jsonl", ".parquet"):
-            raise DataError(f"{key}: {path} must end in .jsonl or .parquet")
-        if path.stat().st_size == 0:
-            raise DataError(f"{key}: {path} is empty")
+        if problem := file_problem(path):
+            raise DataError(f"{key}: {problem}")
     return files
 
 

@@ -26,7 +26,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from .rows import RESERVED, ChatRow, DataError, Message
+from .rows import RESERVED, ChatRow, DataError, Message, is_plain
 
 Turns = Literal["all", "last"]
 
@@ -103,12 +103,12 @@ class ChatTemplate:
 
         Raises DataError where that cannot be told exactly.
         """
-        messages = row.through_last_assistant()
+        messages = row.through_last_assistant(of_all=turns == "all")
         if not messages:
             return MarkedText("", ())
         if self.has_marks:
-            return self._mark_by_blocks(messages, row.tools, turns)
-        return self._mark_by_prefix(messages, row.tools, turns)
+            return self._mark_by_blocks(messages, row, turns)
+        return self._mark_by_prefix(messages, row, turns)
 
     def turn_end(self) -> tuple[str, bool] | None:
         """What closes an assistant turn, through its stop token, and whether training a turn trains it.
@@ -146,13 +146,28 @@ class ChatTemplate:
                 **flags,
             )
         except (jinja2.TemplateError, TypeError, AttributeError, KeyError, ValueError) as error:
-            raise DataError(f"{self.name} refuses the conversation: {error}") from None
+            raise DataError(
+                f"{self.name} refuses the conversation: {error}; leave out what it does not know, or use another "
+                "template (data.chat_template)"
+            ) from None
 
-    def _mark_by_blocks(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], turns: Turns) -> MarkedText:
+    def _mark_by_blocks(self, messages: Sequence[Message], row: ChatRow, turns: Turns) -> MarkedText:
+        tools = row.tools
+
+        def blocks_before(count: int) -> int:
+            return self._render(messages[:count], tools).count(_START) if count else 0
+
         text, spans = _strip_marks(self._render(messages, tools))
-        earlier = self._render(messages[:-1], tools).count(_START) if len(messages) > 1 else 0
+        earlier = blocks_before(len(messages) - 1)
         last = "".join(text[start:end] for start, end in spans[earlier:])
-        spans = spans[earlier:] if turns == "last" else spans
+        left_out = {
+            block
+            for index in row.untrained
+            if index < len(messages)
+            for block in range(blocks_before(index), blocks_before(index + 1))
+        }
+        first = earlier if turns == "last" else 0
+        spans = [span for block, span in enumerate(spans) if block >= first and block not in left_out]
         for piece in _pieces(messages[-1]):
             if piece not in last:
                 raise DataError(
@@ -164,24 +179,25 @@ class ChatTemplate:
             raise DataError(f"{self.name} has generation blocks, but none around the assistant's turns; mend it")
         return MarkedText(text[: spans[-1][1]], tuple(spans))
 
-    def _mark_by_prefix(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], turns: Turns) -> MarkedText:
-        context, last = messages[:-1], messages[-1]
-        prompt = self.render(context, tools, generation_prompt=True)
-        head, opened = _split_open_think(prompt)
+    def _mark_by_prefix(self, messages: Sequence[Message], row: ChatRow, turns: Turns) -> MarkedText:
+        context, last, tools = messages[:-1], messages[-1], row.tools
         probe = self.render([*context, {"role": "assistant", "content": _PLACEHOLDER}], tools)
+        # Many templates look at their first message, so there is no prompt of no messages to be had.
+        prompt = self.render(context, tools, generation_prompt=True) if context else probe.partition(_PLACEHOLDER)[0]
+        head, opened = _split_open_think(prompt)
         before, _, after = probe[len(head) :].partition(_PLACEHOLDER)
         if not probe.startswith(head) or probe.count(_PLACEHOLDER) != 1:
             raise self._not_a_prefix("the generation prompt is not a prefix of the conversation it opens")
         if before.strip() and not _EMPTY_THINK.fullmatch(before):
             raise self._not_a_prefix(f"the generation prompt leaves out {before[:60]!r} of the assistant's turn")
         ending = self._ending(after)
-        plain = set(last) <= {"role", "content"}
+        plain = is_plain(last)
         body = last["content"] if plain else self._rendered_body(messages, tools, head, after)
         prefix, body, start = _open_turn(head, opened, before, body, rendered=not plain)
         text = prefix + body + ending
         spans = [(start, len(text))]
         if turns == "all":
-            spans = [*self._earlier_spans(context, tools, prompt, ending), *spans]
+            spans = [*self._earlier_spans(context, row, prompt, ending), *spans]
         return MarkedText(text, tuple(spans))
 
     def _rendered_body(
@@ -212,26 +228,24 @@ class ChatTemplate:
         return ending
 
     def _earlier_spans(
-        self, context: Sequence[Message], tools: Sequence[dict[str, Any]], prompt: str, ending: str
+        self, context: Sequence[Message], row: ChatRow, prompt: str, ending: str
     ) -> list[tuple[int, int]]:
-        """Spans of the assistant turns inside `prompt`, the rendering of `context`.
+        """Spans of the trained assistant turns inside `prompt`, the rendering of `context`.
 
         A turn starts where the generation prompt after the messages before it ends. To find where its text ends, the
         text is replaced and both renderings are compared from behind: what follows is the same in both.
         """
         spans = []
         for index, message in enumerate(context):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or index in row.untrained:
                 continue
-            head, opened = _split_open_think(self.render(context[:index], tools, generation_prompt=True))
-            if not prompt.startswith(head):
-                raise self._not_a_prefix(f"message {index} is rendered differently as the last and as an earlier one")
-            start = text_end = len(head)
-            if opened and prompt.startswith(opened, start):
-                start = text_end = start + len(opened)
+            probe = None
             if message["content"]:
                 replaced = [*context[:index], {**message, "content": _PLACEHOLDER}, *context[index + 1 :]]
-                probe = self.render(replaced, tools, generation_prompt=True)
+                probe = self.render(replaced, row.tools, generation_prompt=True)
+            start, opened = self._turn_start(context[:index], row.tools, prompt, probe, index)
+            text_end = start = start + _prompted_think(opened, prompt[start:])
+            if probe is not None:
                 after = probe.partition(_PLACEHOLDER)[2]
                 if probe.count(_PLACEHOLDER) != 1 or not prompt.endswith(after):
                     raise self._not_a_prefix(f"the end of message {index} cannot be told")
@@ -244,6 +258,28 @@ class ChatTemplate:
             if end > start:
                 spans.append((start, end + len(ending)))
         return spans
+
+    def _turn_start(
+        self,
+        before: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        prompt: str,
+        probe: str | None,
+        index: int,
+    ) -> tuple[int, str]:
+        """Where in `prompt` the assistant turn after the messages `before` starts, and the <think> that opens it.
+
+        For a conversation's first message it is told from `probe`, the rendering with a mark for its text.
+        """
+        if before:
+            head, opened = _split_open_think(self.render(before, tools, generation_prompt=True))
+        elif probe is not None:
+            head, opened = _split_open_think(probe.partition(_PLACEHOLDER)[0])
+        else:
+            raise self._not_a_prefix("the conversation opens with an assistant's turn that has no text")
+        if not prompt.startswith(head):
+            raise self._not_a_prefix(f"message {index} is rendered differently as the last and as an earlier one")
+        return len(head), opened
 
     def _not_a_prefix(self, what: str) -> DataError:
         return DataError(
@@ -262,10 +298,15 @@ def _open_turn(head: str, opened: str, before: str, body: str, *, rendered: bool
     if "<think>" not in body:
         prefix = head + (opened if "</think>" in body else before)
         return prefix, body, len(prefix)
-    if not opened or not body.lstrip().startswith("<think>"):
-        return head, body, len(head)
-    shared = opened if body.startswith(opened) else body[: body.index("<think>") + len("<think>")]
-    return head, body, len(head + shared)
+    return head, body, len(head) + _prompted_think(opened, body)
+
+
+def _prompted_think(opened: str, text: str) -> int:
+    """How much of a turn's text is the <think> that the generation prompt gives already, and so is not trained."""
+    if not opened:
+        return 0
+    own = re.match(r"\s*<think>", text)
+    return len(opened) if text.startswith(opened) else own.end() if own else 0
 
 
 def _split_open_think(prompt: str) -> tuple[str, str]:

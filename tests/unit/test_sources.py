@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_klear.data.rows import DataError, read_row
-from megatron_klear.data.sources import file_digest, parse_chunk, read_chunks, resolve_files
+from megatron_klear.data.sources import file_digest, find_files, parse_chunk, read_chunks, resolve_files
 
 GOOD = '{"prompt": "q", "response": "a"}'
 
@@ -52,11 +52,11 @@ def test_bad_lines_are_named(tmp_path: Path, case: str) -> None:
 
 
 BAD_FILES = {
-    "missing": (["absent.jsonl"], "does not exist"),
+    "missing": (["absent.jsonl"], "no file matches"),
     "glob without match": (["*.parquet"], "no file matches"),
     "empty": (["empty.jsonl"], "is empty"),
-    "folder": (["."], "is a folder"),
-    "suffix": (["rows.csv"], "must end in"),
+    "folder": (["."], "is not a file but a folder"),
+    "suffix": (["rows.csv"], "is neither .jsonl nor .parquet"),
 }
 
 
@@ -68,6 +68,23 @@ def test_bad_files_are_named(tmp_path: Path, case: str) -> None:
     with pytest.raises(DataError, match=words) as caught:
         resolve_files([str(tmp_path / pattern) for pattern in patterns], "data.train")
     assert str(caught.value).startswith("data.train: ")
+
+
+def test_names_with_brackets_are_files_and_not_only_globs(tmp_path: Path) -> None:
+    folder = tmp_path / "[team]"
+    folder.mkdir()
+    for name in ("rows [1].jsonl", "rows 1.jsonl", "other.jsonl"):
+        (folder / name).write_text("{}")
+
+    def found(pattern: str) -> list[str]:
+        return [path.name for path in find_files(str(folder / pattern))]
+
+    assert found("rows [1].jsonl") == ["rows [1].jsonl"]
+    assert found("rows [12].jsonl") == ["rows 1.jsonl"]
+    assert found("*.jsonl") == ["other.jsonl", "rows 1.jsonl", "rows [1].jsonl"]
+    assert found("absent.jsonl") == found("[xyz].jsonl") == []
+    paths = resolve_files([str(folder / "rows [1].jsonl"), str(folder / "o*.jsonl")], "data.train")
+    assert [path.name for path in paths] == ["rows [1].jsonl", "other.jsonl"]
 
 
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:
