@@ -213,6 +213,8 @@ class GPPOTrainConfig(Settings):
     """Stop after this many optimizer steps in a row with a non-finite loss or gradient."""
     keep_rollouts: bool = True
     """Keep every step's samples under `output/rollouts`, and those of validations under `output/validation`."""
+    rollout_format: Literal["auto", "parquet", "jsonl"] = "auto"
+    """Form of their files. `auto` is JSONL for a step of at most 250,000 response tokens, Parquet for a larger one."""
     keep_rollouts_share: float = Field(default=1.0, gt=0, le=1)
     """Share of a step's groups whose samples are kept, evenly spaced over them; validations are kept whole."""
     keep_rollouts_steps: int = Field(default=0, ge=0)

@@ -174,4 +174,5 @@ def _writer(config: GPPOConfig, topology: Topology, folder: str, share: float = 
     """What writes samples into a folder of the run, on rank 0; None on the others and where none are kept."""
     if not config.train.keep_rollouts or topology.rank != 0:
         return None
-    return RolloutWriter(config.output / folder, share=share, keep_steps=config.train.keep_rollouts_steps)
+    of = config.train
+    return RolloutWriter(config.output / folder, share=share, keep_steps=of.keep_rollouts_steps, form=of.rollout_format)

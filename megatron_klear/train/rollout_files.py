@@ -1,8 +1,8 @@
 """The samples of every rollout step, in columns, to be read later by people, by the report and by other programs.
 
 A file `step-00000012.parquet` has a row a group: the prompt once, and lists with an entry a sample. Numbers of tokens
-are lists of lists, in half precision. `read_samples` gives a dictionary a sample again, from these files and from the
-JSONL files of earlier releases.
+are lists of lists, in half precision. A small step is a file `step-00000012.jsonl` instead, an object a sample, to be
+looked at with a pager. `read_samples` gives a dictionary a sample from both.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,21 +41,26 @@ _OF_SAMPLES = {
 }
 SCHEMA = pa.schema([*_OF_GROUP.items(), ("ground_truth", pa.string()), *_OF_SAMPLES.items()])
 Arrays = Sequence[npt.NDArray[np.float32]]
+Form = Literal["auto", "parquet", "jsonl"]
+SMALL_STEP_TOKENS = 250_000
+"""Response tokens up to which a step is JSONL by itself: at 28 bytes each, 7 MB."""
 
 
 def rollout_file(folder: Path, step: int) -> Path:
-    """Where a step's samples lie."""
-    return folder / f"step-{step:08d}.parquet"
+    """Where a step's samples lie, in either form; the path of a Parquet file where there is none."""
+    jsonl = folder / f"step-{step:08d}.jsonl"
+    return jsonl if jsonl.is_file() else jsonl.with_suffix(".parquet")
 
 
 class RolloutWriter:
     """Writes steps behind the training, one at a time, in a thread: the loop waits only for a writer that falls behind.
 
     `share` of a step's groups is kept, evenly spaced over them, and files of the newest `keep_steps` steps (0: of all).
+    `form` "auto" takes JSONL for steps of at most SMALL_STEP_TOKENS response tokens, Parquet for larger ones.
     """
 
-    def __init__(self, folder: Path, *, share: float = 1.0, keep_steps: int = 0) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, share: float = 1.0, keep_steps: int = 0, form: Form = "auto") -> None:
+        self.folder, self._form = folder, form
         self._share = share
         self._keep_steps = keep_steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout files")
@@ -95,22 +100,36 @@ class RolloutWriter:
             self._thread.shutdown()
 
     def _write(self, step: int, rows: Sequence[tuple[Group, Any, Arrays | None]]) -> None:
-        path = rollout_file(self.folder, step)
+        path = self.folder / f"step-{step:08d}.{self._form_of(rows)}"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
         try:
-            with pq.ParquetWriter(partial, SCHEMA, compression="zstd", use_dictionary=True) as file:
-                for start in range(0, len(rows), ROW_GROUP):
-                    file.write_table(_table(step, rows[start : start + ROW_GROUP]))
+            if path.suffix == ".jsonl":
+                with partial.open("w", encoding="utf-8") as lines:
+                    for group, advantages, ratios in rows:
+                        for sample in _samples_of(_row(step, group, advantages, ratios)):
+                            lines.write(json.dumps(sample, ensure_ascii=False) + "\n")
+            else:
+                with pq.ParquetWriter(partial, SCHEMA, compression="zstd", use_dictionary=True) as file:
+                    for start in range(0, len(rows), ROW_GROUP):
+                        file.write_table(_table(step, rows[start : start + ROW_GROUP]))
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise OSError(
                 error.errno, f"{path} could not be written ({error}): make room, or set train.keep_rollouts to false"
             ) from error
         partial.replace(path)
+        for other in {".jsonl", ".parquet"} - {path.suffix}:  # of a run before this one resumed
+            path.with_suffix(other).unlink(missing_ok=True)
         if self._keep_steps:
-            for old in sorted(self.folder.glob("step-*.parquet"))[: -self._keep_steps]:
+            for old in rollout_files(self.folder)[: -self._keep_steps]:
                 old.unlink()
+
+    def _form_of(self, rows: Sequence[tuple[Group, Any, Arrays | None]]) -> str:
+        if self._form != "auto":
+            return self._form
+        tokens = sum(int(sample.trained.sum()) for group, _, _ in rows for sample in group.samples)
+        return "jsonl" if tokens <= SMALL_STEP_TOKENS else "parquet"
 
 
 def evenly_kept(groups: Sequence[Group], share: float) -> list[Group]:
@@ -200,10 +219,20 @@ def _samples(file: Any, groups: npt.NDArray[Any], places: npt.NDArray[Any]) -> I
         table = file.read_row_group(number)
         for index in here:
             row = table.slice(int(groups[index]) % ROW_GROUP, 1).to_pylist()[0]
-            of_sample = {name: None if row[name] is None else row[name][places[index]] for name in _OF_SAMPLES}
-            of_sample |= {name: _readable(of_sample[name]) for name in ("logprobs", "ratio")}
-            of_group = {name: row[name] for name in _OF_GROUP}
-            yield {**of_group, "ground_truth": json.loads(row["ground_truth"]), **of_sample}
+            yield _sample_of(row, int(places[index]))
+
+
+def _samples_of(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    return (_sample_of(row, index) for index in range(len(row["finish"])))
+
+
+def _sample_of(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """One sample of a group's row, with plain lists and numbers that JSON can hold."""
+    of_group = {name: row[name] for name in _OF_GROUP}
+    of_sample = {name: None if row[name] is None else row[name][index] for name in _OF_SAMPLES}
+    of_sample |= {name: _readable(of_sample[name]) for name in ("logprobs", "ratio")}
+    of_sample["token_ids"] = [int(token) for token in of_sample["token_ids"]]
+    return {**of_group, "ground_truth": json.loads(row["ground_truth"]), **of_sample}
 
 
 def _readable(values: Sequence[float] | None) -> list[float | None] | None:

@@ -9,6 +9,7 @@ import torch
 from rl_groups import fixed_groups
 from test_updates import algorithm, rows_of, updates_of
 
+from megatron_klear.train import rollout_files as rollout_files_module
 from megatron_klear.train.rollout_files import RolloutWriter, read_samples, rollout_file, rollout_files
 from megatron_klear.train.token_ratios import ratios_by_sample
 from megatron_klear.types import VersionSpan
@@ -44,14 +45,16 @@ def one_group_of_two():
     return replace(trained, samples=samples, texts=["a", "b"], scores=(trained.scores or [])[:2]), other
 
 
-def test_a_sample_has_the_response_and_its_numbers(tmp_path):
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_sample_has_the_response_and_its_numbers(tmp_path, form):
     group, other = one_group_of_two()
     head, length = len(group.prompt.tokens), len(group.samples[1].tokens)
     ratios = [np.arange(len(sample.tokens), dtype=np.float32) / 8 for sample in group.samples]
     ratios[1][-1] = np.nan
     ratios[1][-2] = np.inf
-    with closing(RolloutWriter(tmp_path)) as writer:
+    with closing(RolloutWriter(tmp_path, form=form)) as writer:
         writer.write(7, [group, other], {id(group): np.array([0.5, -0.5])}, {id(group): ratios})
+    assert [path.name for path in tmp_path.iterdir()] == [f"step-00000007.{form}"]
     total, rows = read_samples(rollout_file(tmp_path, 7))
     assert total == len(rows) == 2 + len(other.samples)
     for row, sample, of_sample in zip(rows, group.samples, ratios, strict=False):
@@ -68,10 +71,11 @@ def test_a_sample_has_the_response_and_its_numbers(tmp_path):
     assert (rows[2]["ratio"], rows[2]["advantage"]) == (None, None)
 
 
-def test_a_few_samples_are_read_from_all_over_a_step(tmp_path):
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_few_samples_are_read_from_all_over_a_step(tmp_path, form):
     group, _ = one_group_of_two()
     groups = [replace(group, prompt=replace(group.prompt, id=str(number))) for number in range(40)]
-    with closing(RolloutWriter(tmp_path)) as writer:
+    with closing(RolloutWriter(tmp_path, form=form)) as writer:
         writer.write(1, groups)
     total, rows = read_samples(rollout_file(tmp_path, 1), at_most=5)
     assert total == 80
@@ -83,7 +87,7 @@ def test_a_few_samples_are_read_from_all_over_a_step(tmp_path):
 def test_a_share_of_the_groups_and_the_newest_steps_are_kept(tmp_path):
     group, _ = one_group_of_two()
     groups = [replace(group, prompt=replace(group.prompt, id=str(number))) for number in range(10)]
-    with closing(RolloutWriter(tmp_path, share=0.25, keep_steps=2)) as writer:
+    with closing(RolloutWriter(tmp_path, share=0.25, keep_steps=2, form="parquet")) as writer:
         for step in range(1, 5):
             writer.write(step, groups)
     assert [path.name for path in rollout_files(tmp_path)] == ["step-00000003.parquet", "step-00000004.parquet"]
@@ -110,12 +114,22 @@ def test_what_a_kill_left_half_written_is_swept(tmp_path):
 
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
     group, _ = one_group_of_two()
-    with closing(RolloutWriter(tmp_path)) as writer:
+    with closing(RolloutWriter(tmp_path, form="parquet")) as writer:
         writer.write(1, [group])
     path = rollout_file(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(OSError, match=r"step-00000001\.parquet is damaged"):
         read_samples(path)
+
+
+def test_a_small_step_is_jsonl_and_a_large_one_parquet(tmp_path, monkeypatch):
+    group, _ = one_group_of_two()
+    tokens = sum(int(sample.trained.sum()) for sample in group.samples)
+    for limit, form in ((tokens, "jsonl"), (tokens - 1, "parquet"), (tokens, "jsonl")):
+        monkeypatch.setattr(rollout_files_module, "SMALL_STEP_TOKENS", limit)
+        with closing(RolloutWriter(tmp_path)) as writer:
+            writer.write(3, [group])
+        assert [path.name for path in tmp_path.iterdir()] == [f"step-00000003.{form}"]
 
 
 def test_files_of_earlier_releases_are_read(tmp_path):
@@ -139,6 +153,6 @@ def test_a_token_takes_less_than_eight_bytes(tmp_path):
     prompt = replace(group.prompt, tokens=np.zeros(0, dtype=np.int32))
     scores = [(group.scores or [])[0]] * 8
     whole = replace(group, prompt=prompt, samples=samples, texts=texts, scores=scores)
-    with closing(RolloutWriter(tmp_path)) as writer:
+    with closing(RolloutWriter(tmp_path, form="parquet")) as writer:
         writer.write(1, [whole], {id(whole): np.ones(8)}, {id(whole): ratios})
     assert rollout_file(tmp_path, 1).stat().st_size <= 8 * 8 * size
