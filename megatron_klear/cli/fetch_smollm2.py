@@ -195,25 +195,28 @@ def write_folder(gguf_path: Path, out: Path, *, dtype: str = "float32", force: b
 
 def check_tokenizer(folder: Path) -> None:
     """Raise FetchError when text does not survive the folder's tokenizer."""
-    from transformers import AutoTokenizer
+    from megatron_klear.data.tokenizer_files import read_backend
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_backend(folder)
     for text in _ROUND_TRIPS:
-        back = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
+        back = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
         if back != text:
             raise FetchError(f"the tokenizer turns {text!r} into {back!r}")
 
 
 def answer(folder: Path, question: str, max_new_tokens: int = 24) -> str:
     """The model's greedy answer to one question, in fp32 on the CPU."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    from megatron_klear.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     messages = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    tokens = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)
-    return str(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    prompt = torch.from_numpy(tokenizer.encode_prompt(messages).astype("int64"))[None]
+    tokens = model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(tokens[0, prompt.shape[1] :].tolist(), skip_special_tokens=True).strip()
 
 
 @contextmanager

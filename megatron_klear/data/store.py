@@ -34,13 +34,14 @@ from .pool import Overlong, TokenizeJob
 from .rows import DataError
 from .sources import file_digest, resolve_files
 from .template import Turns
-from .tokenizer import TOKENIZER_FILES, check_tokenizer_folder, load_spec
+from .tokenizer import load_spec
+from .tokenizer_files import check_tokenizer_folder, tokenizer_files
 
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "validation"]
-_FORMAT = 1
-_LIBRARIES = ("tokenizers", "transformers", "jinja2")
+_FORMAT = 2
+_LIBRARIES = ("tokenizers", "jinja2")
 _POLL_SECONDS = 0.1
 
 
@@ -173,11 +174,10 @@ def _has_own_files(config: StoreSettings, split: Split) -> bool:
 def _describe(config: StoreSettings, tokenizer: Path, files: Sequence[Path], share: float) -> dict[str, Any]:
     """What a store is made from; `content` decides its key, the rest is for people."""
     memo = config.cache / "digests"
-    known = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
     content = {
         "format": _FORMAT,
         "files": [file_digest(path, memo) for path in files],
-        "tokenizer": {path.name: file_digest(path, memo) for path in known},
+        "tokenizer": {name: file_digest(path, memo) for name, path in tokenizer_files(tokenizer).items()},
         "template": file_digest(config.chat_template, memo) if config.chat_template else None,
         "trained_turns": config.trained_turns,
         "max_length": config.max_length,

@@ -1,7 +1,7 @@
-"""Text to tokens: any Hugging Face tokenizer, through its chat template, with what the assistant wrote marked.
+"""Text to tokens: a model folder's tokenizer.json, through its chat template, with what the assistant wrote marked.
 
-transformers reads the tokenizer folder once, in the process that asks; the tokenizing itself needs only the light
-`tokenizers` package, so that worker processes start in a fraction of a second and import no torch.
+It needs only the light `tokenizers` package, so that worker processes start in a fraction of a second and import no
+torch.
 """
 
 from __future__ import annotations
@@ -21,24 +21,13 @@ from ..stop_tokens import NamedToken
 from ..types import Sample
 from .rows import ChatRow, DataError, Message
 from .template import ChatTemplate, MarkedText, Turns
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "config.json",
-)
-"""What decides how a model folder tokenizes (config.json: it may name the tokenizer's class)."""
-
-_NO_TEMPLATE = (
-    "has no chat template, so rows of messages cannot be rendered; set data.chat_template to a Jinja file, "
-    "or use the tokenizer of an instruction-tuned sibling"
+from .tokenizer_files import (
+    check_agreement,
+    check_tokenizer_folder,
+    read_backend,
+    read_settings,
+    read_template,
+    special_tokens,
 )
 
 
@@ -170,54 +159,28 @@ class ChatTokenizer:
 def load_tokenizer(folder: Path, chat_template: Path | None = None) -> ChatTokenizer:
     """Load the tokenizer of a model folder; `chat_template` is a Jinja file to use instead of its own template.
 
-    Raises DataError where the folder holds no tokenizer, a slow one, or neither it nor `chat_template` has a template.
+    Tokens are those of tokenizer.json, whatever class tokenizer_config.json names. Raises DataError where the folder
+    has no tokenizer.json or other files that contradict it, or where neither it nor `chat_template` has a template.
     """
     return ChatTokenizer(load_spec(folder, chat_template))
 
 
 def load_spec(folder: Path, chat_template: Path | None = None) -> TokenizerSpec:
-    """Read a tokenizer folder with transformers; see `load_tokenizer`."""
+    """Read a tokenizer folder; see `load_tokenizer`."""
     check_tokenizer_folder(folder, chat_template)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)  # type: ignore[no-untyped-call]
-    except Exception as error:
-        raise DataError(f"the tokenizer of {folder} cannot be read: {error}") from error
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, tokenizers.Tokenizer):
-        raise DataError(f"the tokenizer of {folder} ({type(tokenizer).__name__}) has no fast form (tokenizer.json)")
-    state = json.loads(backend.to_str())
-    # Post-processors add special tokens, which templates write themselves, and trim white space off the offsets.
-    state |= {"post_processor": None, "truncation": None, "padding": None}
+    backend, settings = read_backend(folder), read_settings(folder)
     if chat_template is not None:
         template, name = chat_template.read_text(encoding="utf-8"), f"the chat template {chat_template}"
     else:
-        template, name = _own_template(tokenizer, folder), f"the chat template of {folder}"
-    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if not isinstance(value, list)}
+        template, name = read_template(folder, settings), f"the chat template of {folder}"
+    check_agreement(backend, folder, settings, template)
+    state = json.loads(backend.to_str())
+    # Post-processors add special tokens, which templates write themselves, and trim white space off the offsets.
+    state |= {"post_processor": None, "truncation": None, "padding": None}
     return TokenizerSpec(
         folder=str(folder),
         backend=json.dumps(state, ensure_ascii=False),
-        special_tokens=special,
+        special_tokens=special_tokens(settings, folder),
         template=template,
         template_name=name,
     )
-
-
-def check_tokenizer_folder(folder: Path, chat_template: Path | None = None) -> None:
-    """Raise DataError where a tokenizer folder or a template file is missing."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: the model path must be a Hugging Face folder with tokenizer files")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        raise DataError(f"{folder} has no tokenizer: neither tokenizer.json, vocab.json nor tokenizer.model is there")
-    if chat_template is not None and not chat_template.is_file():
-        raise DataError(f"data.chat_template {chat_template} does not exist")
-
-
-def _own_template(tokenizer: Any, folder: Path) -> str:
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not template:
-        raise DataError(f"the tokenizer of {folder} {_NO_TEMPLATE}")
-    return str(template)

@@ -31,6 +31,7 @@ _MODEL_FILES = (
     "chat_template.json",
     "LICENSE",
 )
+_TEMPLATES = "additional_chat_templates"
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -71,6 +72,8 @@ def copy_model_files(source: Path, target: Path, turn_end: int | None = None) ->
     for name in _MODEL_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if (source / _TEMPLATES).is_dir():
+        shutil.copytree(source / _TEMPLATES, target / _TEMPLATES, dirs_exist_ok=True, copy_function=shutil.copyfile)
     name_turn_end(target, turn_end)
 
 
