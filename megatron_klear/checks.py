@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_klear.architecture import Architecture
 from megatron_klear.config import RunConfig, SFTConfig
-from megatron_klear.data.sources import file_problem, find_files
+from megatron_klear.data.sources import file_problem, find_files, nothing_found
 from megatron_klear.settings import differences
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def check_prompt_files(config: GPPOConfig) -> list[str]:
 def _check_pattern(key: str, pattern: str) -> list[str]:
     paths = find_files(pattern)
     if not paths:
-        return [f"{key}: no file matches {pattern} (the current directory is {Path.cwd()})"]
+        return [f"{key}: {nothing_found(pattern)}"]
     return [f"{key}: {problem}" for path in paths if (problem := file_problem(path))]
 
 

@@ -51,6 +51,12 @@ def find_files(pattern: str) -> list[Path]:
     return [Path(name) for name in sorted(glob.glob(os.path.join(prefix, *parts[literal:]), recursive=True))]
 
 
+def nothing_found(pattern: str) -> str:
+    """That `find_files` found nothing, in words."""
+    what = f"no file matches {pattern}" if glob.has_magic(pattern) else f"{pattern} does not exist"
+    return f"{what} (the current directory is {Path.cwd()})"
+
+
 def file_problem(path: Path) -> str | None:
     """Why a file cannot be read as rows, in words that name it; None where it can."""
     if path.is_dir():
@@ -76,7 +82,7 @@ def resolve_files(patterns: Sequence[str], key: str) -> list[Path]:
     for pattern in patterns:
         found = find_files(pattern)
         if not found:
-            raise DataError(f"{key}: no file matches {pattern} (the current directory is {Path.cwd()})")
+            raise DataError(f"{key}: {nothing_found(pattern)}")
         files += [path for path in found if len(found) == 1 or path.is_file()]
     for path in files:
         if problem := file_problem(path):

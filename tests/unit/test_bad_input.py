@@ -143,7 +143,7 @@ LAYOUT = [
 ]
 
 FILES = [
-    Mistake("no data", remove("train.jsonl"), ("data.train: no file matches train.jsonl",)),
+    Mistake("no data", remove("train.jsonl"), ("data.train: train.jsonl does not exist",)),
     Mistake("empty data", write("train.jsonl", ""), ("data.train: train.jsonl is empty",)),
     Mistake("data of another kind", flags("--data.train", "run.toml"), ("data.train: run.toml", ".jsonl nor .parquet")),
     Mistake("glob without match", flags("--data.validation", "v*.jsonl"), ("data.validation: no file matches",)),

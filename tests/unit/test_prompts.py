@@ -178,7 +178,7 @@ BAD_SOURCES = {
     "a number for a text": (Source(generator="arithmetic", settings={"operators": 3}), "expected a text"),
     "a text for a number": (Source(generator="arithmetic", settings={"slip_share": "0.1"}), "expected a number"),
     "setting out of range": (Source(generator="arithmetic", settings={"terms": 1}), "terms >= 2"),
-    "missing file": (Source(files=("absent.jsonl",)), r"prompts\.sources\[0\]\.files: no file matches absent\.jsonl"),
+    "missing file": (Source(files=("absent.jsonl",)), r"prompts\.sources\[0\]\.files: absent\.jsonl does not exist"),
 }
 
 

@@ -52,7 +52,7 @@ def test_bad_lines_are_named(tmp_path: Path, case: str) -> None:
 
 
 BAD_FILES = {
-    "missing": (["absent.jsonl"], "no file matches"),
+    "missing": (["absent.jsonl"], "does not exist"),
     "glob without match": (["*.parquet"], "no file matches"),
     "empty": (["empty.jsonl"], "is empty"),
     "folder": (["."], "is not a file but a folder"),
