@@ -92,7 +92,7 @@ class OptimizerConfig(Settings):
 
     learning_rate: float = Field(default=8e-5, ge=0)
     min_learning_rate: float = Field(default=0.0, ge=0)
-    """Where the decay ends."""
+    """Where the decay ends, after the last step: the last one still moves the weights."""
     warmup_steps: int = Field(default=0, ge=0)
     """Linear from zero; the first step already has learning_rate / warmup_steps."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"

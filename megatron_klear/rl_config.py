@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, create_model, model_validator
 
 from megatron_klear.config import RunConfig, Settings
+from megatron_klear.rl.advantages import Advantage
 from megatron_klear.rl.losses import (
     CISPO,
     GPPO,
@@ -149,8 +150,12 @@ class OverlongPenalty(Settings):
 class AlgorithmConfig(Settings):
     """`[algorithm]`: from rewards to weights."""
 
-    advantage: Literal["mean_std", "mean"] = "mean_std"
-    """Group-relative advantage: reward less the group's mean, over its standard deviation or not (Dr. GRPO)."""
+    advantage: Advantage = "mean_std"
+    """Estimator of advantages from rewards. Within a prompt's group: `mean_std` (GRPO), `mean` (Dr. GRPO), both leaving
+    the sample itself out of the statistics (`mean_std_leave_one_out`, `rloo`), `opo` (baseline weighted by length),
+    `pass_at_k` (of binary rewards). Over the whole step: `reinforce_plus_plus`, `reinforce_plus_plus_baseline`."""
+    pass_k: int = Field(default=4, ge=1)
+    """k of the advantage `pass_at_k`."""
     prompts_per_step: PositiveInt = 128
     """Prompts trained on in one rollout step."""
     generated_prompts: PositiveInt | None = None
@@ -179,7 +184,12 @@ class AlgorithmConfig(Settings):
     [1/cap, cap] and 0 outside."""
     correction_level: Literal["token", "sequence", "sequence_geometric"] = "token"
     """Whose ratio: each token's, the product over a response, or its geometric mean."""
-    correction_cap: float = Field(default=2.0, gt=1)
+    correction_cap: float = Field(default=2.0, gt=0)
+    """Upper bound of the ratio."""
+    correction_floor: float | None = Field(default=None, gt=0)
+    """Lower bound of what `masked` keeps; unset is 1 / correction_cap."""
+    correction_sequence_bounds: tuple[float, float] | None = None
+    """Responses whose geometric-mean ratio lies outside of these bounds are taken out as a whole, besides."""
 
     @model_validator(mode="after")
     def _check(self) -> AlgorithmConfig:
@@ -188,6 +198,15 @@ class AlgorithmConfig(Settings):
                 f"algorithm.prompts_per_step {self.prompts_per_step} must be a multiple of "
                 f"algorithm.prompts_per_update {self.prompts_per_update}"
             )
+        floor = 1 / self.correction_cap if self.correction_floor is None else self.correction_floor
+        if self.correction == "masked" and not floor < self.correction_cap:
+            raise ValueError(
+                f"algorithm.correction = masked keeps ratios from {floor:g} to algorithm.correction_cap "
+                f"{self.correction_cap:g}, which is none: raise correction_cap, or set a smaller correction_floor"
+            )
+        bounds = self.correction_sequence_bounds
+        if bounds is not None and not 0 <= bounds[0] < bounds[1]:
+            raise ValueError(f"algorithm.correction_sequence_bounds {bounds} must be two numbers, the smaller first")
         return self
 
 
@@ -236,6 +255,23 @@ class GPPOConfig(RunConfig):
     @model_validator(mode="after")
     def _check(self) -> GPPOConfig:
         build_loss(self.loss)
+        if self.sampling.top_p < 1 or self.sampling.top_k:
+            raise ValueError(
+                f"sampling.top_p {self.sampling.top_p:g} and top_k {self.sampling.top_k} cut the sampler's "
+                "distribution, while log-probs and ratios are over the whole vocabulary: every ratio would be too "
+                "small by the share that was cut off; train with top_p 1 and top_k 0 (validation.sampling may have others)"
+            )
+        alone = {"mean", "mean_std", "reinforce_plus_plus"}
+        if self.sampling.samples_per_prompt < 2 and self.algorithm.advantage not in alone:
+            raise ValueError(
+                f"algorithm.advantage {self.algorithm.advantage} compares the samples of a prompt: set "
+                "sampling.samples_per_prompt to at least 2"
+            )
+        if self.algorithm.advantage == "pass_at_k" and self.algorithm.pass_k >= self.sampling.samples_per_prompt:
+            raise ValueError(
+                f"algorithm.pass_k {self.algorithm.pass_k} must be below sampling.samples_per_prompt "
+                f"{self.sampling.samples_per_prompt}"
+            )
         longest = self.prompts.max_tokens + self.sampling.max_tokens
         if longest > self.train.tokens_per_microbatch:
             raise ValueError(

@@ -131,6 +131,7 @@ class Engine:
             ],
             self.topology.data,
         )
+        sums["entropy"] /= max(counts[1], 1.0)  # the mean over trained tokens, whatever each weighs in the loss
         return StepStats(
             step=self.step,
             loss=total,

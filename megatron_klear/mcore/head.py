@@ -71,7 +71,7 @@ class Head:
         )
         sums = {
             "loss": result.loss.detach().float(),
-            "entropy": (values["weights"] * result.entropy).sum(),
+            "entropy": torch.where(values["weights"] != 0, result.entropy, 0.0).sum(),
         }
         if "advantages" in values:
             trained = values["weights"] != 0

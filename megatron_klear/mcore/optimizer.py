@@ -106,12 +106,16 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel], overl
 
 
 def learning_rate(settings: OptimizerConfig, step: int, total_steps: int | None) -> float:
-    """The rate of optimizer step `step` (the first is 0): linear warm-up, then decay to the minimum at the last."""
+    """The rate of optimizer step `step` (the first is 0): linear warm-up, then decay to the minimum.
+
+    The minimum is reached where the run ends, after its last step, as in Megatron's and transformers' schedules: with a
+    minimum of 0 the last step would move nothing otherwise.
+    """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     if settings.decay == "constant" or total_steps is None:
         return settings.learning_rate
-    span = max(total_steps - 1 - settings.warmup_steps, 1)
+    span = max(total_steps - settings.warmup_steps, 1)
     progress = min(max(step - settings.warmup_steps, 0) / span, 1.0)
     remaining = 0.5 * (1 + math.cos(math.pi * progress)) if settings.decay == "cosine" else 1 - progress
     return settings.min_learning_rate + (settings.learning_rate - settings.min_learning_rate) * remaining

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import comb
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,17 @@ import numpy.typing as npt
 from megatron_klear.errors import UserError
 from megatron_klear.types import Group
 
-Advantage = Literal["mean_std", "mean"]
+Advantage = Literal[
+    "mean_std",
+    "mean",
+    "rloo",
+    "mean_std_leave_one_out",
+    "opo",
+    "pass_at_k",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+]
+Values = npt.NDArray[np.float64]
 _STD_FLOOR = 1e-6
 
 
@@ -39,25 +50,86 @@ def checked_rewards(group: Group) -> npt.NDArray[np.float64]:
     return rewards
 
 
-def group_advantages(rewards: npt.ArrayLike, kind: Advantage) -> npt.NDArray[np.float64]:
+def advantages(groups: Sequence[Group], kind: Advantage, *, pass_k: int = 4) -> list[Values]:
+    """Advantages of every group's samples. Raises RewardValueError where a group's rewards cannot be used."""
+    rewards = [checked_rewards(group) for group in groups]
+    if kind == "reinforce_plus_plus":
+        return normalised(rewards)
+    if kind == "reinforce_plus_plus_baseline":
+        return normalised([group_advantages(values, "mean") for values in rewards])
+    lengths = [response_lengths(group) for group in groups] if kind == "opo" else [None] * len(groups)
+    return [
+        group_advantages(values, kind, lengths=of_group, pass_k=pass_k)
+        for values, of_group in zip(rewards, lengths, strict=True)
+    ]
+
+
+def group_advantages(
+    rewards: npt.ArrayLike, kind: Advantage, *, lengths: npt.ArrayLike | None = None, pass_k: int = 4
+) -> Values:
     """Advantages [n] of one group's rewards [n].
 
     `mean_std`: (r - mean) / (std + 1e-6) with the unbiased standard deviation (GRPO, arXiv 2402.03300, section 4.1.2).
-    `mean`: r - mean (Dr. GRPO, arXiv 2503.20783). A single sample has nothing to be compared with: its advantage is its
-    reward, as in plain REINFORCE.
+    `mean`: r - mean (Dr. GRPO, arXiv 2503.20783).
+    `rloo`: r less the mean of the others (RLOO, arXiv 2402.14740, Eq. 7); `mean_std_leave_one_out` over their standard
+    deviation as well. `opo`: r less the mean weighted by `lengths` [n], the baseline of least variance where gradients
+    grow with the length (OPO, arXiv 2505.23585, Eq. 8). `pass_at_k`: see `pass_at_k_advantages`.
+    A single sample has nothing to be compared with: its advantage is its reward, as in plain REINFORCE.
     """
     values = np.asarray(rewards, dtype=np.float64)
     if len(values) == 1 or is_uninformative(values):
         return values.copy() if len(values) == 1 else np.zeros(len(values))
-    centred: npt.NDArray[np.float64] = values - values.mean()
+    if kind == "pass_at_k":
+        return pass_at_k_advantages(values, pass_k)
+    if kind == "opo":
+        weights = np.asarray(lengths, dtype=np.float64)
+        return np.asarray(values - (weights * values).sum() / max(weights.sum(), 1.0))
+    if kind in ("rloo", "mean_std_leave_one_out"):
+        count = len(values)
+        others = (values.sum() - values) / (count - 1)
+        if kind == "rloo":
+            return np.asarray(values - others)
+        spread = np.array([np.delete(values, i).std(ddof=1) if count > 2 else 0.0 for i in range(count)])
+        return np.asarray((values - others) / (spread + _STD_FLOOR))
+    centred: Values = values - values.mean()
     if kind == "mean_std":
         centred /= values.std(ddof=1) + _STD_FLOOR
     return centred
 
 
-def advantages(groups: Sequence[Group], kind: Advantage) -> list[npt.NDArray[np.float64]]:
-    """Advantages of every group's samples. Raises RewardValueError where a group's rewards cannot be used."""
-    return [group_advantages(checked_rewards(group), kind) for group in groups]
+def pass_at_k_advantages(rewards: npt.ArrayLike, k: int) -> Values:
+    """Advantages [n] that raise pass@k, from the rewards [n] of one group: the larger of two values is a success.
+
+    With p = 1 - C(w, k) / C(n, k), the chance that k of the n samples hold a success where w fail, a success has
+    (1 - p) / s and a failure (1 - p - C(w - 1, k - 1) / C(n - 1, k - 1)) / s, s = sqrt(p (1 - p)); 0 where s is
+    (arXiv 2508.10751, Eq. 14 and 15).
+    Raises RewardValueError where there are more than two values.
+    """
+    values = np.asarray(rewards, dtype=np.float64)
+    if len(np.unique(values)) > 2:
+        raise RewardValueError(
+            f"algorithm.advantage pass_at_k needs rewards of two values, and a group has {np.unique(values).tolist()}"
+        )
+    right = values == values.max()
+    wrong, count = int((~right).sum()), len(values)
+    chance = 1 - comb(wrong, k) / comb(count, k)
+    spread = np.sqrt(chance * (1 - chance))
+    if not spread:
+        return np.zeros(count)
+    failed = 1 - chance - comb(wrong - 1, k - 1) / comb(count - 1, k - 1)
+    return np.where(right, 1 - chance, failed) / spread
+
+
+def normalised(values: Sequence[Values]) -> list[Values]:
+    """Values of all groups less their common mean, over their standard deviation (REINFORCE++, arXiv 2501.03262).
+
+    With rewards this is REINFORCE++; with rewards less their group's mean its variant with a baseline.
+    """
+    whole = np.concatenate([*values, np.zeros(0)])
+    if len(whole) < 2:
+        return list(values)
+    mean, spread = whole.mean(), whole.std(ddof=1)
+    return [(of_group - mean) / (spread + _STD_FLOOR) for of_group in values]
 
 
 def is_uninformative(rewards: npt.ArrayLike) -> bool:

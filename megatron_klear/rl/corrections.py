@@ -24,6 +24,8 @@ def importance_weights(
     correction: Correction,
     cap: float = 2.0,
     *,
+    floor: float | None = None,
+    sequence_bounds: tuple[float, float] | None = None,
     level: CorrectionLevel = "token",
     trained: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -31,13 +33,18 @@ def importance_weights(
     """What each token's loss is multiplied by [T], without a gradient.
 
     `truncated`: min(r, cap), truncated importance sampling (F. Yao et al., "Your Efficient RL Framework Secretly Brings
-    You Off-Policy RL Training", 2025). `masked`: r where 1/cap <= r <= cap, else 0 (IcePop, arXiv 2510.18855, with the
-    one bound the inverse of the other). `none`: 1. At the levels of the sequence r is that of `log_ratios`, the same
-    for all trained tokens of a response, which is kept or masked as a whole.
-    Raises ValueError where shapes differ, `cap` is not above 1, or a log-prob is NaN or positive infinity.
+    You Off-Policy RL Training", 2025). `masked`: r where floor <= r <= cap, else 0 (IcePop, arXiv 2510.18855, whose
+    lower and upper bounds these are); without a `floor` it is 1/cap. `none`: 1. At the levels of the sequence r is that
+    of `log_ratios`, the same for all trained tokens of a response, which is kept or masked as a whole.
+    `sequence_bounds` take whole responses out besides, the geometric mean of whose tokens' ratios is outside of them
+    (masked importance sampling at the level of sequences: J. Liu et al., "When Speed Kills Stability", 2025).
+    Raises ValueError where shapes differ, bounds are not positive and in order, or a log-prob is NaN or positive
+    infinity.
     """
-    if not cap > 1:
-        raise ValueError(f"the cap {cap} must be above 1")
+    lowest = (1 / cap if correction == "masked" else 0.0) if floor is None else floor
+    for low, high in ((lowest, cap), sequence_bounds or (0.0, cap)):
+        if not 0 <= low < high:
+            raise ValueError(f"a ratio cannot be kept between {low} and {high}: the lower bound must be the smaller")
     log_ratio = log_ratios(logprobs, sampler_logprobs, level, trained=trained, cu_seqlens=cu_seqlens)
     if correction == "none":
         return torch.ones_like(logprobs)
@@ -49,12 +56,18 @@ def importance_weights(
             "the sampler have no ratio"
         )
     bound = math.log(cap)
-    ratio = log_ratio.clamp(max=bound).exp()  # clamped before exp: a ratio must not overflow
-    if correction == "truncated":
-        return ratio
+    factors = log_ratio.clamp(max=bound).exp()  # clamped before exp: a ratio must not overflow
     if correction == "masked":
-        return torch.where(log_ratio.abs() <= bound, ratio, 0.0)
-    raise ValueError(f"unknown correction {correction!r}: none, truncated or masked")
+        kept = (log_ratio <= bound) & (log_ratio >= (math.log(lowest) if lowest > 0 else -math.inf))
+        factors = torch.where(kept, factors, 0.0)
+    elif correction != "truncated":
+        raise ValueError(f"unknown correction {correction!r}: none, truncated or masked")
+    if sequence_bounds is not None:
+        whole = log_ratios(
+            logprobs, sampler_logprobs, "sequence_geometric", trained=trained, cu_seqlens=cu_seqlens
+        ).exp()
+        factors = torch.where((whole >= sequence_bounds[0]) & (whole <= sequence_bounds[1]), factors, 0.0)
+    return factors
 
 
 def log_ratios(

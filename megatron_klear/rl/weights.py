@@ -107,13 +107,17 @@ def drop_overlong(counts: npt.ArrayLike, overlong: npt.ArrayLike) -> Counts:
     return np.where(_mask(counts, overlong), 0, _counts(counts))
 
 
-def nll_weights(counts: npt.ArrayLike, correct: npt.ArrayLike, coefficient: float) -> Weights:
+def nll_weights(
+    counts: npt.ArrayLike, correct: npt.ArrayLike, coefficient: float, microbatches: npt.ArrayLike | None = None
+) -> Weights:
     """Weights of the added -logp term on correct rollouts: coefficient / their number of tokens (Eq. 13-14).
 
-    The term is normalised by its own tokens over the whole step, whatever the policy term's aggregation is. All zero
-    where no rollout is correct.
+    The term is normalised by its own tokens over the whole step, whatever the policy term's aggregation is; with
+    `microbatches` inside each micro-batch, weighted by its share of all sequences, as the released code has it. All
+    zero where no rollout is correct.
     """
-    return coefficient * token_mean(np.where(_mask(counts, correct), _counts(counts), 0))
+    of_correct = np.where(_mask(counts, correct), _counts(counts), 0)
+    return coefficient * (token_mean(of_correct) if microbatches is None else as_released(of_correct, microbatches))
 
 
 def spread(weights: Weights, trained: Sequence[npt.NDArray[np.bool_]]) -> list[npt.NDArray[np.float32]]:

@@ -140,7 +140,7 @@ class Step:
     def prepare(self, groups: Sequence[Group]) -> list[list[PackedBatch]]:
         """This rank's rows of every update, with the old log-probs and the correction of what the sampler saw."""
         config, topology = self.config, self.engine.topology
-        of_groups = advantages(groups, config.algorithm.advantage)
+        of_groups = advantages(groups, config.algorithm.advantage, pass_k=config.algorithm.pass_k)
         self.advantage_of = {id(group): values for group, values in zip(groups, of_groups, strict=True)}
         updates = [
             pack_update(
@@ -208,7 +208,7 @@ class Step:
             "response_length_max": float(max(lengths)),
             "cut_off_share": float(np.mean([sample.finish == "length" for sample in samples])),
             "zero_advantage_share": 1 - self.num_informative / len(self.all_groups),
-            "entropy": _mean([step.metrics["entropy"] for step in stats]),
+            "entropy": sum(step.metrics["entropy"] * step.num_trained_tokens for step in stats) / trained,
             "updates": float(len(stats)),
             "rollout_tokens": float(sum(lengths)),
             "sync_seconds": sync_seconds,
@@ -280,6 +280,8 @@ def _factors(batch: PackedBatch, old_logprobs: Tensor, algorithm: AlgorithmConfi
         batch.sampler_logprobs,
         algorithm.correction,
         algorithm.correction_cap,
+        floor=algorithm.correction_floor,
+        sequence_bounds=algorithm.correction_sequence_bounds,
         level=algorithm.correction_level,
         trained=batch.weights != 0,
         cu_seqlens=batch.cu_seqlens,
@@ -302,11 +304,15 @@ def _mismatch_row(batch: PackedBatch, old_logprobs: Tensor, algorithm: Algorithm
 
 
 def _corrected(batch: PackedBatch, old_logprobs: Tensor, algorithm: AlgorithmConfig) -> PackedBatch:
-    """The row with its policy weights multiplied by the importance weights of trainer over sampler."""
-    if batch.sampler_logprobs is None or algorithm.correction == "none":
+    """The row with its advantages multiplied by the importance weights of trainer over sampler.
+
+    Every loss of the family is linear in an advantage of one sign, so this weighs the policy term and nothing else: the
+    NLL, KL and entropy terms are of the tokens as they are. A masked token has the advantage 0.
+    """
+    if batch.sampler_logprobs is None or batch.advantages is None or algorithm.correction == "none":
         return batch
     factors = _factors(batch, old_logprobs, algorithm)
-    return dataclasses.replace(batch, weights=torch.where(batch.weights != 0, batch.weights * factors, 0.0))
+    return dataclasses.replace(batch, advantages=torch.where(batch.weights != 0, batch.advantages * factors, 0.0))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -67,10 +67,10 @@ def pack_update(
     counts = np.array([num_predicted(sample) for sample in update.samples])
     if algorithm.overlong_filter:
         counts = drop_overlong(counts, update.overlong)
-    weights = aggregate(
-        algorithm.aggregation, counts, length=longest_response, microbatches=_row_of(plan, len(lengths))
-    )
-    nll = nll_weights(counts, update.correct, algorithm.nll_coefficient)
+    row_of = _row_of(plan, len(lengths))
+    weights = aggregate(algorithm.aggregation, counts, length=longest_response, microbatches=row_of)
+    released = algorithm.aggregation == "as_released"
+    nll = nll_weights(counts, update.correct, algorithm.nll_coefficient, row_of if released else None)
     num_rows = -(-plan.num_rows // data_size) * data_size
     loads = plan.row_sums(work.of(lengths), range(plan.num_rows))
     batches = []

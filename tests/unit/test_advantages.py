@@ -1,5 +1,6 @@
 """Advantages: what a group's rewards say of each sample, and which groups say nothing."""
 
+import itertools
 import math
 from typing import Any
 
@@ -13,8 +14,10 @@ from megatron_klear.rl.advantages import (
     advantages,
     group_advantages,
     keep_informative,
+    normalised,
     overlong,
     overlong_penalties,
+    pass_at_k_advantages,
     penalise_overlong,
 )
 from megatron_klear.types import Group, Prompt, Sample, Score, Verdict
@@ -113,3 +116,57 @@ def test_penalised_group_is_a_copy_and_counts_response_tokens_only() -> None:
 def test_overlong_samples_are_those_cut_at_the_cap() -> None:
     assert overlong([group([1, 1], cut=(1,)), group([1], cut=(0,))]).tolist() == [False, True, True]
     assert overlong([]).shape == (0,)
+
+
+@given(rewards)
+def test_leaving_the_sample_out_of_the_mean_scales_it(values: list[float]) -> None:
+    count = len(values)
+    scaled = group_advantages(values, "mean") * count / (count - 1)
+    np.testing.assert_allclose(group_advantages(values, "rloo"), scaled, atol=1e-12)
+    others = [np.mean(values[:i] + values[i + 1 :]) for i in range(count)]
+    if len(set(values)) > 1:
+        np.testing.assert_allclose(group_advantages(values, "rloo"), np.array(values) - others, atol=1e-12)
+
+
+def test_leave_one_out_divides_by_the_others_deviation() -> None:
+    values = [1.0, 0.0, 0.0, 1.0, 0.5]
+    others = [np.delete(values, i) for i in range(5)]
+    expected = [(v - o.mean()) / (o.std(ddof=1) + 1e-6) for v, o in zip(values, others, strict=True)]
+    np.testing.assert_allclose(group_advantages(values, "mean_std_leave_one_out"), expected)
+
+
+def test_opo_weighs_the_baseline_by_length() -> None:
+    of = group([1.0, -1.0, 1.0], lengths=[10, 30, 20])
+    baseline = (10 - 30 + 20) / 60
+    np.testing.assert_allclose(advantages([of], "opo")[0], np.array([1.0, -1.0, 1.0]) - baseline)
+    even = group([1.0, -1.0, 1.0], lengths=[7, 7, 7])
+    np.testing.assert_allclose(advantages([even], "opo")[0], group_advantages([1, -1, 1], "mean"))
+
+
+@pytest.mark.parametrize(("right", "count", "k"), [(1, 8, 4), (3, 8, 4), (6, 8, 2), (2, 5, 1)])
+def test_pass_at_k_is_the_mean_over_all_sets_of_k(right: int, count: int, k: int) -> None:
+    """Every set of k samples is rewarded by its best, sets are normalised, a sample has the mean over its sets."""
+    values = np.array([1.0] * right + [-1.0] * (count - right))
+    sets = list(itertools.combinations(range(count), k))
+    best = np.array([float(values[list(of)].max() > 0) for of in sets])
+    of_sets = (best - best.mean()) / best.std()
+    expected = [np.mean([a for a, of in zip(of_sets, sets, strict=True) if i in of]) for i in range(count)]
+    np.testing.assert_allclose(pass_at_k_advantages(values, k), expected, atol=1e-12)
+
+
+def test_pass_at_k_where_every_set_succeeds_or_rewards_are_no_pass() -> None:
+    assert not pass_at_k_advantages([1.0] * 6 + [0.0] * 2, 4).any()
+    with pytest.raises(RewardValueError, match="two values"):
+        pass_at_k_advantages([0.0, 0.5, 1.0], 2)
+
+
+def test_estimators_over_the_whole_step() -> None:
+    groups = [group([1.0, 0.0, 0.0], name="a"), group([1.0, 1.0, 0.0], name="b"), group([0.5, 0.0], name="c")]
+    whole = np.concatenate(advantages(groups, "reinforce_plus_plus"))
+    rewards_of = np.array([1, 0, 0, 1, 1, 0, 0.5, 0])
+    np.testing.assert_allclose(whole, (rewards_of - rewards_of.mean()) / (rewards_of.std(ddof=1) + 1e-6))
+    based = advantages(groups, "reinforce_plus_plus_baseline")
+    centred = np.concatenate([of.rewards - of.rewards.mean() for of in groups])
+    np.testing.assert_allclose(np.concatenate(based), centred / (centred.std(ddof=1) + 1e-6), atol=1e-12)
+    assert [len(of) for of in based] == [3, 3, 2]
+    assert normalised([np.array([2.0])])[0].tolist() == [2.0]

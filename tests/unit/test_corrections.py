@@ -117,7 +117,7 @@ def test_unusable_input_is_named() -> None:
         importance_weights(torch.tensor([0.0, math.nan]), torch.zeros(2), "truncated")
     with pytest.raises(ValueError, match="shapes"):
         importance_weights(torch.zeros(2), torch.zeros(3), "none")
-    with pytest.raises(ValueError, match="cap 1"):
+    with pytest.raises(ValueError, match=r"between 1\.0 and 1\.0"):
         importance_weights(torch.zeros(2), torch.zeros(2), "masked", 1.0)
     with pytest.raises(ValueError, match="needs the responses' bounds"):
         importance_weights(torch.zeros(2), torch.zeros(2), "masked", level="sequence")
@@ -151,3 +151,28 @@ def test_kl_estimates_come_close_to_the_true_divergence() -> None:
     found = measure_mismatch(trainer[tokens], sampler[tokens], torch.ones(len(tokens)))
     assert found.kl_k1 == pytest.approx(true, rel=0.05)
     assert found.kl_k3 == pytest.approx(true, rel=0.03)
+
+
+def test_two_bounds_keep_what_lies_between() -> None:
+    ours = torch.log(torch.tensor([0.3, 0.5, 0.9, 4.9, 5.1]))
+    kept = importance_weights(ours, torch.zeros(5), "masked", 5.0, floor=0.5)  # IcePop's own bounds
+    torch.testing.assert_close(kept, torch.tensor([0.0, 0.5, 0.9, 4.9, 0.0]))
+    low = importance_weights(ours, torch.zeros(5), "truncated", 0.8)
+    torch.testing.assert_close(low, torch.tensor([0.3, 0.5, 0.8, 0.8, 0.8]))
+    assert importance_weights(ours, torch.zeros(5), "masked", 0.95, floor=0.8).count_nonzero() == 1
+
+
+def test_responses_outside_of_the_bounds_are_taken_out_whole() -> None:
+    ratios = torch.tensor([4.0, 1.0, 1.0, 1.1, 0.9, 3.0])
+    bounds, trained = torch.tensor([0, 3, 5, 6]), torch.tensor([True, True, True, True, True, False])
+    found = importance_weights(
+        ratios.log(),
+        torch.zeros(6),
+        "truncated",
+        2.0,
+        sequence_bounds=(0.9, 1.2),
+        trained=trained,
+        cu_seqlens=bounds,
+    )
+    # 4^(1/3) = 1.59 is above the bounds, sqrt(0.99) within.
+    torch.testing.assert_close(found[:5], torch.tensor([0.0, 0.0, 0.0, 1.1, 0.9]))

@@ -99,3 +99,11 @@ def test_aggregate_names_every_mean():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_released_nll_term_is_a_mean_inside_each_microbatch():
+    counts, correct, rows = [4, 2, 6, 3], [True, False, True, True], [0, 0, 1, 1]
+    found = w.nll_weights(counts, correct, 0.1, rows)
+    # Micro-batches of half the sequences each: 4 right tokens in the first, 9 in the second.
+    np.testing.assert_allclose(found, 0.1 * np.array([0.5 / 4, 0, 0.5 / 9, 0.5 / 9]))
+    assert w.nll_weights(counts, [False, False, True, False], 0.1, rows).sum() * 6 == pytest.approx(0.1 * 0.5)
