@@ -21,8 +21,9 @@
 //     CISPO       -A clip(r) * logp            -A clip(r)
 //
 // PPO and GPPO past the dual clip (region 5): value -A dual_clip, derivative 0. k3 = exp(d) - d - 1 with
-// d = clamp(ref - logp, -20, 20), derivative 1 - exp(d). The two clamps bound values and never zero a derivative:
-// dr/dlogp is r everywhere. Without old_logprobs the step is on-policy and r is 1.
+// d = clamp(ref - logp, -20, 20), derivative 1 - exp(d); where k3 is above 10 it is 10 and its derivative 0. The clamp of
+// the ratio bounds values and never zeroes a derivative: dr/dlogp is r everywhere. Without old_logprobs the step is
+// on-policy and r is 1.
 //
 // Extremes. A logit of -inf has probability 0 and gradient 0. Rows whose policy and NLL weights are both 0 are never
 // read: their gradient and all their outputs are 0. A NaN or +inf logit, or a row without a finite logit, gives NaN

@@ -18,6 +18,7 @@ namespace klear {
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kMaxLogRatio = 20.0f;
+constexpr float kMaxKl = 10.0f;
 // The maximum of no columns at all. Finite, so that differences of maxima never are inf - inf.
 constexpr float kNoMax = -1e38f;
 // Exponents are clamped here: 2^-200 is 0 in fp32, and 0 * -200 is 0 where 0 * -inf would be NaN.
@@ -143,6 +144,14 @@ KLEAR_HD PolicyTerm policy_term(const klear_coefficients& loss, float advantage,
     return {kept, kept};
 }
 
+// k3 grows as the exponential of the difference: without a bound one outlier outweighs the batch.
+KLEAR_HD PolicyTerm kl_term(float reference, float logprob) {
+    const float difference = bounded_difference(reference, logprob);
+    const float value = expm1f(difference) - difference;
+    if (value > kMaxKl) return {kMaxKl, 0.0f};
+    return {value, -expm1f(difference)};
+}
+
 template <class T>
 KLEAR_HD void store_if(T* pointer, int64_t row, T value) {
     if (pointer) pointer[row] = value;
@@ -185,10 +194,10 @@ KLEAR_HD RowGradient finish_row(const RowStats& stats, const klear_tokens& token
         value = policy_weight * term.value;
         derivative = policy_weight * term.derivative;
         if (tokens.ref_logprobs && loss.kl_coefficient != 0.0f) {
-            const float difference = bounded_difference(tokens.ref_logprobs[row], logprob);
+            const PolicyTerm kl = kl_term(tokens.ref_logprobs[row], logprob);
             const float kl_weight = policy_weight * loss.kl_coefficient;
-            value += kl_weight * (expm1f(difference) - difference);
-            derivative -= kl_weight * expm1f(difference);
+            value += kl_weight * kl.value;
+            derivative += kl_weight * kl.derivative;
         }
         if (loss.entropy_coefficient != 0.0f) value -= policy_weight * loss.entropy_coefficient * entropy;
     }

@@ -19,6 +19,7 @@ from megatron_klear.types import LossCoefficients, TokenLoss
 
 WeightGrad = Literal["autograd", "main_grad", "main_grad_tied"]
 MAX_LOG_RATIO = 20.0
+MAX_KL = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,24 +133,30 @@ def ratio_and_region(
     return ratio, region.masked_fill(negative & (ratio > coefficients.dual_clip), 5)
 
 
-class _K3(torch.autograd.Function):
-    """The k3 estimate of the KL divergence to a reference, exp(d) - d - 1 with d = ref - logp clamped to +-20."""
+class _KL(torch.autograd.Function):
+    """Values whose derivative in the log-probs is given."""
 
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-        difference = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        ctx.save_for_backward(difference)
-        return difference.expm1() - difference
+    def forward(ctx: Any, logprobs: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (difference,) = ctx.saved_tensors
-        return -grad_outputs[0] * difference.expm1(), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return grad_outputs[0] * slope, None, None
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The k3 estimate of the KL divergence to a reference (Schulman, 2020), [T], differentiable in `logprobs`."""
-    return cast(Tensor, _K3.apply(logprobs, ref_logprobs))  # type: ignore[no-untyped-call]
+    """The k3 estimate of the KL divergence to a reference (Schulman, 2020), [T], differentiable in `logprobs`.
+
+    exp(d) - d - 1 with d = ref - logp clamped to +-20. Above 10 it is 10 and has no gradient, as verl's `low_var_kl` and
+    NeMo-RL's `calculate_kl` have it: one outlier would otherwise outweigh a batch by exp(d).
+    """
+    difference = (ref_logprobs - logprobs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    value, slope = difference.expm1() - difference, -difference.expm1()
+    past = value > MAX_KL
+    return cast(Tensor, _KL.apply(logprobs, value.masked_fill(past, MAX_KL), slope.masked_fill(past, 0.0)))  # type: ignore[no-untyped-call]
 
 
 def weighted_rows(weighted: Tensor, targets: Tensor, vocab_size: int) -> Tensor:

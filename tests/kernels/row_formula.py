@@ -148,7 +148,8 @@ def expected(rows: Rows, dtype: torch.dtype) -> Expected:
         loss = loss - rows.nll_weights.to(dtype) * logprobs
     if rows.ref_logprobs is not None:
         difference = rows.ref_logprobs.to(dtype) - logprobs
-        loss = loss + rows.kl_coefficient * weights * (difference.exp() - difference - 1)
+        k3 = difference.exp() - difference - 1
+        loss = loss + rows.kl_coefficient * weights * k3.clamp(max=10)
     loss.sum().backward()
     used = weights != 0 if rows.nll_weights is None else (weights != 0) | (rows.nll_weights != 0)
     tensors = (logprobs, entropy, torch.logsumexp(scaled, -1), ratio, loss)
