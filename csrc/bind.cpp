@@ -47,12 +47,13 @@ static void bind_structs(py::module_& module) {
              py::arg("temperature"));
     py::class_<klear_coefficients>(module, "Coefficients")
         .def(py::init([](int kind, float ratio_low, float ratio_high, float beta_low, float beta_high, float dual_clip,
-                         float entropy_coefficient, float kl_coefficient) {
-                 return klear_coefficients{kind,      ratio_low, ratio_high,          beta_low,
-                                           beta_high, dual_clip, entropy_coefficient, kl_coefficient};
+                         float entropy_coefficient, float kl_coefficient, int kl_estimator) {
+                 return klear_coefficients{kind,      ratio_low,           ratio_high,     beta_low,    beta_high,
+                                           dual_clip, entropy_coefficient, kl_coefficient, kl_estimator};
              }),
              py::kw_only(), py::arg("kind"), py::arg("ratio_low"), py::arg("ratio_high"), py::arg("beta_low"),
-             py::arg("beta_high"), py::arg("dual_clip"), py::arg("entropy_coefficient"), py::arg("kl_coefficient"));
+             py::arg("beta_high"), py::arg("dual_clip"), py::arg("entropy_coefficient"), py::arg("kl_coefficient"),
+             py::arg("kl_estimator"));
     py::class_<klear_outputs>(module, "Outputs")
         .def(py::init([](Address logprobs, Address entropy, Address lse, Address ratio, Address loss, Address region,
                          Address status) {

@@ -7,7 +7,7 @@
 // What a row computes. With x the row's valid columns divided by the temperature, p = softmax(x), H its entropy,
 // logp = log p[target], w the policy weight, n the NLL weight:
 //
-//     loss = w * policy(logp) - n * logp + kl_coefficient * w * k3 - entropy_coefficient * w * H
+//     loss = w * policy(logp) - n * logp + kl_coefficient * w * kl(logp) - entropy_coefficient * w * H
 //     d loss / d logits[j] = (g * (1[j = target] - p[j]) + entropy_coefficient * w * p[j] * (log p[j] + H)) / temperature
 //
 // where g = d loss / d logp. With A the advantage and r = exp(clamp(logp - old, -20, 20)):
@@ -19,10 +19,23 @@
 //     GPPO        -A r                         the value itself; in region 1 both are -A beta_low ratio_low,
 //                                              in region 2 both are -A beta_high ratio_high
 //     CISPO       -A clip(r) * logp            -A clip(r)
+//     SAPO        -A 4 sigma(x) / tau          -4 A r sigma(x) (1 - sigma(x)), x = tau (r - 1)
+//     DPPO        -A min(r, ratio_high)        the value itself; in regions 1 and 2 both are 0
 //
-// PPO and GPPO past the dual clip (region 5): value -A dual_clip, derivative 0. k3 = exp(d) - d - 1 with
-// d = clamp(ref - logp, -20, 20), derivative 1 - exp(d). The two clamps bound values and never zero a derivative:
-// dr/dlogp is r everywhere. Without old_logprobs the step is on-policy and r is 1.
+// PPO and GPPO past the dual clip (region 5): value -A dual_clip, derivative 0. beta_low and beta_high are the constants
+// of tokens of negative and of other advantage: SAPO's tau, and DPPO's bound of the divergence of old and present
+// probability mu and p of the target, |p - mu| or mu log(mu / p) + (1 - mu) log((1 - mu) / (1 - p)). DPPO is in region
+// 1 where A < 0, p < mu and in region 2 where A >= 0, p > mu, past that bound. Without old_logprobs the step is
+// on-policy and r is 1. The clamp of the ratio bounds values and never zeroes a derivative: dr/dlogp is r everywhere.
+//
+// The KL term. With d = ref - logp and k3 = exp(d) - d - 1:
+//
+//     K3            k3            1 - exp(d)
+//     K2            d * d / 2     -d
+//     K3_UNBIASED   k3            -d
+//     K3_WEIGHTED   r * k3        -r d
+//
+// A value above 10 is 10 with derivative 0, and past |d| = 20 the derivative is 0.
 //
 // Extremes. A logit of -inf has probability 0 and gradient 0. Rows whose policy and NLL weights are both 0 are never
 // read: their gradient and all their outputs are 0. A NaN or +inf logit, or a row without a finite logit, gives NaN
@@ -40,12 +53,23 @@ extern "C" {
 
 enum klear_type { KLEAR_F32 = 0, KLEAR_BF16 = 1 };
 
-enum klear_kind { KLEAR_NLL = 0, KLEAR_REINFORCE = 1, KLEAR_PPO = 2, KLEAR_GPPO = 3, KLEAR_CISPO = 4 };
+enum klear_kind {
+    KLEAR_NLL = 0,
+    KLEAR_REINFORCE = 1,
+    KLEAR_PPO = 2,
+    KLEAR_GPPO = 3,
+    KLEAR_CISPO = 4,
+    KLEAR_SAPO = 5,
+    KLEAR_DPPO_TV = 6,
+    KLEAR_DPPO_KL = 7
+};
+
+enum klear_kl { KLEAR_K3 = 0, KLEAR_K2 = 1, KLEAR_K3_UNBIASED = 2, KLEAR_K3_WEIGHTED = 3 };
 
 enum klear_region {
     KLEAR_UNCLIPPED = 0,
-    KLEAR_LOW_NEGATIVE = 1,   // A < 0,  r < ratio_low
-    KLEAR_HIGH_POSITIVE = 2,  // A >= 0, r > ratio_high
+    KLEAR_LOW_NEGATIVE = 1,   // A < 0,  r < ratio_low; DPPO: masked
+    KLEAR_HIGH_POSITIVE = 2,  // A >= 0, r > ratio_high; DPPO: masked
     KLEAR_LOW_POSITIVE = 3,   // A >= 0, r < ratio_low
     KLEAR_HIGH_NEGATIVE = 4,  // A < 0,  r > ratio_high, not past the dual clip
     KLEAR_DUAL_CLIP = 5       // A < 0,  r > dual_clip (PPO and GPPO)
@@ -102,6 +126,7 @@ typedef struct {
     float dual_clip;
     float entropy_coefficient;
     float kl_coefficient;
+    int32_t kl_estimator;  // klear_kl
 } klear_coefficients;
 
 // Per-token outputs, each [rows]; any may be null.

@@ -18,6 +18,7 @@ namespace klear {
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kMaxLogRatio = 20.0f;
+constexpr float kMaxKl = 10.0f;
 // The maximum of no columns at all. Finite, so that differences of maxima never are inf - inf.
 constexpr float kNoMax = -1e38f;
 // Exponents are clamped here: 2^-200 is 0 in fp32, and 0 * -200 is 0 where 0 * -inf would be NaN.
@@ -103,9 +104,25 @@ KLEAR_HD float bounded_difference(float a, float b) {
     return difference < -kMaxLogRatio ? -kMaxLogRatio : difference;
 }
 
-KLEAR_HD int clip_region(const klear_coefficients& loss, float advantage, float ratio) {
-    if (loss.kind == KLEAR_NLL || loss.kind == KLEAR_REINFORCE) return KLEAR_UNCLIPPED;
+// Divergence of the old policy from the present one, each seen as "this token or another" (DPPO's binary forms).
+// 1 - p comes from expm1, since p itself rounds to 1.
+KLEAR_HD float binary_divergence(const klear_coefficients& loss, float logprob, float old) {
+    const float difference = expf(logprob) - expf(old);
+    if (loss.kind == KLEAR_DPPO_TV) return difference < 0.0f ? -difference : difference;
+    const float old_rest = -expm1f(old), rest = -expm1f(logprob);
+    const float here = expf(old) == 0.0f ? 0.0f : expf(old) * (old - logprob);
+    return here + (old_rest > 0.0f ? old_rest * (logf(old_rest) - logf(rest)) : 0.0f);
+}
+
+KLEAR_HD int clip_region(const klear_coefficients& loss, float advantage, float ratio, float logprob, float old) {
+    if (loss.kind == KLEAR_NLL || loss.kind == KLEAR_REINFORCE || loss.kind == KLEAR_SAPO) return KLEAR_UNCLIPPED;
     const bool negative = advantage < 0.0f;
+    if (loss.kind == KLEAR_DPPO_TV || loss.kind == KLEAR_DPPO_KL) {
+        if (negative ? !(logprob < old) : !(logprob > old)) return KLEAR_UNCLIPPED;
+        if (!(binary_divergence(loss, logprob, old) > (negative ? loss.beta_low : loss.beta_high)))
+            return KLEAR_UNCLIPPED;
+        return negative ? KLEAR_LOW_NEGATIVE : KLEAR_HIGH_POSITIVE;
+    }
     if (negative && ratio > loss.dual_clip && loss.kind != KLEAR_CISPO) return KLEAR_DUAL_CLIP;
     if (ratio < loss.ratio_low) return negative ? KLEAR_LOW_NEGATIVE : KLEAR_LOW_POSITIVE;
     if (ratio > loss.ratio_high) return negative ? KLEAR_HIGH_NEGATIVE : KLEAR_HIGH_POSITIVE;
@@ -131,6 +148,18 @@ KLEAR_HD PolicyTerm policy_term(const klear_coefficients& loss, float advantage,
             const float weight = -advantage * (low > loss.ratio_high ? loss.ratio_high : low);
             return {weight == 0.0f ? 0.0f : weight * logprob, weight};
         }
+        case KLEAR_SAPO: {
+            const float tau = advantage > 0.0f ? loss.beta_high : loss.beta_low;
+            const float x = tau * (ratio - 1.0f);
+            const float tail = expf(x > 0.0f ? -x : x), gate = (x > 0.0f ? 1.0f : tail) / (1.0f + tail);
+            return {-advantage * 4.0f * gate / tau, 4.0f * plain * tail / ((1.0f + tail) * (1.0f + tail))};
+        }
+        case KLEAR_DPPO_TV:
+        case KLEAR_DPPO_KL: {
+            if (region != KLEAR_UNCLIPPED) return {0.0f, 0.0f};
+            const float weight = -advantage * (ratio > loss.ratio_high ? loss.ratio_high : ratio);
+            return {weight, weight};
+        }
         default:
             break;
     }
@@ -141,6 +170,18 @@ KLEAR_HD PolicyTerm policy_term(const klear_coefficients& loss, float advantage,
     if (loss.kind == KLEAR_PPO) return {bounded, 0.0f};
     const float kept = bounded * (low ? loss.beta_low : loss.beta_high);
     return {kept, kept};
+}
+
+// An estimate of the KL divergence to the reference. k3 grows as the exponential of the difference: without a bound one
+// outlier outweighs the batch.
+KLEAR_HD PolicyTerm kl_term(int estimator, float reference, float logprob, float ratio) {
+    const float difference = bounded_difference(reference, logprob);
+    const float weight = estimator == KLEAR_K3_WEIGHTED ? ratio : 1.0f;
+    const float value =
+        weight * (estimator == KLEAR_K2 ? 0.5f * difference * difference : expm1f(difference) - difference);
+    if (value > kMaxKl) return {kMaxKl, 0.0f};
+    if (difference >= kMaxLogRatio || difference <= -kMaxLogRatio) return {value, 0.0f};
+    return {value, -weight * (estimator == KLEAR_K3 ? expm1f(difference) : difference)};
 }
 
 template <class T>
@@ -177,7 +218,7 @@ KLEAR_HD RowGradient finish_row(const RowStats& stats, const klear_tokens& token
     const float advantage = tokens.advantages ? tokens.advantages[row] : 0.0f;
     const float old = tokens.old_logprobs ? tokens.old_logprobs[row] : logprob;
     const float ratio = expf(bounded_difference(logprob, old));
-    const int region = clip_region(loss, advantage, ratio);
+    const int region = clip_region(loss, advantage, ratio, logprob, old);
 
     float value = 0.0f, derivative = 0.0f;
     if (policy_weight != 0.0f) {
@@ -185,10 +226,10 @@ KLEAR_HD RowGradient finish_row(const RowStats& stats, const klear_tokens& token
         value = policy_weight * term.value;
         derivative = policy_weight * term.derivative;
         if (tokens.ref_logprobs && loss.kl_coefficient != 0.0f) {
-            const float difference = bounded_difference(tokens.ref_logprobs[row], logprob);
+            const PolicyTerm kl = kl_term(loss.kl_estimator, tokens.ref_logprobs[row], logprob, ratio);
             const float kl_weight = policy_weight * loss.kl_coefficient;
-            value += kl_weight * (expm1f(difference) - difference);
-            derivative -= kl_weight * expm1f(difference);
+            value += kl_weight * kl.value;
+            derivative += kl_weight * kl.derivative;
         }
         if (loss.entropy_coefficient != 0.0f) value -= policy_weight * loss.entropy_coefficient * entropy;
     }

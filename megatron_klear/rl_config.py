@@ -16,24 +16,12 @@ from pydantic import Field, PositiveInt, create_model, model_validator
 
 from megatron_klear.config import RunConfig, Settings
 from megatron_klear.rl.advantages import Advantage
-from megatron_klear.rl.losses import (
-    CISPO,
-    GPPO,
-    GSPO,
-    NLL,
-    PPO,
-    REINFORCE,
-    CappedCISPO,
-    SequenceLoss,
-    resolve_loss,
-)
+from megatron_klear.rl.losses import GPPO, LOSSES, SequenceLoss, resolve_loss
 from megatron_klear.rollout_config import LocalRolloutConfig, Rollout
-from megatron_klear.types import TokenLoss
-
-PolicyLoss = GPPO | PPO | CISPO | CappedCISPO | REINFORCE | GSPO | NLL
+from megatron_klear.types import KLEstimator, TokenLoss
 
 
-def _table(loss: type[PolicyLoss]) -> type[Settings]:
+def _table(loss: Any) -> type[Settings]:
     """`[loss]` for one loss: a strict table with the fields of its dataclass."""
     hints = typing.get_type_hints(loss)
     fields: dict[str, Any] = {
@@ -55,7 +43,7 @@ class CustomLoss(Settings):
     """Given to the class."""
 
 
-_TABLES = {loss: _table(loss) for loss in typing.get_args(PolicyLoss)}
+_TABLES = {loss: _table(loss) for loss in LOSSES.values()}
 _LOSS_OF = {table: loss for loss, table in _TABLES.items()}
 Loss: Any = Annotated[functools.reduce(operator.or_, _TABLES.values(), CustomLoss), Field(discriminator="kind")]
 
@@ -67,8 +55,7 @@ def build_loss(table: Settings) -> TokenLoss | SequenceLoss:
     """
     if isinstance(table, CustomLoss):
         return resolve_loss(table.path, table.arguments)
-    loss: PolicyLoss = _LOSS_OF[type(table)](**table.model_dump())
-    return loss
+    return _LOSS_OF[type(table)](**table.model_dump())
 
 
 class PromptSource(Settings):
@@ -170,7 +157,11 @@ class AlgorithmConfig(Settings):
     nll_coefficient: float = Field(default=0.1, ge=0)
     """alpha of the added NLL on correct responses (Eq. 13)."""
     kl_coefficient: float = Field(default=0.0, ge=0)
-    """Weight of the k3 KL term to `reference`; 0 needs no reference."""
+    """Weight of the KL term to `reference`; 0 needs no reference."""
+    kl_estimator: KLEstimator = "k3"
+    """With d = ref - logp and r = exp(logp - old): `k3` has value exp(d) - d - 1 and slope 1 - exp(d) (GRPO); `k2` has
+    d^2 / 2 and -d; `k3_unbiased` has k3 and -d (NeMo-RL's default); `k3_weighted` has r k3 and -r d (DeepSeek-V3.2). A
+    value above 10 is 10, without gradient."""
     reference: Path | None = None
     """Hugging Face folder of the reference model; unset is the model the run starts from."""
     entropy_coefficient: float = Field(default=0.0, ge=0)
@@ -259,7 +250,8 @@ class GPPOConfig(RunConfig):
             raise ValueError(
                 f"sampling.top_p {self.sampling.top_p:g} and top_k {self.sampling.top_k} cut the sampler's "
                 "distribution, while log-probs and ratios are over the whole vocabulary: every ratio would be too "
-                "small by the share that was cut off; train with top_p 1 and top_k 0 (validation.sampling may have others)"
+                "small by the share that was cut off; train with top_p 1 and top_k 0 (validation.sampling may have "
+                "others)"
             )
         alone = {"mean", "mean_std", "reinforce_plus_plus"}
         if self.sampling.samples_per_prompt < 2 and self.algorithm.advantage not in alone:

@@ -162,6 +162,10 @@ class StepStats:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+KLEstimator = Literal["k3", "k2", "k3_unbiased", "k3_weighted"]
+"""Forms of the KL term to a reference, in the order of the fused kernel's numbers; see `kernels.reference.kl_term`."""
+
+
 class LossKind(IntEnum):
     """Members of the token-loss family that the fused kernel computes; the numbers are part of its C interface."""
 
@@ -170,6 +174,9 @@ class LossKind(IntEnum):
     PPO = 2
     GPPO = 3
     CISPO = 4
+    SAPO = 5
+    DPPO_TV = 6
+    DPPO_KL = 7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +184,8 @@ class LossCoefficients:
     """All the fused kernel needs to know of a loss: its kind and the constants of its gradient weight.
 
     Bounds are absolute ratios (`1 - clip_low`, `1 + clip_high`), `dual_clip` is infinite where there is none.
+    `beta_low` and `beta_high` belong to tokens of negative and of other advantage: the weight of a clipped gradient
+    (GPPO), the temperature (SAPO), the bound of the divergence (DPPO).
     """
 
     kind: LossKind

@@ -23,7 +23,18 @@ from megatron_klear.rl.losses import LOSSES, resolve_loss
 from megatron_klear.types import TokenLoss
 
 RATIOS = (0.01, 0.3, 0.79, 0.81, 1.0, 1.27, 1.29, 2.0, 4.0, 9.9, 10.1, 20.0)
-DEFAULT = ("ppo:clip_high=0.28", "gppo", "gppo:dual_clip=10", "gppo:beta_low=0.5", "cispo", "capped_cispo", "reinforce")
+DEFAULT = (
+    "ppo:clip_high=0.28",
+    "gppo",
+    "gppo:dual_clip=10",
+    "gppo:beta_low=0.5",
+    "cispo",
+    "capped_cispo",
+    "reinforce",
+    "sapo",
+    "dppo",
+    "dppo:divergence='kl',bound_low=0.05,bound_high=0.05",
+)
 
 
 def parse(text: str) -> TokenLoss:

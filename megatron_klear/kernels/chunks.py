@@ -18,7 +18,7 @@ from megatron_klear.kernels import gemm, rows
 from megatron_klear.kernels.reference import weighted_rows
 from megatron_klear.kernels.rows import RowOutputs
 from megatron_klear.kernels.vocab_parallel import VocabShard, gather_sequence, gather_shards, reduce_hidden_gradient
-from megatron_klear.types import LossCoefficients, LossKind
+from megatron_klear.types import KLEstimator, LossCoefficients, LossKind
 
 Selection = slice | Tensor
 SILENT = 1  # the group of tokens that have a weight but no gradient
@@ -52,6 +52,7 @@ class Terms:
     coefficients: LossCoefficients
     entropy_coefficient: float = 0.0
     kl_coefficient: float = 0.0
+    kl_estimator: KLEstimator = "k3"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

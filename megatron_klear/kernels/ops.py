@@ -8,7 +8,7 @@ Loss coefficients travel as a list of numbers, process groups by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from megatron_klear.kernels.chunks import Head, Terms, Tokens, logprob_chunks, p
 from megatron_klear.kernels.reference import WeightGrad, head_gradient_stub
 from megatron_klear.kernels.rows import RowOutputs
 from megatron_klear.kernels.vocab_parallel import VocabShard, group_of
-from megatron_klear.types import LossCoefficients, LossKind
+from megatron_klear.types import KLEstimator, LossCoefficients, LossKind
 
 PER_TOKEN = ("logprobs", "entropy", "lse", "ratio", "region")
 
@@ -26,12 +26,13 @@ def pack_terms(terms: Terms) -> list[float]:
     """The terms as numbers, in the order `unpack_terms` reads them."""
     c = terms.coefficients
     bounds = [c.ratio_low, c.ratio_high, c.beta_low, c.beta_high, c.dual_clip]
-    return [float(int(c.kind)), *bounds, terms.entropy_coefficient, terms.kl_coefficient]
+    estimator = get_args(KLEstimator).index(terms.kl_estimator)
+    return [float(int(c.kind)), *bounds, terms.entropy_coefficient, terms.kl_coefficient, float(estimator)]
 
 
 def unpack_terms(numbers: Sequence[float]) -> Terms:
     """The terms that `pack_terms` made numbers of."""
-    kind, low, high, beta_low, beta_high, dual_clip, entropy, kl = numbers
+    kind, low, high, beta_low, beta_high, dual_clip, entropy, kl, estimator = numbers
     coefficients = LossCoefficients(
         kind=LossKind(int(kind)),
         ratio_low=low,
@@ -40,7 +41,12 @@ def unpack_terms(numbers: Sequence[float]) -> Terms:
         beta_high=beta_high,
         dual_clip=dual_clip,
     )
-    return Terms(coefficients=coefficients, entropy_coefficient=entropy, kl_coefficient=kl)
+    return Terms(
+        coefficients=coefficients,
+        entropy_coefficient=entropy,
+        kl_coefficient=kl,
+        kl_estimator=get_args(KLEstimator)[int(estimator)],
+    )
 
 
 def _head(weight: Tensor, group: str, vocab_size: int, logits_dtype: torch.dtype, chunk_tokens: int) -> Head:

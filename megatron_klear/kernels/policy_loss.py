@@ -14,7 +14,7 @@ import functools
 import logging
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from megatron_klear.kernels.reference import (
     weighted_rows,
 )
 from megatron_klear.kernels.vocab_parallel import VocabShard, group_name
-from megatron_klear.types import LossCoefficients, LossKind, TokenLoss
+from megatron_klear.types import KLEstimator, LossCoefficients, LossKind, TokenLoss
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ def fused_policy_loss(
     entropy_coefficient: float = 0.0,
     ref_logprobs: Tensor | None = None,
     kl_coefficient: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
@@ -71,7 +72,7 @@ def fused_policy_loss(
 ) -> PolicyLossOutput:
     """Policy loss of T tokens and its gradients, made at once; each argument is described under `PolicyLossCall`.
 
-    The loss is the sum of policy_weights * (loss + kl_coefficient * k3 - entropy_coefficient * entropy) - nll_weights
+    The loss is the sum of policy_weights * (loss + kl_coefficient * kl - entropy_coefficient * entropy) - nll_weights
     * logp. Raises ValueError on shapes, types and targets that do not fit, before anything is written.
     """
     return PolicyLossCall(
@@ -87,6 +88,7 @@ def fused_policy_loss(
         entropy_coefficient=entropy_coefficient,
         ref_logprobs=ref_logprobs,
         kl_coefficient=kl_coefficient,
+        kl_estimator=kl_estimator,
         group=group,
         vocab_size=vocab_size,
         sequence_parallel=sequence_parallel,
@@ -121,6 +123,8 @@ class PolicyLossCall:
     entropy_coefficient: float
     ref_logprobs: Tensor | None
     kl_coefficient: float
+    kl_estimator: KLEstimator
+    """Form of the KL term, see `reference.kl_term`."""
     group: dist.ProcessGroup | None
     """Ranks that hold the vocabulary's shards, equal in size and in order of rank."""
     vocab_size: int | None
@@ -164,6 +168,10 @@ class PolicyLossCall:
             check_per_token(self.targets, getattr(self, name), name)
         if self.kl_coefficient and self.ref_logprobs is None:
             raise ValueError(f"kl_coefficient {self.kl_coefficient} needs ref_logprobs, and there are none")
+        if self.kl_estimator not in get_args(KLEstimator):
+            raise ValueError(
+                f"kl_estimator must be one of {', '.join(get_args(KLEstimator))}, not {self.kl_estimator!r}"
+            )
         if not (math.isfinite(self.loss_scale) and self.loss_scale > 0):
             raise ValueError(f"loss_scale must be positive, not {self.loss_scale}")
 
@@ -175,6 +183,7 @@ class PolicyLossCall:
             coefficients=coefficients,
             entropy_coefficient=self.entropy_coefficient,
             kl_coefficient=self.kl_coefficient,
+            kl_estimator=self.kl_estimator,
         )
         shared = (
             self.targets,

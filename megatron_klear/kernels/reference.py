@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_klear.kernels.vocab_parallel import VocabShard, enter_shards, gather_shards, sum_shards
-from megatron_klear.types import LossCoefficients, TokenLoss
+from megatron_klear.types import KLEstimator, LossCoefficients, LossKind, TokenLoss
 
 WeightGrad = Literal["autograd", "main_grad", "main_grad_tied"]
 MAX_LOG_RATIO = 20.0
+MAX_KL = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,30 +127,65 @@ def ratio_and_region(
     ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     if coefficients is None or advantages is None:
         return ratio, region
+    if coefficients.kind in (LossKind.DPPO_TV, LossKind.DPPO_KL):
+        return ratio, _past_divergence(coefficients, logprobs, old_logprobs, advantages)
     low, high, negative = ratio < coefficients.ratio_low, ratio > coefficients.ratio_high, advantages < 0
     region = region.masked_fill(low, 3).masked_fill(low & negative, 1)
     region = region.masked_fill(high, 2).masked_fill(high & negative, 4)
     return ratio, region.masked_fill(negative & (ratio > coefficients.dual_clip), 5)
 
 
-class _K3(torch.autograd.Function):
-    """The k3 estimate of the KL divergence to a reference, exp(d) - d - 1 with d = ref - logp clamped to +-20."""
+def _past_divergence(loss: LossCoefficients, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """DPPO's region [T]: 1 (A < 0) or 2 where the divergence is past its bound and the token moves further away."""
+    present, old = logprobs.exp(), old_logprobs.exp()
+    if loss.kind == LossKind.DPPO_TV:
+        divergence = (present - old).abs()
+    else:
+        rest, old_rest = -logprobs.expm1(), -old_logprobs.expm1()
+        divergence = torch.where(old > 0, old * (old_logprobs - logprobs), 0.0)
+        divergence = divergence + torch.where(old_rest > 0, old_rest * (old_rest.log() - rest.log()), 0.0)
+    low = (advantages < 0) & (logprobs < old_logprobs) & (divergence > loss.beta_low)
+    high = (advantages >= 0) & (logprobs > old_logprobs) & (divergence > loss.beta_high)
+    return torch.zeros_like(logprobs, dtype=torch.uint8).masked_fill(low, 1).masked_fill(high, 2)
+
+
+class _KL(torch.autograd.Function):
+    """Values whose derivative in the log-probs is given."""
 
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-        difference = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        ctx.save_for_backward(difference)
-        return difference.expm1() - difference
+    def forward(ctx: Any, logprobs: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (difference,) = ctx.saved_tensors
-        return -grad_outputs[0] * difference.expm1(), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return grad_outputs[0] * slope, None, None
 
 
-def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The k3 estimate of the KL divergence to a reference (Schulman, 2020), [T], differentiable in `logprobs`."""
-    return cast(Tensor, _K3.apply(logprobs, ref_logprobs))  # type: ignore[no-untyped-call]
+def kl_term(logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor, estimator: KLEstimator = "k3") -> Tensor:
+    """Estimate of the KL divergence to a reference (Schulman, 2020), [T], differentiable in `logprobs`.
+
+    With d = ref - logp, `ratio` r = exp(logp - old) [T] and k3 = exp(d) - d - 1:
+
+        estimator     value     d value / d logp
+        k3            k3        1 - exp(d)     GRPO's; verl's `low_var_kl`. Its mean is no gradient of the KL
+        k2            d^2 / 2   -d             unbiased on-policy
+        k3_unbiased   k3        -d             NeMo-RL's default (k3 through exp(logp - sg(logp))), verl's `k3+`
+        k3_weighted   r k3      -r d           unbiased off-policy (DeepSeek-V3.2, arXiv 2512.02556); TRL's
+                                               `use_bias_correction_kl`, slime's `use_unbiased_kl`
+
+    The last two are the derivative of r k3 in logp, r (k3 + 1 - exp(d)) = -r d, with r = 1 or as it is.
+
+    A value above 10 is 10 and has no gradient, nor has |d| above 20: the two clamps of NeMo-RL's `calculate_kl` and of
+    verl's `low_var_kl`. One outlier would otherwise outweigh a batch by exp(d).
+    """
+    difference = (ref_logprobs - logprobs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    weight = ratio.detach() if estimator == "k3_weighted" else torch.ones_like(difference)
+    value = weight * (difference.square() / 2 if estimator == "k2" else difference.expm1() - difference)
+    slope = -weight * (difference.expm1() if estimator == "k3" else difference)
+    slope = slope.masked_fill((value > MAX_KL) | (difference.abs() >= MAX_LOG_RATIO), 0.0)
+    return cast(Tensor, _KL.apply(logprobs, value.clamp(max=MAX_KL), slope))  # type: ignore[no-untyped-call]
 
 
 def weighted_rows(weighted: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -188,6 +224,7 @@ def fused_policy_loss_ref(
     entropy_coefficient: float = 0.0,
     ref_logprobs: Tensor | None = None,
     kl_coefficient: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     sequence_parallel: bool = False,
@@ -211,17 +248,17 @@ def fused_policy_loss_ref(
     logits = _scaled_logits(hidden[rows], head, _rows_of(temperature, rows), shard, logits_dtype)
     logprobs, entropy, lse = _row_terms(logits, targets[rows], shard)
     old, advantage, ref = (_rows_of(value, rows) for value in (old_logprobs, advantages, ref_logprobs))
+    ratio, region = ratio_and_region(loss.coefficients(), logprobs.detach(), old, advantage)
     per_token = loss(logprobs, old, advantage)
     if entropy_coefficient:
         per_token = per_token - entropy_coefficient * entropy
     if kl_coefficient:
         if ref is None:
             raise ValueError(f"kl_coefficient {kl_coefficient} needs ref_logprobs, and there are none")
-        per_token = per_token + kl_coefficient * k3(logprobs, ref)
+        per_token = per_token + kl_coefficient * kl_term(logprobs, ref, ratio, kl_estimator)
     total = policy_weights[rows] * per_token
     if nll_weights is not None:
         total = total - nll_weights[rows] * logprobs
-    ratio, region = ratio_and_region(loss.coefficients(), logprobs.detach(), old, advantage)
     values = (logprobs, entropy, lse, ratio)
     outputs = (_scatter(value, rows, len(targets), torch.promote_types(value.dtype, torch.float32)) for value in values)
     return PolicyLossOutput(

@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from megatron_klear.kernels.extension import extension, launch_place, on_device
-from megatron_klear.types import LossCoefficients, LossKind
+from megatron_klear.types import KLEstimator, LossCoefficients, LossKind
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ROW_KERNELS = {"": 0, "two_read": 1, "one_read": 2}
@@ -62,6 +62,7 @@ def policy_loss_rows(
     temperature: float | Tensor = 1.0,
     entropy_coefficient: float = 0.0,
     kl_coefficient: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
     vocab_size: int | None = None,
     gradient: Tensor | None = None,
     out: RowOutputs | None = None,
@@ -79,7 +80,7 @@ def policy_loss_rows(
     tokens = rows.tokens(
         targets, temperature, policy_weights, nll_weights, old_logprobs, advantages, ref_logprobs, required=True
     )
-    loss = _loss(rows.module, coefficients, entropy_coefficient, kl_coefficient, advantages)
+    loss = _loss(rows.module, coefficients, entropy_coefficient, kl_coefficient, kl_estimator, advantages)
     return rows.run(tokens, loss, out)
 
 
@@ -94,7 +95,7 @@ def logprob_rows(
 ) -> RowOutputs:
     """Log-prob, entropy and log-sum-exp of C tokens; the logits are read only and ratio, loss, region are idle."""
     rows = _Rows(logits, None, 0, vocab_size, threads)
-    loss = _loss(rows.module, LossCoefficients(kind=LossKind.NLL), 0.0, 0.0, None)
+    loss = _loss(rows.module, LossCoefficients(kind=LossKind.NLL), 0.0, 0.0, "k3", None)
     return rows.run(rows.tokens(targets, temperature), loss, out)
 
 
@@ -158,6 +159,7 @@ def finish_rows(
     temperature: float | Tensor = 1.0,
     entropy_coefficient: float = 0.0,
     kl_coefficient: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
     gradient: Tensor | None = None,
     out: RowOutputs | None = None,
     threads: int | None = None,
@@ -167,7 +169,7 @@ def finish_rows(
     tokens = rows.tokens(
         targets, temperature, policy_weights, nll_weights, old_logprobs, advantages, ref_logprobs, required=True
     )
-    loss = _loss(rows.module, coefficients, entropy_coefficient, kl_coefficient, advantages)
+    loss = _loss(rows.module, coefficients, entropy_coefficient, kl_coefficient, kl_estimator, advantages)
     return rows.run(tokens, loss, out, stats)
 
 
@@ -175,7 +177,7 @@ def logprobs_from_stats(stats: Tensor, *, out: RowOutputs | None = None, threads
     """What `logprob_rows` gives, from the combined statistics [4, C] alone."""
     rows = _Rows(stats.new_empty((stats.shape[-1], 0)), None, 0, None, threads)
     tokens = rows.module.Tokens(**dict.fromkeys(_TOKEN_FIELDS, 0), temperature=1.0)
-    loss = _loss(rows.module, LossCoefficients(kind=LossKind.NLL), 0.0, 0.0, None)
+    loss = _loss(rows.module, LossCoefficients(kind=LossKind.NLL), 0.0, 0.0, "k3", None)
     return rows.run(tokens, loss, out, stats)
 
 
@@ -298,7 +300,14 @@ class _Rows:
         return tensor.data_ptr()
 
 
-def _loss(module: Any, loss: LossCoefficients, entropy: float, kl: float, advantages: Tensor | None) -> Any:
+def _loss(
+    module: Any,
+    loss: LossCoefficients,
+    entropy: float,
+    kl: float,
+    kl_estimator: KLEstimator,
+    advantages: Tensor | None,
+) -> Any:
     if loss.kind != LossKind.NLL and advantages is None:
         raise ValueError(f"a loss of kind {LossKind(loss.kind).name} needs advantages")
     return module.Coefficients(
@@ -310,6 +319,7 @@ def _loss(module: Any, loss: LossCoefficients, entropy: float, kl: float, advant
         dual_clip=loss.dual_clip,
         entropy_coefficient=entropy,
         kl_coefficient=kl,
+        kl_estimator=get_args(KLEstimator).index(kl_estimator),
     )
 
 

@@ -28,7 +28,7 @@ from megatron_klear.mcore.optimizer import build_optimizer, guarded_step, learni
 from megatron_klear.mcore.reading import check_frequencies
 from megatron_klear.mcore.rows import LocalRow, empty_batch, local_row
 from megatron_klear.mcore.topology import Topology
-from megatron_klear.types import PackedBatch, StepStats, TokenLoss
+from megatron_klear.types import KLEstimator, PackedBatch, StepStats, TokenLoss
 
 device_shim.install()
 
@@ -91,14 +91,15 @@ class Engine:
         temperature: float = 1.0,
         entropy_coefficient: float = 0.0,
         kl_coefficient: float = 0.0,
+        kl_estimator: KLEstimator = "k3",
         ratios: list[Tensor] | None = None,
     ) -> StepStats:
         """Take one optimizer step over this data rank's micro-batches.
 
-        `loss` maps log-probs to per-token losses; it sees only its own tokens. `kl_coefficient` weighs the k3 KL to the
-        rows' `ref_logprobs`. A list given as `ratios` gets those of each row [T], of present to old policy as the loss
-        had them, fp32 on the CPU; 0 where a token has no weight. A step whose loss or gradient norm is not finite
-        leaves weights and optimizer alone and says so in `skipped`.
+        `loss` maps log-probs to per-token losses; it sees only its own tokens. `kl_coefficient` and `kl_estimator` are
+        weight and form of the KL to the rows' `ref_logprobs`. A list given as `ratios` gets those of each row [T], of
+        present to old policy, fp32 on the CPU; 0 where a token has no weight. A step whose loss or gradient norm is
+        not finite leaves weights and optimizer alone and says so in `skipped`.
         """
         for chunk in self.chunks:
             chunk.train()
@@ -111,6 +112,7 @@ class Engine:
             temperature=temperature,
             entropy_coefficient=entropy_coefficient,
             kl_coefficient=kl_coefficient,
+            kl_estimator=kl_estimator,
             keep_ratios=ratios is not None,
         )
         results = self._run(rows, compute)
@@ -123,13 +125,9 @@ class Engine:
         stepped, norm = guarded_step(self.optimizer, total, self.run.optimizer.clip_grad)
         self.step += 1
         real = [batch for batch in batches if batch.num_trained]  # a row without weights only keeps ranks in step
+        own = [(batch.num_tokens, batch.num_trained, len(batch.cu_seqlens) - 1) for batch in real]
         counts = self.topology.all_reduce(
-            [
-                sum(batch.num_tokens for batch in real),
-                sum(batch.num_trained for batch in real),
-                sum(len(batch.cu_seqlens) - 1 for batch in real),
-            ],
-            self.topology.data,
+            [sum(column) for column in zip((0, 0, 0), *own, strict=True)], self.topology.data
         )
         sums["entropy"] /= max(counts[1], 1.0)  # the mean over trained tokens, whatever each weighs in the loss
         return StepStats(

@@ -16,7 +16,7 @@ from megatron_klear.config import ModelConfig
 from megatron_klear.mcore.model import DTYPES, PolicyModel
 from megatron_klear.mcore.rows import LocalRow
 from megatron_klear.mcore.topology import Topology
-from megatron_klear.types import TokenLoss
+from megatron_klear.types import KLEstimator, TokenLoss
 
 NUM_REGIONS = 5
 
@@ -44,6 +44,7 @@ class Head:
         temperature: float,
         entropy_coefficient: float = 0.0,
         kl_coefficient: float = 0.0,
+        kl_estimator: KLEstimator = "k3",
         keep_ratios: bool = False,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The row's summed loss, in Megatron's form: (loss, unused token count, sums to log).
@@ -64,6 +65,7 @@ class Head:
             entropy_coefficient=entropy_coefficient,
             ref_logprobs=values.get("ref_logprobs"),
             kl_coefficient=kl_coefficient,
+            kl_estimator=kl_estimator,
             main_grad=weight.main_grad,  # type: ignore[attr-defined]  # Megatron's DDP puts it there
             # A head that is also this chunk's embedding gets a second gradient through autograd.
             weight_grad="main_grad_tied" if model.head_is_embedding else "main_grad",

@@ -8,6 +8,8 @@ a loss is minimised and reaches the network through one number per token, its sl
     PPO         -A r, 0 past high           -A r, 0 under low, 0 past dual_clip         clipped surrogate
     GPPO        -A min(r, high)             -A max(r, low), 0 past dual_clip            its slope (but at the dual clip)
     CISPO       -A clip(r, low, high)       -A clip(r, low, high)                       -A sg(clip(r)) logp
+    SAPO        -A 4 p (1 - p) r, p = sigma(tau (r - 1))                                -A 4 p / tau
+    DPPO        -A min(r, cap), 0 where the token's probability moved too far           its slope
     NLL         -1                          -1                                          -logp
 
 The log-ratio is clamped to +-20 and nothing divides by r, so every loss and slope is finite where the published
@@ -19,22 +21,26 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from megatron_klear.rl.ratio import Region, importance_ratio, regions
+from megatron_klear.rl.soft_losses import DPPO, SAPO
+from megatron_klear.rl.surrogate import StrictLoss, check_clip, loss_inputs, surrogate, weighted_score
 from megatron_klear.types import LossCoefficients, LossKind, TokenLoss
 
 __all__ = [
     "CISPO",
+    "DPPO",
     "GPPO",
     "GSPO",
     "LOSSES",
     "NLL",
     "PPO",
     "REINFORCE",
+    "SAPO",
     "CappedCISPO",
     "FunctionLoss",
     "Region",
@@ -63,51 +69,8 @@ class SequenceLoss(Protocol):
         ...
 
 
-class _Surrogate(torch.autograd.Function):
-    """Per-token values whose derivative in the log-probs is given; exact where log-probs are infinite too."""
-
-    @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return grad_outputs[0] * slope, None, None
-
-
-def _surrogate(logprobs: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    return cast(Tensor, _Surrogate.apply(logprobs, value, slope))  # type: ignore[no-untyped-call]
-
-
-def _inputs(loss: object, old_logprobs: Tensor | None, advantages: Tensor | None) -> tuple[Tensor, Tensor]:
-    name = type(loss).__name__
-    if advantages is None:
-        raise ValueError(f"{name} needs advantages, and the batch carries none")
-    if old_logprobs is None:
-        raise ValueError(f"{name} needs old_logprobs, and the batch carries none: run the log-prob pass first")
-    return old_logprobs.detach(), advantages.detach()
-
-
-def _check_clip(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
-    if not 0 <= clip_low <= 1:
-        raise ValueError(f"clip_low {clip_low} must lie in [0, 1]: the low bound of the ratio is 1 - clip_low")
-    if not clip_high >= 0:
-        raise ValueError(f"clip_high {clip_high} must not be negative: the high bound of the ratio is 1 + clip_high")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip {dual_clip} must be above 1: it is a bound of the ratio; leave it out for none")
-
-
-class _Strict:
-    """Unknown keys of a configuration table are errors (read by pydantic)."""
-
-    __slots__ = ()
-    __pydantic_config__: ClassVar[dict[str, object]] = {"extra": "forbid", "use_attribute_docstrings": True}
-
-
 @dataclass(frozen=True)
-class GPPO(_Strict):
+class GPPO(StrictLoss):
     """Gradient-preserving clipping (arXiv 2508.07629, Eq. 11; with betas Eq. 17, which is CE-GPPO's form).
 
         loss = -min(r A, clip(r, low / sg(r) * r, high / sg(r) * r) A)
@@ -126,13 +89,13 @@ class GPPO(_Strict):
     kind: Literal["gppo"] = field(default="gppo", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_clip(self.clip_low, self.clip_high, self.dual_clip)
+        check_clip(self.clip_low, self.clip_high, self.dual_clip)
         if not (self.beta_low >= 0 and self.beta_high >= 0):
             raise ValueError(f"beta_low {self.beta_low} and beta_high {self.beta_high} must not be negative")
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor | None) -> Tensor:
         """Per-token losses [T]."""
-        old_logprobs, advantages = _inputs(self, old_logprobs, advantages)
+        old_logprobs, advantages = loss_inputs(self, old_logprobs, advantages)
         ratio = importance_ratio(logprobs, old_logprobs)
         low, high = 1 - self.clip_low, 1 + self.clip_high
         weight = torch.where(
@@ -145,7 +108,7 @@ class GPPO(_Strict):
             stopped = (advantages < 0) & (ratio > self.dual_clip)
             value = torch.where(stopped, -advantages * self.dual_clip, value)
             slope = slope.masked_fill(stopped, 0)
-        return _surrogate(logprobs, value, slope)
+        return surrogate(logprobs, value, slope)
 
     def coefficients(self) -> LossCoefficients:
         """The loss in the fused kernel's terms."""
@@ -160,7 +123,7 @@ class GPPO(_Strict):
 
 
 @dataclass(frozen=True)
-class PPO(_Strict):
+class PPO(StrictLoss):
     """The clipped surrogate of PPO and GRPO (arXiv 1707.06347, Eq. 7); DAPO's clip-higher is `clip_high` > `clip_low`.
 
         loss = -min(r A, clip(r, low, high) A),   and with dual clip c at most c |A| where A < 0 (arXiv 1912.09729)
@@ -175,18 +138,18 @@ class PPO(_Strict):
     kind: Literal["ppo"] = field(default="ppo", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_clip(self.clip_low, self.clip_high, self.dual_clip)
+        check_clip(self.clip_low, self.clip_high, self.dual_clip)
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor | None) -> Tensor:
         """Per-token losses [T]."""
-        old_logprobs, advantages = _inputs(self, old_logprobs, advantages)
+        old_logprobs, advantages = loss_inputs(self, old_logprobs, advantages)
         ratio = importance_ratio(logprobs, old_logprobs)
         positive, low, high = advantages >= 0, 1 - self.clip_low, 1 + self.clip_high
         dual = float("inf") if self.dual_clip is None else self.dual_clip
         weight = torch.where(positive, ratio.clamp(max=high), ratio.clamp(min=low, max=dual))
         stopped = torch.where(positive, ratio > high, (ratio < low) | (ratio > dual))
         value = -advantages * weight
-        return _surrogate(logprobs, value, value.masked_fill(stopped, 0))
+        return surrogate(logprobs, value, value.masked_fill(stopped, 0))
 
     def coefficients(self) -> LossCoefficients:
         """The loss in the fused kernel's terms."""
@@ -198,14 +161,8 @@ class PPO(_Strict):
         )
 
 
-def _weighted_score(logprobs: Tensor, weight: Tensor) -> Tensor:
-    """-weight * logp, where a log-prob of -inf under weight 0 is 0 instead of NaN."""
-    lowest = torch.finfo(logprobs.dtype).min
-    return _surrogate(logprobs, -weight * logprobs.detach().clamp(min=lowest), -weight)
-
-
 @dataclass(frozen=True)
-class CISPO(_Strict):
+class CISPO(StrictLoss):
     """Clipped importance weights (arXiv 2506.13585; two-sided as in arXiv 2508.07629, Eq. 16).
 
         loss = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A logp
@@ -218,13 +175,13 @@ class CISPO(_Strict):
     kind: Literal["cispo"] = field(default="cispo", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_clip(self.clip_low, self.clip_high)
+        check_clip(self.clip_low, self.clip_high)
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor | None) -> Tensor:
         """Per-token losses [T]."""
-        old_logprobs, advantages = _inputs(self, old_logprobs, advantages)
+        old_logprobs, advantages = loss_inputs(self, old_logprobs, advantages)
         ratio = importance_ratio(logprobs, old_logprobs)
-        return _weighted_score(logprobs, advantages * ratio.clamp(1 - self.clip_low, 1 + self.clip_high))
+        return weighted_score(logprobs, advantages * ratio.clamp(1 - self.clip_low, 1 + self.clip_high))
 
     def coefficients(self) -> LossCoefficients:
         """The loss in the fused kernel's terms."""
@@ -232,7 +189,7 @@ class CISPO(_Strict):
 
 
 @dataclass(frozen=True)
-class CappedCISPO(_Strict):
+class CappedCISPO(StrictLoss):
     """CISPO with one absolute bound, the loss that TRL and Liger call CISPO.
 
     loss = -sg(min(r, cap)) A logp
@@ -248,8 +205,8 @@ class CappedCISPO(_Strict):
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor | None) -> Tensor:
         """Per-token losses [T]."""
-        old_logprobs, advantages = _inputs(self, old_logprobs, advantages)
-        return _weighted_score(logprobs, advantages * importance_ratio(logprobs, old_logprobs).clamp(max=self.cap))
+        old_logprobs, advantages = loss_inputs(self, old_logprobs, advantages)
+        return weighted_score(logprobs, advantages * importance_ratio(logprobs, old_logprobs).clamp(max=self.cap))
 
     def coefficients(self) -> LossCoefficients:
         """The loss in the fused kernel's terms."""
@@ -257,7 +214,7 @@ class CappedCISPO(_Strict):
 
 
 @dataclass(frozen=True)
-class REINFORCE(_Strict):
+class REINFORCE(StrictLoss):
     """The plain policy gradient, on-policy: loss = -A logp. Reads no old log-probs."""
 
     kind: Literal["reinforce"] = field(default="reinforce", kw_only=True)
@@ -268,7 +225,7 @@ class REINFORCE(_Strict):
         """Per-token losses [T]."""
         if advantages is None:
             raise ValueError("REINFORCE needs advantages, and the batch carries none")
-        return _weighted_score(logprobs, advantages.detach())
+        return weighted_score(logprobs, advantages.detach())
 
     def coefficients(self) -> LossCoefficients:
         """The loss in the fused kernel's terms."""
@@ -276,7 +233,7 @@ class REINFORCE(_Strict):
 
 
 @dataclass(frozen=True)
-class NLL(_Strict):
+class NLL(StrictLoss):
     """Negative log-likelihood, the loss of supervised fine-tuning (arXiv 2508.07629, Eq. 8): loss = -logp."""
 
     kind: Literal["nll"] = field(default="nll", kw_only=True)
@@ -293,7 +250,7 @@ class NLL(_Strict):
 
 
 @dataclass(frozen=True)
-class GSPO(_Strict):
+class GSPO(StrictLoss):
     """PPO's surrogate on the sequence's ratio (arXiv 2507.18071, Eq. 5 and 7): a `SequenceLoss`, in two phases.
 
         s = exp(mean over the sequence of (logp - old_logp)),   loss_t = -min(s A, clip(s, low, high) A)
@@ -307,7 +264,7 @@ class GSPO(_Strict):
     kind: Literal["gspo"] = field(default="gspo", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_clip(self.clip_low, self.clip_high)
+        check_clip(self.clip_low, self.clip_high)
 
     def token_loss(self) -> PPO:
         """The loss of the second phase."""
@@ -359,6 +316,8 @@ LOSSES: dict[str, type[TokenLoss] | type[SequenceLoss]] = {
     "capped_cispo": CappedCISPO,
     "reinforce": REINFORCE,
     "nll": NLL,
+    "sapo": SAPO,
+    "dppo": DPPO,
     "gspo": GSPO,
 }
 

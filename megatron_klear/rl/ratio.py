@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +33,20 @@ class Region(IntEnum):
 def importance_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """r = exp(logp - old_logp) [T], finite and without gradient."""
     return (logprobs.detach() - old_logprobs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def binary_divergence(logprobs: Tensor, old_logprobs: Tensor, form: Literal["tv", "kl"]) -> Tensor:
+    """Divergence [T] of the old policy from the present one, each seen as "this token or another".
+
+    "tv" is |p - mu|, "kl" mu log(mu / p) + (1 - mu) log((1 - mu) / (1 - p)) (arXiv 2602.04879, Eq. 13 and 14).
+    """
+    present, old = logprobs.exp(), old_logprobs.exp()
+    if form == "tv":
+        return (present - old).abs()
+    # 1 - p by expm1: in float32 p rounds to 1 where 1 - p still has all its digits
+    rest, old_rest = -logprobs.expm1(), -old_logprobs.expm1()
+    here = torch.where(old > 0, old * (old_logprobs - logprobs), 0.0)
+    return here + torch.where(old_rest > 0, old_rest * (old_rest.log() - rest.log()), 0.0)
 
 
 def regions(ratio: Tensor, advantages: Tensor, coefficients: LossCoefficients) -> Tensor:

@@ -180,6 +180,7 @@ class Step:
             temperature=self._temperature(),
             entropy_coefficient=self.config.algorithm.entropy_coefficient,
             kl_coefficient=self.config.algorithm.kl_coefficient,
+            kl_estimator=self.config.algorithm.kl_estimator,
             ratios=ratios,
         )
         if ratios is not None:

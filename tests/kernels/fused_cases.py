@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_klear.rl.losses import CISPO, GPPO, NLL, PPO, REINFORCE, CappedCISPO
+from megatron_klear.rl.losses import CISPO, DPPO, GPPO, NLL, PPO, REINFORCE, SAPO, CappedCISPO
 
 
 class Sigmoid:
@@ -33,6 +33,9 @@ FAMILY = {
     "capped_cispo": CappedCISPO(1.5),
     "reinforce": REINFORCE(),
     "nll": NLL(),
+    "sapo": SAPO(),
+    "dppo_tv": DPPO(bound_low=0.01, bound_high=0.02),
+    "dppo_kl": DPPO("kl", 0.002, 0.001, ratio_cap=2.0),
 }
 OWN = {"sigmoid": Sigmoid(), "squared_mean": SquaredMean()}
 PER_TOKEN = ("logprobs", "entropy", "lse", "ratio", "region")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_klear.types import LossCoefficients, LossKind
+from megatron_klear.types import KLEstimator, LossCoefficients, LossKind
 
 KINDS = {
     "nll": LossCoefficients(kind=LossKind.NLL),
@@ -18,6 +18,9 @@ KINDS = {
     "gppo_beta": LossCoefficients(kind=LossKind.GPPO, ratio_low=0.8, ratio_high=1.2, beta_low=0.5, beta_high=0.75),
     "gppo_dual": LossCoefficients(kind=LossKind.GPPO, ratio_low=0.8, ratio_high=1.28, dual_clip=2.0),
     "cispo": LossCoefficients(kind=LossKind.CISPO, ratio_low=0.5, ratio_high=1.5),
+    "sapo": LossCoefficients(kind=LossKind.SAPO, beta_low=1.5, beta_high=0.75),
+    "dppo_tv": LossCoefficients(kind=LossKind.DPPO_TV, ratio_high=1.7, beta_low=0.01, beta_high=0.02),
+    "dppo_kl": LossCoefficients(kind=LossKind.DPPO_KL, ratio_high=1.7, beta_low=0.002, beta_high=0.001),
 }
 
 
@@ -36,6 +39,7 @@ class Rows:
     temperature: float | Tensor = 1.0
     entropy_coefficient: float = 0.0
     kl_coefficient: float = 0.0
+    kl_estimator: KLEstimator = "k3"
     vocab_size: int | None = None
 
     def arguments(self) -> dict[str, object]:
@@ -58,6 +62,7 @@ def random_rows(
     temperature: float | str = 1.0,
     entropy_coefficient: float = 0.0,
     kl_coefficient: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
     padding: int = 0,
     nll: bool = False,
     seed: int = 0,
@@ -93,11 +98,25 @@ def random_rows(
         temperature=scale,
         entropy_coefficient=entropy_coefficient,
         kl_coefficient=kl_coefficient,
+        kl_estimator=kl_estimator,
         vocab_size=vocab_size,
     )
 
 
-def policy_term(loss: LossCoefficients, logprobs: Tensor, ratio: Tensor, advantages: Tensor) -> Tensor:
+def far(loss: LossCoefficients, logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+    """DPPO's mask [C]: the token's probability has left the old one, and the update would drive it further."""
+    p, mu = logprobs.exp(), old.exp()
+    divergence = (p - mu).abs()
+    if loss.kind == LossKind.DPPO_KL:
+        # both logarithms by their arguments; at the probabilities 0 and 1 by their limits
+        rest, old_rest = -logprobs.expm1(), (-old.expm1()).clamp(min=0)
+        divergence = torch.xlogy(mu, mu) - torch.where(mu > 0, mu * logprobs, 0.0)
+        divergence = divergence + torch.xlogy(old_rest, old_rest) - torch.xlogy(old_rest, rest)
+    worse = torch.where(advantages < 0, p < mu, p > mu)
+    return worse & (divergence > torch.where(advantages < 0, loss.beta_low, loss.beta_high))
+
+
+def policy_term(loss: LossCoefficients, logprobs: Tensor, ratio: Tensor, advantages: Tensor, old: Tensor) -> Tensor:
     """Unweighted policy losses [C]; `ratio` is differentiable, with derivative itself."""
     low, high = loss.ratio_low, loss.ratio_high
     if loss.kind == LossKind.NLL:
@@ -106,6 +125,12 @@ def policy_term(loss: LossCoefficients, logprobs: Tensor, ratio: Tensor, advanta
         return -advantages * logprobs
     if loss.kind == LossKind.CISPO:
         return -advantages * ratio.detach().clamp(low, high) * logprobs
+    if loss.kind == LossKind.SAPO:
+        tau = torch.where(advantages > 0, loss.beta_high, loss.beta_low)
+        return -advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
+    if loss.kind in (LossKind.DPPO_TV, LossKind.DPPO_KL):
+        kept = torch.where(far(loss, logprobs.detach(), old, advantages), 0.0, 1.0)
+        return -advantages * kept * ratio.detach().clamp(max=high) * (ratio / ratio.detach())
     one = ratio / ratio.detach() if loss.kind == LossKind.GPPO else torch.ones_like(ratio)
     beta_low, beta_high = (loss.beta_low, loss.beta_high) if loss.kind == LossKind.GPPO else (1.0, 1.0)
     raised = torch.where(ratio < low, beta_low * low * one, ratio)
@@ -142,13 +167,20 @@ def expected(rows: Rows, dtype: torch.dtype) -> Expected:
     ratio = (logprobs.detach() - old).clamp(-20, 20).exp() * (logprobs - logprobs.detach()).exp()
     advantages = torch.zeros_like(logprobs) if rows.advantages is None else rows.advantages.to(dtype)
     weights = rows.policy_weights.to(dtype)
-    loss = weights * policy_term(rows.coefficients, logprobs, ratio, advantages)
+    loss = weights * policy_term(rows.coefficients, logprobs, ratio, advantages, old)
     loss = loss - rows.entropy_coefficient * weights * entropy
     if rows.nll_weights is not None:
         loss = loss - rows.nll_weights.to(dtype) * logprobs
     if rows.ref_logprobs is not None:
         difference = rows.ref_logprobs.to(dtype) - logprobs
-        loss = loss + rows.kl_coefficient * weights * (difference.exp() - difference - 1)
+        value = (difference.exp() - difference - 1).clamp(max=10)
+        if rows.kl_estimator == "k2":
+            value = (difference.square() / 2).clamp(max=10)
+        if rows.kl_estimator == "k3_unbiased":
+            value = ((logprobs - logprobs.detach()).exp() * (difference.exp() - difference - 1)).clamp(max=10)
+        if rows.kl_estimator == "k3_weighted":
+            value = (ratio * (difference.exp() - difference - 1)).clamp(max=10)
+        loss = loss + rows.kl_coefficient * weights * value
     loss.sum().backward()
     used = weights != 0 if rows.nll_weights is None else (weights != 0) | (rows.nll_weights != 0)
     tensors = (logprobs, entropy, torch.logsumexp(scaled, -1), ratio, loss)

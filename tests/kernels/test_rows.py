@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 import torch
-from row_formula import KINDS, Rows, expected, random_rows, relative_error
+from row_formula import KINDS, Rows, expected, far, random_rows, relative_error
 from torch import Tensor
 
 from megatron_klear.kernels import available, rows
 from megatron_klear.kernels.rows import RowOutputs, bf16_view, combine_stats, logprob_rows, policy_loss_rows
+from megatron_klear.types import KLEstimator
 
 pytestmark = pytest.mark.skipif(available().cpu_isa is None, reason=available().reason)
 VALUES = [field.name for field in fields(RowOutputs)]
@@ -75,6 +77,12 @@ def test_against_float64(dtype: torch.dtype, kind: str, temperature: float | str
     check_accuracy(random_rows(64, 997, kind, dtype=dtype, temperature=temperature, padding=3, **terms))
 
 
+@pytest.mark.parametrize("estimator", get_args(KLEstimator))
+@pytest.mark.parametrize("kind", ["reinforce", "gppo"])
+def test_kl_estimators_against_float64(estimator: KLEstimator, kind: str) -> None:
+    check_accuracy(random_rows(64, 997, kind, kl_coefficient=0.05, kl_estimator=estimator, nll=True))
+
+
 @DTYPES
 @pytest.mark.parametrize("columns", [1, 15, 17, 4096, 4097, 32768, 151936])
 @pytest.mark.parametrize("entropy", [0.0, 0.003])
@@ -102,7 +110,11 @@ def test_regions(kind: str) -> None:
     loss, negative, ratio = chunk.coefficients, chunk.advantages < 0, out.ratio
     low, high = ratio < loss.ratio_low, ratio > loss.ratio_high
     region = torch.zeros(400, dtype=torch.uint8)
-    if kind not in ("nll", "reinforce"):
+    if kind.startswith("dppo"):
+        masked = far(loss, out.logprobs.double(), chunk.old_logprobs.double(), chunk.advantages)
+        region = torch.where(masked, torch.where(negative, 1, 2), 0).to(torch.uint8)
+        assert set(region.tolist()) == {0, 1, 2}
+    elif kind not in ("nll", "reinforce", "sapo"):
         for code, where in enumerate((negative & low, ~negative & high, ~negative & low, negative & high), start=1):
             region[where] = code
         region[negative & (ratio > loss.dual_clip)] = 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from typing import Any
 
@@ -44,6 +45,23 @@ def test_gppo_derivative_is_its_value(log_ratio: float) -> None:
     out, gradient = run(replace(chunk, old_logprobs=on_policy.logprobs - log_ratio))
     at_target = gradient.gather(1, chunk.targets[:, None])[:, 0]
     torch.testing.assert_close(at_target, out.loss * -torch.expm1(out.logprobs), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gap", [-25.0, -11.5, -9.0, 0.5, 2.5, 2.7, 8.0, 25.0, 1e4])
+def test_the_kl_of_an_outlier_is_bounded_and_stops(gap: float) -> None:
+    """k3 is above 10 past ref - logp = 2.61 or below -11; there it is 10 and moves nothing, as in verl and NeMo-RL."""
+    chunk = replace(random_rows(8, 33, "reinforce", kl_coefficient=1.0, seed=7), policy_weights=torch.ones(8))
+    chunk = replace(chunk, advantages=torch.zeros(8))
+    logprobs = expected(chunk, torch.float64).logprobs
+    chunk = replace(chunk, ref_logprobs=(logprobs + gap).float())
+    out, gradient = run(chunk)
+    past = gap > 2.61 or gap < -11
+    k3 = torch.tensor(10.0 if past else math.expm1(gap) - gap, dtype=torch.float64)
+    torch.testing.assert_close(out.loss.double(), k3.expand(8), rtol=2e-5, atol=1e-6)
+    if past:
+        assert not gradient.any()
+    else:
+        assert relative_error(gradient, expected(chunk, torch.float64).gradient) < 2e-5
 
 
 def test_minus_infinity_has_no_probability_and_no_gradient() -> None:

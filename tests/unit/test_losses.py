@@ -266,3 +266,43 @@ def test_losses_are_configuration_tables():
     one = TypeAdapter(L.GPPO)
     with pytest.raises(ValidationError, match="cliplow"):
         one.validate_python({"kind": "gppo", "cliplow": 0.1})
+
+
+def test_sapo_and_dppo_give_the_constants_of_other_projects():
+    """Inputs of SkyRL's tests of the same losses, and what those expect."""
+    old = torch.tensor([-1.0, -1.0, -1.0], dtype=DOUBLE)
+    present = torch.tensor([-1.5, -0.8, -1.1], dtype=DOUBLE)
+    values, _ = value_and_slope(L.SAPO(1.0, 2.0), present, old, torch.tensor([1.0, -1.0, 0.5], dtype=DOUBLE))
+    gate = [4 / (1 + math.exp(-t * (math.exp(x) - 1))) / t for x, t in ((-0.5, 1), (0.2, 2), (-0.1, 1))]
+    assert values.tolist() == pytest.approx([-gate[0], gate[1], -0.5 * gate[2]])
+    moved = torch.tensor([-0.3, -2.0, -0.9], dtype=DOUBLE)
+    values, slope = value_and_slope(L.DPPO(), moved, old, torch.tensor([1.0, -1.0, 1.0], dtype=DOUBLE))
+    assert values.tolist() == pytest.approx([0, 0, -math.exp(0.1)])
+    assert torch.equal(values, slope)
+    against = torch.tensor([-2.0, -0.3], dtype=DOUBLE)  # far, but on the way back
+    values, _ = value_and_slope(L.DPPO(), against, old[:2], torch.tensor([1.0, -1.0], dtype=DOUBLE))
+    assert values.tolist() == pytest.approx([-math.exp(-1), math.exp(0.7)])
+
+
+def test_dppo_by_kl_masks_by_the_binary_divergence():
+    old, present = torch.tensor([math.log(0.5)], dtype=DOUBLE), torch.tensor([math.log(0.7)], dtype=DOUBLE)
+    divergence = 0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3)
+    for bound, kept in ((divergence * 1.001, 1.4), (divergence * 0.999, 0.0)):
+        loss = L.DPPO("kl", bound, bound)
+        assert -loss(present, old, torch.ones(1, dtype=DOUBLE)).item() == pytest.approx(kept)
+        assert loss(present, old, -torch.ones(1, dtype=DOUBLE)).item() == pytest.approx(1.4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: L.SAPO(tau_pos=0),
+        lambda: L.SAPO(tau_neg=math.inf),
+        lambda: L.DPPO("js"),
+        lambda: L.DPPO(bound_low=-0.1),
+        lambda: L.DPPO(ratio_cap=0.5),
+    ],
+)
+def test_settings_of_soft_losses_out_of_range_are_refused(make):
+    with pytest.raises(ValueError, match=r"must"):
+        make()
