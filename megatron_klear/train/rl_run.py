@@ -32,7 +32,7 @@ from megatron_klear.train.grading import Grader
 from megatron_klear.train.log import Throughput, open_log
 from megatron_klear.train.overlap import open_feed
 from megatron_klear.train.rollout_files import RolloutWriter
-from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, resolved_settings
+from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, publishing, resolved_settings
 from megatron_klear.train.sampler import Sampler
 from megatron_klear.train.validation import Validator
 from megatron_klear.types import Prompt
@@ -44,8 +44,7 @@ _GRACE_SECONDS = 60.0
 def run(start: GPPOStart) -> None:
     """Train from the beginning or from the newest whole checkpoint of the run's folder, to the last rollout step."""
     config, architecture = start.config, start.architecture
-    with world(config.parallel, config.seed) as topology:
-        changed = prepare_folder(config, topology)
+    with world(config.parallel, config.seed) as topology, prepare_folder(config, topology) as changed:
         tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
         validator = _validator(config, tokenizer, topology)
         kept = _writer(config, topology, "rollouts", share=config.train.keep_rollouts_share)
@@ -69,6 +68,7 @@ def run(start: GPPOStart) -> None:
         device = torch.cuda.get_device_name() if topology.device.type == "cuda" else None
         throughput = Throughput.of(config, architecture, topology.size, device)
         with (
+            publishing(engine),
             closing(build_rollouts(config, architecture, tokenizer, topology)) as rollouts,
             Grader(config.reward, sources, topology.rank) as grader,
             open_log(
@@ -93,7 +93,6 @@ def run(start: GPPOStart) -> None:
                 resume(engine, feed, checkpoint)
                 log.say(f"resuming from {checkpoint}, rollout step {first} of {config.train.steps}")
             train(config, engine, sampler, feed, validator, grader, log, start=first, kept=kept)
-        engine.close()
         if config.checkpoint.export_hf:
             weights = engine.hf_weights()
             export_hf(weights, architecture, config.model.path, config.output / "hf", writer=topology.rank == 0)

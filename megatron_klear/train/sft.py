@@ -23,9 +23,9 @@ from megatron_klear.mcore.topology import Topology, world
 from megatron_klear.rl.losses import NLL
 from megatron_klear.settings import write_resolved
 from megatron_klear.start import Start
-from megatron_klear.train.guard import SkipGuard, TrainingStopped
+from megatron_klear.train.guard import SkipGuard
 from megatron_klear.train.log import RunLog, Throughput, open_log
-from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, resolved_settings
+from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, publishing, resolved_settings
 from megatron_klear.train.stores import open_for_all
 from megatron_klear.types import PackedBatch
 
@@ -33,8 +33,7 @@ from megatron_klear.types import PackedBatch
 def run(start: Start) -> None:
     """Train from the beginning or from the newest whole checkpoint of the run's folder, to the last step."""
     config, architecture = start.config, start.architecture
-    with world(config.parallel, config.seed) as topology:
-        changed = prepare_folder(config, topology)
+    with world(config.parallel, config.seed) as topology, prepare_folder(config, topology) as changed:
         store = open_for_all(config.data, config.model.path, "train")
         stream = SampleStream(
             store,
@@ -55,19 +54,17 @@ def run(start: Start) -> None:
             write_resolved(config, resolved_settings(config))
         device = torch.cuda.get_device_name() if topology.device.type == "cuda" else None
         throughput = Throughput.of(config, architecture, topology.size, device)
-        with open_log(
-            config, rank=topology.rank, resume_step=engine.step, total_steps=total_steps, throughput=throughput
-        ) as log:
+        with (
+            publishing(engine),
+            open_log(
+                config, rank=topology.rank, resume_step=engine.step, total_steps=total_steps, throughput=throughput
+            ) as log,
+        ):
             for warning in (*start.warnings, *changed):
                 log.say(f"warning: {warning}")
             if checkpoint is not None:
                 log.say(f"resuming from {checkpoint}, step {engine.step} of {total_steps}")
-            try:
-                fit(config, engine, stream, Validation.of(config, topology, engine), log, total_steps)
-            except TrainingStopped:
-                engine.close()  # a checkpoint may still be under way
-                raise
-        engine.close()
+            fit(config, engine, stream, Validation.of(config, topology, engine), log, total_steps)
         if config.checkpoint.export_hf:
             weights = engine.hf_weights()
             export_hf(weights, architecture, config.model.path, config.output / "hf", writer=topology.rank == 0)
