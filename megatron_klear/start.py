@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_klear.architecture import Architecture, read_architecture
-from megatron_klear.checks import check_files, check_layout, check_packages, check_plan, check_prompt_files, warn_run
+from megatron_klear.checks import (
+    check_files,
+    check_launch,
+    check_layout,
+    check_packages,
+    check_plan,
+    check_prompt_files,
+    warn_rl_run,
+    warn_run,
+)
 from megatron_klear.config import SFTConfig
 from megatron_klear.estimate import describe_plan
 from megatron_klear.rollout_checks import check_rollout
@@ -46,7 +55,7 @@ def start_sft(argv: Sequence[str] | None = None, *, description: str = "") -> St
     with exit_on_bad_input():
         architecture = read_architecture(config.model.path)
     planning = check_plan(config, architecture, world_size)
-    problems = [*planning, *check_packages(config), *check_files(config)]
+    problems = [*planning, *check_packages(config), *check_files(config), *check_launch(os.environ)]
     warnings = warn_run(config, architecture)
     if command.dry_run and not planning and os.environ.get("RANK", "0") == "0":
         print(describe_plan(config, architecture, world_size, device_memory_bytes=smallest_gpu_bytes()))
@@ -84,6 +93,7 @@ class GPPOStart:
     config: GPPOConfig
     architecture: Architecture
     world_size: int
+    warnings: tuple[str, ...] = ()
 
 
 def start_gppo(argv: Sequence[str] | None = None, *, description: str = "") -> GPPOStart:
@@ -98,13 +108,17 @@ def start_gppo(argv: Sequence[str] | None = None, *, description: str = "") -> G
         architecture = read_architecture(config.model.path)
     planning = check_layout(config, architecture, world_size)
     problems = [*planning, *check_packages(config), *check_prompt_files(config), *check_rollout(config, architecture)]
+    problems += check_launch(os.environ)
+    warnings = warn_rl_run(config, architecture)
     if command.dry_run and not planning and os.environ.get("RANK", "0") == "0":
         print(describe_rl_plan(config, architecture, world_size, device_memory_bytes=smallest_gpu_bytes()))
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
     if problems:
         exit_with(problems)
     if command.dry_run:
         raise SystemExit(0)
-    return GPPOStart(config=config, architecture=architecture, world_size=world_size)
+    return GPPOStart(config=config, architecture=architecture, world_size=world_size, warnings=tuple(warnings))
 
 
 def smallest_gpu_bytes() -> int | None:

@@ -79,7 +79,7 @@ def run(start: GPPOStart) -> None:
             for writer in (kept, validator.kept):
                 if writer is not None:
                     writers.enter_context(closing(writer))
-            for warning in changed:
+            for warning in (*start.warnings, *changed):
                 log.say(f"warning: {warning}")
             taken = config.algorithm.generated_prompts or config.algorithm.prompts_per_step
             if len(prompts) < taken:

@@ -24,6 +24,7 @@ from megatron_klear.rl.losses import NLL
 from megatron_klear.settings import write_resolved
 from megatron_klear.start import Start
 from megatron_klear.train.guard import SkipGuard
+from megatron_klear.train.leave import Leaving
 from megatron_klear.train.log import RunLog, Throughput, open_log
 from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, publishing, resolved_settings
 from megatron_klear.train.stores import open_for_all
@@ -64,16 +65,23 @@ def run(start: Start) -> None:
                 log.say(f"warning: {warning}")
             if checkpoint is not None:
                 log.say(f"resuming from {checkpoint}, step {engine.step} of {total_steps}")
-            fit(config, engine, stream, Validation.of(config, topology, engine), log, total_steps)
+            with Leaving(topology) as leaving:
+                fit(config, engine, stream, Validation.of(config, topology, engine), log, total_steps, leaving)
         if config.checkpoint.export_hf:
             weights = engine.hf_weights()
             export_hf(weights, architecture, config.model.path, config.output / "hf", writer=topology.rank == 0)
 
 
 def fit(
-    config: SFTConfig, engine: Engine, stream: SampleStream, validation: Validation, log: RunLog, total_steps: int
+    config: SFTConfig,
+    engine: Engine,
+    stream: SampleStream,
+    validation: Validation,
+    log: RunLog,
+    total_steps: int,
+    leaving: Leaving,
 ) -> None:
-    """Train until `total_steps` optimizer steps have been taken."""
+    """Train until `total_steps` optimizer steps have been taken. Raises RunLeft, saved, where a signal asks for it."""
     loss, guard = NLL(), SkipGuard(config.output / "skipped", config.train.max_skipped_steps, engine.topology.rank)
     capacity = config.train.rows_per_step * config.data.tokens_per_microbatch
     if engine.step == 0 and config.train.validate_every:
@@ -87,6 +95,10 @@ def fit(
         log.step(stats, capacity_tokens=capacity, mean_context=mean_context(batches))
         guard.observe(stats, batches, log)
         last = engine.step == total_steps
+        if leaving.asked() and not last:
+            engine.finish_save()
+            save(config, engine, stream, blocking=True)
+            raise leaving.left(engine.step, manifest.step_folder(checkpoints_of(config), engine.step))
         if config.train.validate_every and (last or engine.step % config.train.validate_every == 0):
             with log.time("validation", outside_step=True):
                 validation.report(log)
