@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -34,6 +35,7 @@ def exit_on_error() -> Iterator[None]:
     traceback: they are ours to mend. One of several processes ends at once, without Python's clean-up: taking down
     NCCL while the other ranks wait in a collective never returns. torchrun ends the others.
     """
+    configure_logging()
     try:
         yield
     except SystemExit:
@@ -50,6 +52,16 @@ def exit_on_error() -> Iterator[None]:
         if code is None:
             raise
         raise SystemExit(code) from None
+
+
+def configure_logging() -> None:
+    """Show this package's messages: from INFO up on rank 0, from ERROR up on the others. A tool calls it once."""
+    package = logging.getLogger(__package__)
+    package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    if not package.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        package.addHandler(handler)
 
 
 def tell(error: BaseException) -> None:

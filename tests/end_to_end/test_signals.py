@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run with a checkpoint and in one line; what resumes from it is what was never stopped."""
+"""SIGTERM and Ctrl-C end a run with a checkpoint and in one line; a second start in the folder of a run is refused."""
 
 import json
 import os
@@ -33,7 +33,8 @@ def after_steps(run: subprocess.Popen[str], steps: int) -> str:
     told, deadline = "", time.monotonic() + DEADLINE_SECONDS
     while not any(line.startswith("step") and f" {steps}/" in line for line in told.splitlines()):
         line = run.stdout.readline()
-        assert line and time.monotonic() < deadline, told
+        assert line, told
+        assert time.monotonic() < deadline, told
         told += line
     return told
 
@@ -50,12 +51,13 @@ def losses(folder: Path) -> dict[int, float]:
 )
 def test_a_signal_saves_and_leaves_in_one_line(kind: str, ranks: int, sent: signal.Signals, tmp_path: Path):
     toml = SCRIPTS[kind][1].write_run(tmp_path)
-    with launch(kind, toml, ranks, "--train.steps", "400") as run:
+    with launch(kind, toml, ranks, "--train.steps", "100000") as run:
         after_steps(run, 2)
-        with launch(kind, toml, 1, "--train.steps", "400") as second:
+        with launch(kind, toml, 1, "--train.steps", "100000") as second:
             told, _ = second.communicate(timeout=DEADLINE_SECONDS)
             assert second.returncode == 2, told
-            assert "a run is in output" in told and "Traceback" not in told
+            assert "a run is in output" in told
+            assert "Traceback" not in told
         run.send_signal(sent)
         told, _ = run.communicate(timeout=DEADLINE_SECONDS)
     assert told.count("stopped after step") == 1, told
