@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,38 @@ def check_resume(resolved: Path, config: RunConfig) -> tuple[list[str], list[str
         elif difference.key != "output":
             warnings.append(f"resuming with a changed setting: {difference}")
     return errors, warnings
+
+
+def check_launch(environ: Mapping[str, str]) -> list[str]:
+    """Whether a launcher started several processes that do not know of each other: each would be a run of its own."""
+    if "WORLD_SIZE" in environ:
+        return []
+    tasks = environ.get("SLURM_STEP_NUM_TASKS") or (environ.get("SLURM_NTASKS") if "SLURM_STEP_ID" in environ else None)
+    counts = {
+        "srun": tasks,
+        "mpirun": environ.get("OMPI_COMM_WORLD_SIZE"),
+        "mpiexec": environ.get("PMI_SIZE"),
+    }
+    return [
+        f"{launcher} started {count} processes and WORLD_SIZE is not set: each would be a run of its own in the same "
+        f"output; start one task a node that starts torchrun (srun --ntasks-per-node 1 torchrun ...)"
+        for launcher, count in counts.items()
+        if count is not None and count.isdigit() and int(count) > 1
+    ][:1]
+
+
+def warn_rl_run(config: GPPOConfig, architecture: Architecture) -> list[str]:
+    """What of a reinforcement-learning run works but is likely not meant."""
+    limit, prompt = architecture.max_positions, config.prompts.max_tokens
+    asked = [("sampling.max_tokens", config.sampling.max_tokens)]
+    if config.validation.sources:
+        asked.append(("validation.sampling.max_tokens", config.validation.sampling.max_tokens))
+    return [
+        f"prompts.max_tokens {prompt} + {key} {tokens} is above the model's max_position_embeddings {limit}: positions "
+        f"it never saw; extend its RoPE (rope_scaling in config.json) or lower {key}"
+        for key, tokens in asked
+        if prompt + tokens > limit
+    ]
 
 
 def warn_run(config: SFTConfig, architecture: Architecture) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,25 +16,79 @@ _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 class UserError(Exception):
     """Base of errors whose message names what is wrong, where, and the remedy."""
 
+    exit_code = 1
+
+
+class RunLeft(UserError):
+    """A run that was asked to stop has saved its checkpoint and leaves; the exit code is 128 + the signal."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """End the process with exit code 1 and the message alone when the block raises a UserError or meets a full disk.
+    """End the process with the message alone when the block raises a UserError or meets a full disk.
 
-    Other exceptions keep their traceback: they are ours to mend.
+    The exit code is the error's, 1 unless it says otherwise, and 130 after Ctrl-C. Other exceptions keep their
+    traceback: they are ours to mend. One of several processes ends at once, without Python's clean-up: taking down
+    NCCL while the other ranks wait in a collective never returns. torchrun ends the others.
     """
+    configure_logging()
     try:
         yield
-    except UserError as error:
-        print(f"error (rank {os.environ.get('RANK', '0')}): {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
-    except OSError as error:
-        if error.errno not in _STORAGE:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        tell(error)
+        code = _exit_code(error)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if code is None:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code or 1)
+        if code is None:
             raise
-        print(
-            f"error (rank {os.environ.get('RANK', '0')}): {error}; check the free space and the permissions there, "
-            "then start the run again: it goes on from its newest checkpoint",
-            file=sys.stderr,
-            flush=True,
+        raise SystemExit(code) from None
+
+
+def configure_logging() -> None:
+    """Show this package's messages: from INFO up on rank 0, from ERROR up on the others. A tool calls it once."""
+    package = logging.getLogger(__package__)
+    package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    if not package.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        package.addHandler(handler)
+
+
+def tell(error: BaseException) -> None:
+    """Print an error's sentence to stderr, once however often it is told; nothing for errors that have none."""
+    rank = os.environ.get("RANK", "0")
+    if _exit_code(error) is None or getattr(error, "_told", False):
+        return
+    error._told = True  # type: ignore[attr-defined]
+    if isinstance(error, RunLeft):
+        text = str(error) if rank == "0" else ""
+    elif isinstance(error, KeyboardInterrupt):
+        text = "interrupted before the first step; nothing was saved" if rank == "0" else ""
+    elif isinstance(error, UserError):
+        text = f"error (rank {rank}): {error}"
+    else:
+        text = (
+            f"error (rank {rank}): {error}; check the free space and the permissions there, "
+            "then start the run again: it goes on from its newest checkpoint"
         )
-        raise SystemExit(1) from None
+    if text:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _exit_code(error: BaseException) -> int | None:
+    """None for what keeps its traceback."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 1 if isinstance(error, OSError) and error.errno in _STORAGE else None

@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_klear.architecture import Architecture, read_architecture
-from megatron_klear.checks import check_files, check_layout, check_packages, check_plan, check_prompt_files, warn_run
+from megatron_klear.checks import (
+    check_files,
+    check_launch,
+    check_layout,
+    check_packages,
+    check_plan,
+    check_prompt_files,
+    warn_rl_run,
+    warn_run,
+)
 from megatron_klear.config import SFTConfig
 from megatron_klear.estimate import describe_plan
 from megatron_klear.model_shapes import planned_model
@@ -47,7 +56,8 @@ def start_sft(argv: Sequence[str] | None = None, *, description: str = "") -> St
     world_size = command.planned_processes or int(os.environ.get("WORLD_SIZE", "1"))
     architecture, note = _model_of(command)
     planning = check_plan(config, architecture, world_size)
-    problems, lacking = check_packages(config, lambda module: True), check_files(config)
+    problems = [*check_packages(config, lambda module: True), *check_launch(os.environ)]
+    lacking = check_files(config)
     lacking += [problem for problem in check_packages(config) if problem not in problems]
     warnings = warn_run(config, architecture)
     if command.dry_run and not planning and os.environ.get("RANK", "0") == "0":
@@ -108,6 +118,7 @@ class GPPOStart:
     config: GPPOConfig
     architecture: Architecture
     world_size: int
+    warnings: tuple[str, ...] = ()
 
 
 def start_gppo(argv: Sequence[str] | None = None, *, description: str = "") -> GPPOStart:
@@ -122,14 +133,17 @@ def start_gppo(argv: Sequence[str] | None = None, *, description: str = "") -> G
     planning = check_layout(config, architecture, world_size)
     gpu_bytes = smallest_gpu_bytes()
     rollout = check_rollout(config, architecture, world_size, gpu_bytes=gpu_bytes)
-    problems = [*check_packages(config, lambda module: True), *rollout]
+    problems = [*check_packages(config, lambda module: True), *rollout, *check_launch(os.environ)]
     lacking = [*check_prompt_files(config), *lacking_for_rollout(config)]
     problems = [problem for problem in problems if problem not in lacking]
     lacking += [problem for problem in check_packages(config) if problem not in problems]
+    warnings = warn_rl_run(config, architecture)
     if command.dry_run and not planning and os.environ.get("RANK", "0") == "0":
         print(note + describe_rl_plan(config, architecture, world_size, device_memory_bytes=gpu_bytes))
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
     _refuse_or_end(command, [*planning, *problems], lacking)
-    return GPPOStart(config=config, architecture=architecture, world_size=world_size)
+    return GPPOStart(config=config, architecture=architecture, world_size=world_size, warnings=tuple(warnings))
 
 
 def smallest_gpu_bytes() -> int | None:

@@ -128,6 +128,8 @@ def world(parallel: ParallelConfig, seed: int = 1234) -> Iterator[Topology]:
 def process_group(parallel: ParallelConfig) -> Iterator[torch.device]:
     """Start torch.distributed unless it is, and yield this process's device; what was started is taken down again.
 
+    After an error on one of several ranks it is left standing: `errors.exit_on_error` ends the process.
+
     For tools that go through several worlds, one after the other, in the same processes.
     """
     target = _device(parallel)
@@ -136,9 +138,13 @@ def process_group(parallel: ParallelConfig) -> Iterator[torch.device]:
         _start(target, parallel)
     try:
         yield target
-    finally:
-        if started:
+    except BaseException:
+        # NCCL's groups cannot be taken down while other ranks wait in a collective: the process ends without it.
+        if started and dist.get_world_size() == 1:
             dist.destroy_process_group()
+        raise
+    if started:
+        dist.destroy_process_group()
 
 
 def seed_everything(seed: int) -> None:

@@ -117,7 +117,7 @@ def pass_at_k_advantages(rewards: npt.ArrayLike, k: int) -> Values:
     if not spread:
         return np.zeros(count)
     failed = 1 - chance - comb(wrong - 1, k - 1) / comb(count - 1, k - 1)
-    return np.where(right, 1 - chance, failed) / spread
+    return np.asarray(np.where(right, 1 - chance, failed) / spread, dtype=np.float64)
 
 
 def normalised(values: Sequence[Values]) -> list[Values]:

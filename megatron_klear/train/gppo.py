@@ -29,6 +29,7 @@ from megatron_klear.rl_config import AlgorithmConfig, GPPOConfig, build_loss
 from megatron_klear.train.feed import Feed
 from megatron_klear.train.grading import Grader
 from megatron_klear.train.guard import SkipGuard
+from megatron_klear.train.leave import Leaving
 from megatron_klear.train.log import RunLog
 from megatron_klear.train.rollout_files import RolloutWriter
 from megatron_klear.train.run_folder import checkpoints_of
@@ -47,6 +48,24 @@ def train(
     validator: Validator,
     grader: Grader,
     log: RunLog,
+    *,
+    start: int = 0,
+    kept: RolloutWriter | None = None,
+) -> None:
+    """`train_steps` that SIGTERM and Ctrl-C end after a step, with a checkpoint. Raises RunLeft then."""
+    with Leaving(engine.topology) as leaving:
+        train_steps(config, engine, sampler, feed, validator, grader, log, leaving, start=start, kept=kept)
+
+
+def train_steps(
+    config: GPPOConfig,
+    engine: Engine,
+    sampler: Sampler,
+    feed: Feed,
+    validator: Validator,
+    grader: Grader,
+    log: RunLog,
+    leaving: Leaving,
     *,
     start: int = 0,
     kept: RolloutWriter | None = None,
@@ -79,6 +98,12 @@ def train(
                 kept.write(number + 1, step.all_groups, step.advantage_of, ratios)
         log.step(step.summary(stats, sync_seconds=log.seconds("sync")))
         last = number + 1 == config.train.steps
+        if leaving.asked() and not last:
+            engine.finish_save()
+            if kept is not None:
+                kept.flush()
+            save(config, engine, feed, number + 1, blocking=True)
+            raise leaving.left(number + 1, manifest.step_folder(checkpoints_of(config), number + 1))
         if last or (config.validation.every and (number + 1) % config.validation.every == 0):
             with log.time("validation", outside_step=True):
                 sampler.sync(number + 1)

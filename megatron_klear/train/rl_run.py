@@ -29,7 +29,7 @@ from megatron_klear.train.grading import Grader, check_prompts
 from megatron_klear.train.log import RunLog, Throughput, open_log
 from megatron_klear.train.overlap import open_feed
 from megatron_klear.train.rollout_files import RolloutWriter
-from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, resolved_settings
+from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, publishing, resolved_settings
 from megatron_klear.train.sampler import Sampler
 from megatron_klear.train.turn_end import export_folder, stop_tokens_of
 from megatron_klear.train.validation import Validator
@@ -42,8 +42,7 @@ _GRACE_SECONDS = 60.0
 def run(start: GPPOStart) -> None:
     """Train from the beginning or from the newest whole checkpoint of the run's folder, to the last rollout step."""
     config, architecture = start.config, start.architecture
-    with world(config.parallel, config.seed) as topology:
-        changed = prepare_folder(config, topology)
+    with world(config.parallel, config.seed) as topology, prepare_folder(config, topology) as changed:
         tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
         validator = _validator(config, tokenizer, topology)
         kept = _writer(config, topology, "rollouts", share=config.train.keep_rollouts_share)
@@ -68,6 +67,7 @@ def run(start: GPPOStart) -> None:
         device = torch.cuda.get_device_name() if topology.device.type == "cuda" else None
         throughput = Throughput.of(config, architecture, topology.size, device)
         with (
+            publishing(engine),
             closing(build_rollouts(config, architecture, tokenizer, topology)) as rollouts,
             Grader(config.reward, asked, topology.rank) as grader,
             open_log(
@@ -79,7 +79,7 @@ def run(start: GPPOStart) -> None:
                 if writer is not None:
                     writers.enter_context(closing(writer))
             grader.wait_until_ready()
-            for warning in (*changed, *_few_prompts(config, len(prompts))):
+            for warning in (*start.warnings, *changed, *_few_prompts(config, len(prompts))):
                 log.say(f"warning: {warning}")
             for note in (stop.note, compare_with_transformers(engine) if checkpoint is None else ""):
                 if note:
@@ -90,7 +90,6 @@ def run(start: GPPOStart) -> None:
                 resume(engine, feed, checkpoint)
                 log.say(f"resuming from {checkpoint}, rollout step {first} of {config.train.steps}")
             train(config, engine, sampler, feed, validator, grader, log, start=first, kept=kept)
-        engine.close()
         if config.checkpoint.export_hf:
             export_folder(engine, config.output / "hf")
 

@@ -229,7 +229,7 @@ def _samples_of(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _sample_of(row: dict[str, Any], index: int) -> dict[str, Any]:
     """One sample of a group's row, with plain lists and numbers that JSON can hold."""
     of_group = {name: row[name] for name in _OF_GROUP}
-    of_sample = {name: None if row[name] is None else row[name][index] for name in _OF_SAMPLES}
+    of_sample: dict[str, Any] = {name: None if row[name] is None else row[name][index] for name in _OF_SAMPLES}
     of_sample |= {name: _readable(of_sample[name]) for name in ("logprobs", "ratio")}
     of_sample["token_ids"] = [int(token) for token in of_sample["token_ids"]]
     return {**of_group, "ground_truth": json.loads(row["ground_truth"]), **of_sample}

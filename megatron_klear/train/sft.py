@@ -24,9 +24,10 @@ from megatron_klear.mcore.topology import Topology, world
 from megatron_klear.rl.losses import NLL
 from megatron_klear.settings import write_resolved
 from megatron_klear.start import Start
-from megatron_klear.train.guard import SkipGuard, TrainingStopped
+from megatron_klear.train.guard import SkipGuard
+from megatron_klear.train.leave import Leaving
 from megatron_klear.train.log import RunLog, Throughput, open_log
-from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, resolved_settings
+from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, publishing, resolved_settings
 from megatron_klear.train.stores import open_for_all
 from megatron_klear.train.turn_end import export_folder, stop_tokens_of, training_notes
 from megatron_klear.types import PackedBatch
@@ -35,8 +36,7 @@ from megatron_klear.types import PackedBatch
 def run(start: Start) -> None:
     """Train from the beginning or from the newest whole checkpoint of the run's folder, to the last step."""
     config, architecture = start.config, start.architecture
-    with world(config.parallel, config.seed) as topology:
-        changed = prepare_folder(config, topology)
+    with world(config.parallel, config.seed) as topology, prepare_folder(config, topology) as changed:
         store = open_for_all(config.data, config.model.path, "train")
         stream = SampleStream(
             store,
@@ -59,9 +59,12 @@ def run(start: Start) -> None:
             write_resolved(config, resolved_settings(config))
         device = torch.cuda.get_device_name() if topology.device.type == "cuda" else None
         throughput = Throughput.of(config, architecture, topology.size, device)
-        with open_log(
-            config, rank=topology.rank, resume_step=engine.step, total_steps=total_steps, throughput=throughput
-        ) as log:
+        with (
+            publishing(engine),
+            open_log(
+                config, rank=topology.rank, resume_step=engine.step, total_steps=total_steps, throughput=throughput
+            ) as log,
+        ):
             for warning in (*start.warnings, *changed):
                 log.say(f"warning: {warning}")
             for note in training_notes(tokenizer, stop):
@@ -70,20 +73,22 @@ def run(start: Start) -> None:
                 log.say(f"note: {compared}")
             if checkpoint is not None:
                 log.say(f"resuming from {checkpoint}, step {engine.step} of {total_steps}")
-            try:
-                fit(config, engine, stream, Validation.of(config, topology, engine), log, total_steps)
-            except TrainingStopped:
-                engine.close()  # a checkpoint may still be under way
-                raise
-        engine.close()
+            with Leaving(topology) as leaving:
+                fit(config, engine, stream, Validation.of(config, topology, engine), log, total_steps, leaving)
         if config.checkpoint.export_hf:
             export_folder(engine, config.output / "hf")
 
 
 def fit(
-    config: SFTConfig, engine: Engine, stream: SampleStream, validation: Validation, log: RunLog, total_steps: int
+    config: SFTConfig,
+    engine: Engine,
+    stream: SampleStream,
+    validation: Validation,
+    log: RunLog,
+    total_steps: int,
+    leaving: Leaving,
 ) -> None:
-    """Train until `total_steps` optimizer steps have been taken."""
+    """Train until `total_steps` optimizer steps have been taken. Raises RunLeft, saved, where a signal asks for it."""
     loss, guard = NLL(), SkipGuard(config.output / "skipped", config.train.max_skipped_steps, engine.topology.rank)
     capacity = config.train.rows_per_step * config.data.tokens_per_microbatch
     if engine.step == 0 and config.train.validate_every:
@@ -97,6 +102,10 @@ def fit(
         log.step(stats, capacity_tokens=capacity, mean_context=mean_context(batches))
         guard.observe(stats, batches, log)
         last = engine.step == total_steps
+        if leaving.asked() and not last:
+            engine.finish_save()
+            save(config, engine, stream, blocking=True)
+            raise leaving.left(engine.step, manifest.step_folder(checkpoints_of(config), engine.step))
         if config.train.validate_every and (last or engine.step % config.train.validate_every == 0):
             with log.time("validation", outside_step=True):
                 validation.report(log)

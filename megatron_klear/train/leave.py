@@ -1,0 +1,75 @@
+"""SIGTERM and Ctrl-C: the step that runs is finished, a checkpoint is saved, and all ranks leave together.
+
+    with Leaving(topology) as leaving:
+        while ...:
+            train a step
+            if leaving.asked():     # collective: the same answer on every rank
+                save
+                raise leaving.left(step, folder)
+
+The exit code is 128 + the signal: 143 after SIGTERM, 130 after Ctrl-C. Ctrl-C pressed again ends the process at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_klear.errors import RunLeft
+from megatron_klear.mcore.topology import Topology
+
+_SAME_PRESS_SECONDS = 1.0
+"""A terminal sends Ctrl-C to all processes and torchrun forwards its own: one press reaches a rank twice."""
+
+
+class Leaving:
+    """Takes SIGTERM and SIGINT while a run trains; outside the main thread, where Python has no signals, takes none."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology, self._signal, self._pressed, self._pid = topology, 0, 0.0, os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Leaving:
+        """Install the handlers."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Put back the handlers that were there."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """Whether any rank was asked to stop. Collective: one number over the world."""
+        self._signal = int(self._topology.all_reduce([float(self._signal)], op=dist.ReduceOp.MAX)[0])
+        return self._signal != 0
+
+    def left(self, step: int, checkpoint: Path) -> RunLeft:
+        """The error that ends the run after its checkpoint was saved."""
+        name = "Ctrl-C" if self._signal == signal.SIGINT else "SIGTERM"
+        return RunLeft(
+            f"{name}: stopped after step {step}, saved {checkpoint}; the same command goes on from there",
+            128 + self._signal,
+        )
+
+    def _take(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a forked checkpoint writer: it finishes what it writes, or is told to end
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        now = time.monotonic()
+        if number == signal.SIGINT and self._pressed and now - self._pressed > _SAME_PRESS_SECONDS:
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\ninterrupted again: ended without saving\n")
+            os._exit(130)
+        if number == signal.SIGINT and not self._pressed:
+            self._pressed = now
+        self._signal = max(self._signal, int(number))

@@ -1,0 +1,70 @@
+"""SIGTERM and Ctrl-C end a run with a checkpoint and in one line; a second start in the folder of a run is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_rl_run
+import tiny_run
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = {"sft": ("pretrain_sft.py", tiny_run), "gppo": ("train_gppo.py", tiny_rl_run)}
+DEADLINE_SECONDS = 150.0
+
+
+def launch(kind: str, toml: Path, ranks: int, *flags: str) -> subprocess.Popen[str]:
+    """The entry script as a user starts it; its output is one stream."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*start, str(ROOT / SCRIPTS[kind][0]), "--config", str(toml), "--checkpoint.save_every", "0", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCHDYNAMO_DISABLE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def after_steps(run: subprocess.Popen[str], steps: int) -> str:
+    """What was printed until so many steps were reported."""
+    assert run.stdout is not None
+    told, deadline = "", time.monotonic() + DEADLINE_SECONDS
+    while not any(line.startswith("step") and f" {steps}/" in line for line in told.splitlines()):
+        line = run.stdout.readline()
+        assert line, told
+        assert time.monotonic() < deadline, told
+        told += line
+    return told
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """The loss of every step that metrics.jsonl holds."""
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "sent"),
+    [("sft", 1, signal.SIGINT), ("sft", 2, signal.SIGTERM), ("gppo", 1, signal.SIGTERM)],
+)
+def test_a_signal_saves_and_leaves_in_one_line(kind: str, ranks: int, sent: signal.Signals, tmp_path: Path):
+    toml = SCRIPTS[kind][1].write_run(tmp_path)
+    with launch(kind, toml, ranks, "--train.steps", "100000") as run:
+        after_steps(run, 2)
+        with launch(kind, toml, 1, "--train.steps", "100000") as second:
+            told, _ = second.communicate(timeout=DEADLINE_SECONDS)
+            assert second.returncode == 2, told
+            assert "a run is in output" in told
+            assert "Traceback" not in told
+        run.send_signal(sent)
+        told, _ = run.communicate(timeout=DEADLINE_SECONDS)
+    assert told.count("stopped after step") == 1, told
+    if ranks == 1:  # torchrun has words and a code of its own
+        assert run.returncode == 128 + sent
+        assert "Traceback" not in told
+    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
+    stopped = int(checkpoint.name.removeprefix("step-"))
+    before = losses(tmp_path)
+    assert max(before) == stopped
