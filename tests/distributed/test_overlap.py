@@ -19,6 +19,7 @@ class BackgroundLocal:
     """Rank 0 draws alone, two groups at a call, the last asked for first."""
 
     fault = ""
+    last_progress = 0.0
 
     def __init__(self, local, rank: int) -> None:
         self._local, self.is_submitter = local, rank == 0
@@ -36,6 +37,9 @@ class BackgroundLocal:
     @property
     def in_flight(self) -> int:
         return len(self._waiting)
+
+    def notices(self) -> list[str]:
+        return []
 
     def submit(self, requests) -> None:
         assert self.is_submitter

@@ -121,7 +121,7 @@ MISTAKES = [
     Mistake("no chat template", no_template, ("model", "chat_template")),
     Mistake("template is no Jinja", lambda f: template(f, "{% for %}"), ("t.jinja",)),
     Mistake("template marks no answer", lambda f: template(f, "{{ messages[0].content }}"), ("t.jinja",)),
-    Mistake("tokenizer damaged", cut("model/tokenizer.json", 0.5), ("tokenizer of", "model", "line")),
+    Mistake("tokenizer damaged", cut("model/tokenizer.json", 0.5), ("model/tokenizer.json cannot be read", "line")),
     Mistake("tokenizer larger than the model", config_json(vocab_size=300), ("vocab_size", "300", "tokenizer")),
     Mistake("weights cut short", lambda f: pretrained(cut("model/model.safetensors", 0.5), f), ("model.safetensors",)),
     Mistake("weights lack a tensor", lambda f: pretrained(without_tensor, f), ("up_proj.weight",)),
