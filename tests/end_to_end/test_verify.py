@@ -49,7 +49,7 @@ def test_a_breach_is_exit_code_1(toml, verify, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "verify.py layouts"),
+        ([], "verify layouts"),
         (["resume", "--layouts", "TP3"], "--config FILE.toml is required"),
         (["layouts", "--steps", "0"], "at least 1"),
     ],
