@@ -32,6 +32,10 @@ Turns = Literal["all", "last"]
 
 _START, _END, _PLACEHOLDER = RESERVED
 _EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
+_JOINED_ARGUMENTS = re.compile(
+    r"""[+~]\s*\w+\s*(\[\s*['"]function['"]\s*\]|\.function)\s*(\[\s*['"]arguments['"]\s*\]|\.arguments)(?!\s*\|)"""
+)
+"""A template that joins a call's arguments to other text, as R1's does, wants them as JSON text."""
 _OPEN_THINK = re.compile(r"<think>\s*\Z")
 
 
@@ -78,6 +82,7 @@ class ChatTemplate:
             raise DataError(f"{name} does not compile: {error}") from None
         self.name = name
         self.has_marks = re.search(r"\{%[-+]?\s*generation\b", source) is not None
+        self.joins_arguments = _JOINED_ARGUMENTS.search(source) is not None
         self._special_tokens = dict(special_tokens)
         texts = sorted((token for token in stop_tokens if token.strip()), key=len, reverse=True)
         self._stop = re.compile("|".join(map(re.escape, texts))) if texts else None
@@ -136,6 +141,8 @@ class ChatTemplate:
         thinking: bool | None = None,
     ) -> str:
         flags = {} if thinking is None else {"enable_thinking": thinking}
+        if self.joins_arguments:
+            messages = [_with_arguments_as_text(message) for message in messages]
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
@@ -286,6 +293,19 @@ class ChatTemplate:
             f"{self.name}: {what}, so the assistant's text cannot be told from the prompt; mark it with "
             '{% generation %} in a template of your own (data.chat_template), or set data.trained_turns = "last"'
         )
+
+
+def _with_arguments_as_text(message: Message) -> Message:
+    """A message whose tool calls have their arguments as JSON text."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+            call = {**call, "function": {**function, "arguments": _tojson(function["arguments"])}}
+        calls.append(call)
+    return {**message, "tool_calls": calls}
 
 
 def _open_turn(head: str, opened: str, before: str, body: str, *, rendered: bool) -> tuple[str, str, int]:

@@ -183,3 +183,18 @@ def test_a_prefilled_think_is_trained_in_no_turn(think: str) -> None:
     assert first == second
     assert "<think>" not in first
     assert first.endswith("5<end>")
+
+
+@pytest.mark.parametrize(
+    "arguments", ["tool['function']['arguments']", "tool.function.arguments", 'tool["function"]["arguments"]']
+)
+def test_templates_that_join_arguments_as_text_get_json(arguments: str) -> None:
+    joins = (  # like R1's
+        "{%- for m in messages %}{{- '<' + m.role + '>' + m.content }}{%- for tool in m.tool_calls or [] %}"
+        "{{- '<call>' + tool['function']['name'] + '\\n' + " + arguments + " + '\\n' }}{%- endfor %}{{- '<end>' }}"
+        "{%- endfor %}" + PROMPT
+    )
+    for written in ({"city": "Oslo"}, '{"city": "Oslo"}'):
+        row = call("find", {"city": "Oslo"}, {"city": {"type": "string"}})
+        row["messages"][1]["tool_calls"][0]["function"]["arguments"] = written
+        assert trained(joins, row["messages"]) == ['<call>find\n{"city": "Oslo"}\n<end>']
