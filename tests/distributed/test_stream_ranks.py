@@ -1,5 +1,6 @@
 """The stream through Megatron: an epoch is the same on any number of data ranks, its short last step included."""
 
+import json
 import random
 from pathlib import Path
 
@@ -7,28 +8,23 @@ import numpy as np
 import pytest
 from pool import Pool
 
-from megatron_klear.architecture import Architecture, Rope
+from megatron_klear.architecture import read_architecture
 from megatron_klear.config import ModelConfig, OptimizerConfig, RunConfig
 from megatron_klear.data.batches import num_predicted
 from megatron_klear.data.packing import RowSettings, sequence_work
 from megatron_klear.data.sft import SampleStream
+from megatron_klear.data.tiny import TinyShape, tiny_config
 from megatron_klear.types import Sample
 
-ARCHITECTURE = Architecture(
-    family="qwen3",
-    num_layers=1,
+SHAPE = TinyShape(
     hidden_size=16,
     ffn_hidden_size=32,
+    num_layers=1,
     num_heads=2,
     num_kv_heads=1,
     head_dim=8,
-    vocab_size=64,
     max_positions=64,
-    norm_eps=1e-6,
-    rope=Rope(theta=1e4),
     tied_embeddings=True,
-    qk_norm=True,
-    qkv_bias=False,
 )
 
 
@@ -58,11 +54,11 @@ def _train_epoch(lengths: list[int], aggregation: str, folder: Path) -> list[tup
         optimizer=OptimizerConfig(learning_rate=1e-2),
     )
     with world(run.parallel, run.seed) as topology:
-        engine = Engine(run, topology, architecture=ARCHITECTURE)
+        engine = Engine(run, topology)
         stream = SampleStream(
             _Store(lengths),
             RowSettings(tokens_per_row=32, segment_multiple=4, rows_per_step=4),
-            work=sequence_work(ARCHITECTURE),
+            work=sequence_work(read_architecture(folder)),
             aggregation=aggregation,  # type: ignore[arg-type]
             data_rank=topology.data.rank,
             data_size=topology.data.size,
@@ -74,6 +70,7 @@ def _train_epoch(lengths: list[int], aggregation: str, folder: Path) -> list[tup
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 def test_epoch_is_the_same_on_any_number_of_data_ranks(ranks: Pool, tmp_path: Path, aggregation: str) -> None:
     lengths = [32, 1, 32, 1, *random.Random(0).choices(range(2, 33), k=30), 5]
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("qwen3", SHAPE)))
     (alone,) = ranks(1, _train_epoch, lengths, aggregation, tmp_path)
     assert len(alone) >= 4
     for world_size in (2, 4):
