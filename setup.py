@@ -1,4 +1,4 @@
-"""Builds csrc/ into `megatron_klear._policy_loss`; everything else about the package is in pyproject.toml.
+"""Builds csrc/ into `megatron_klear.kernels._policy_loss`; everything else about the package is in pyproject.toml.
 
 The CPU part is always built, the CUDA part where nvcc is found. Environment:
     KLEAR_CUDA=0|1      leave the CUDA part out, or fail without nvcc
@@ -123,6 +123,6 @@ class BuildPolicyLoss(build_ext):
 
 
 setup(
-    ext_modules=[Extension("megatron_klear._policy_loss", sources=[])],
+    ext_modules=[Extension("megatron_klear.kernels._policy_loss", sources=[])],
     cmdclass={"build_ext": BuildPolicyLoss},
 )

@@ -141,6 +141,6 @@ fi
 check_compiler
 install_torch
 install_package
-"$VENV_PYTHON" -c 'import torch, megatron_klear._policy_loss' || fail "installed, but it cannot be imported (above)"
+"$VENV_PYTHON" -c 'import torch, megatron_klear.kernels._policy_loss' || fail "installed, but it cannot be imported (above)"
 fingerprint >"$STAMP"
 say "ready after $SECONDS seconds"

@@ -9,13 +9,13 @@ import torch
 from fake_vllm import STOP, VOCAB, FakeServer, response_to
 from torch import Tensor
 
+from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.errors import UserError
-from megatron_klear.rollout.client import Portal, ServerClient
 from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest
-from megatron_klear.rollout.member import Limits
-from megatron_klear.rollout.transfer import TransferFailed
-from megatron_klear.rollout.vllm import VLLMEngine
-from megatron_klear.rollout_config import VLLMRolloutConfig
+from megatron_klear.rollout.vllm.client import Portal, ServerClient
+from megatron_klear.rollout.vllm.engine import VLLMEngine
+from megatron_klear.rollout.vllm.member import Limits
+from megatron_klear.rollout.weights.base import TransferFailed
 from megatron_klear.types import Prompt, Sample
 
 FAST = Limits(

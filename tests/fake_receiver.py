@@ -7,8 +7,8 @@ import torch
 from aiohttp import web
 from safetensors.torch import load_file
 
-from megatron_klear.checksum import checksum
-from megatron_klear.rollout.client import Portal, ServerClient, open_session
+from megatron_klear.rollout.vllm.client import Portal, ServerClient, open_session
+from megatron_klear.rollout.weights.checksum import checksum
 
 
 class FakeReceiver:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
-from megatron_klear.rl_config import SamplingConfig
-from megatron_klear.rollout.client import Portal
+from megatron_klear.config.rl import SamplingConfig
+from megatron_klear.rollout.vllm.client import Portal
 
 VOCAB = 64
 STOP = 7

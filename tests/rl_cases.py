@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
 from megatron_klear.rl.advantages import keep_informative
-from megatron_klear.rl_config import GPPOConfig
 from megatron_klear.train.gppo import Step
 from megatron_klear.types import Group, PackedBatch, StepStats
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_klear.rl_config import GPPOConfig
+from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.types import Group, Prompt, Sample, Score, Verdict
 
 Overrides = dict[str, dict[str, Any]]

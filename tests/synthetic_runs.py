@@ -9,7 +9,7 @@ RL_CONFIG = """output = "runs/made_up"
 seed = 7
 
 [model]
-path = "models/tiny"
+path = "data/tiny"
 
 [loss]
 kind = "{loss}"

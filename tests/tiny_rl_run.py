@@ -9,8 +9,8 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_klear.config.start import GPPOStart, start_gppo
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
-from megatron_klear.start import GPPOStart, start_gppo
 
 SHAPE = TinyShape(hidden_size=32, ffn_hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=8)
 TOML = """

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_klear.config.start import Start, start_with
 from megatron_klear.data.arithmetic import arithmetic_rows
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
-from megatron_klear.start import Start, start_with
 
 SHAPE = TinyShape(hidden_size=32, ffn_hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=8)
 TOML = """

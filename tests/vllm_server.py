@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_klear.architecture import read_architecture
-from megatron_klear.config import ModelConfig
+from megatron_klear.config.base import ModelConfig
+from megatron_klear.config.rollout import ServerConfig, VLLMRolloutConfig
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
-from megatron_klear.rollout.server_command import server_command
-from megatron_klear.rollout.servers import Servers, choose_ports
-from megatron_klear.rollout_config import ServerConfig, VLLMRolloutConfig
+from megatron_klear.models.architecture import read_architecture
+from megatron_klear.rollout.servers.command import server_command
+from megatron_klear.rollout.servers.servers import Servers, choose_ports
 
 SHAPE = TinyShape(hidden_size=128, ffn_hidden_size=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
 TIED_SHAPE = replace(SHAPE, tied_embeddings=True)

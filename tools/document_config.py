@@ -1,4 +1,4 @@
-"""Write docs/settings.md, the table of every setting, from the declarations in config.py.
+"""Write docs/settings.md, the table of every setting, from the declarations in config/.
 
 python tools/document_config.py            # write it
 python tools/document_config.py --check    # exit code 1 where it is out of date
@@ -13,16 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_klear.environment import enter_environment
+from megatron_klear.cli.environment import enter_environment
 
 enter_environment()
 
 from pydantic import BaseModel
 
-from megatron_klear.config import SFTConfig
-from megatron_klear.rl_config import GPPOConfig
-from megatron_klear.schema import Key, keys_of, tables_in
-from megatron_klear.toml_writer import write_text_atomically
+from megatron_klear.config.base import SFTConfig
+from megatron_klear.config.files import write_text_atomically
+from megatron_klear.config.rl import GPPOConfig
+from megatron_klear.config.schema import Key, keys_of, tables_in
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "settings.md"
@@ -30,7 +30,7 @@ RUNS: dict[str, type[BaseModel]] = {"pretrain_sft.py": SFTConfig, "train_gppo.py
 HEADER = """\
 # Every setting
 
-Made by `python tools/document_config.py` from `megatron_klear/config.py`; how settings are given is in
+Made by `python tools/document_config.py` from `megatron_klear/config/base.py`; how settings are given is in
 [configuration.md](configuration.md).
 """
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_klear.environment import enter_environment
+from megatron_klear.cli.environment import enter_environment
 
 enter_environment()
 
+from megatron_klear.config.files import write_text_atomically
 from megatron_klear.errors import exit_on_error
-from megatron_klear.toml_writer import write_text_atomically
-from megatron_klear.train.report import write_report
+from megatron_klear.runs.report import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs/quickstart")

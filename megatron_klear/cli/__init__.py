@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from megatron_klear.environment import enter_environment
+from megatron_klear.cli.environment import enter_environment
 
 
 @dataclass(frozen=True)

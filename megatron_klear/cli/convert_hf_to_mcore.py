@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Convert; exit code 1 with a message where that fails."""
     options = parser().parse_args(arguments)
     from megatron_klear.errors import UserError
-    from megatron_klear.mcore.convert import hf_to_megatron
+    from megatron_klear.mcore.checkpoints.convert import hf_to_megatron
 
     try:
         verdict = hf_to_megatron(

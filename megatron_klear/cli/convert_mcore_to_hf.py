@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Convert; exit code 1 with a message where that fails."""
     options = parser().parse_args(arguments)
     from megatron_klear.errors import UserError
-    from megatron_klear.mcore.convert import megatron_to_hf
+    from megatron_klear.mcore.checkpoints.convert import megatron_to_hf
 
     try:
         verdict = megatron_to_hf(

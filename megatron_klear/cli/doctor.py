@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from megatron_klear.config import RunConfig
+    from megatron_klear.config.base import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout, or the folder that packages are installed in."""
@@ -268,13 +268,13 @@ def examine(probes: dict[str, Callable[[], Finding]] = PROBES) -> dict[str, Find
 
 def config_problems(path: Path, findings: dict[str, Finding], processes: int | None = None) -> list[str]:
     """What keeps the run of this file from starting here, on `processes` or on as few as its layout needs."""
-    from megatron_klear import checks
-    from megatron_klear.architecture import read_architecture
-    from megatron_klear.config import SFTConfig
+    from megatron_klear.config import checks
+    from megatron_klear.config.base import SFTConfig
+    from megatron_klear.config.checks_rollout import check_rollout
+    from megatron_klear.config.rl import GPPOConfig
+    from megatron_klear.config.start import smallest_gpu_bytes
     from megatron_klear.errors import UserError
-    from megatron_klear.rl_config import GPPOConfig
-    from megatron_klear.rollout_checks import check_rollout
-    from megatron_klear.start import smallest_gpu_bytes
+    from megatron_klear.models.architecture import read_architecture
 
     try:
         config = read_config(path)
@@ -306,8 +306,8 @@ def read_config(path: Path) -> RunConfig:
 
     Raises SettingsError.
     """
-    from megatron_klear.config import SFTConfig
-    from megatron_klear.settings import load
+    from megatron_klear.config.base import SFTConfig
+    from megatron_klear.config.read import load
 
     try:
         tables = tomllib.loads(path.read_text())
@@ -315,7 +315,7 @@ def read_config(path: Path) -> RunConfig:
         tables = {}  # `load` says what is wrong with the file
     if "prompts" not in tables:
         return load(SFTConfig, ["--config", str(path)])
-    from megatron_klear.rl_config import GPPOConfig
+    from megatron_klear.config.rl import GPPOConfig
 
     return load(GPPOConfig, ["--config", str(path)])
 

@@ -158,10 +158,10 @@ def write_folder(gguf_path: Path, out: Path, *, dtype: str = "float32", force: b
     """
     import torch
 
-    from megatron_klear.architecture import architecture_from_config
-    from megatron_klear.mcore.hf import open_weights
-    from megatron_klear.mcore.hf_names import expected_tensors
-    from megatron_klear.mcore.safetensors_io import SafetensorsWriter, staged_folder
+    from megatron_klear.mcore.weights import open_weights
+    from megatron_klear.models.architecture import architecture_from_config
+    from megatron_klear.models.names import expected_tensors
+    from megatron_klear.models.safetensors_io import SafetensorsWriter, staged_folder
 
     reader = _open(gguf_path)
 
@@ -286,7 +286,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Fetch, convert, and show that the model answers; exit code 1 with a message where that fails."""
     options = parse_arguments(arguments)
-    from megatron_klear.mcore.safetensors_io import check_writable
+    from megatron_klear.models.safetensors_io import check_writable
 
     try:
         check_writable(options.out, options.force)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_klear.config.start import start_gppo
 from megatron_klear.errors import exit_on_error
-from megatron_klear.start import start_gppo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,10 +17,10 @@ from typing import Any
 
 def inspect_hf(folder: Path) -> dict[str, Any]:
     """Contents of a Hugging Face folder; `problems` says where its tensors do not fit its config.json."""
-    from megatron_klear.architecture import read_architecture
     from megatron_klear.errors import UserError
-    from megatron_klear.mcore.hf import open_weights
-    from megatron_klear.mcore.safetensors_io import SafetensorsFolder
+    from megatron_klear.mcore.weights import open_weights
+    from megatron_klear.models.architecture import read_architecture
+    from megatron_klear.models.safetensors_io import SafetensorsFolder
 
     specs = list(SafetensorsFolder(folder).specs.values())
     problems = []
@@ -33,8 +33,8 @@ def inspect_hf(folder: Path) -> dict[str, Any]:
 
 def inspect_checkpoint(folder: Path, *, hashes: bool) -> dict[str, Any]:
     """Contents of a Megatron checkpoint; `problems` says which files differ from its manifest."""
-    from megatron_klear.mcore.convert import checkpoint_tensors
-    from megatron_klear.mcore.manifest import CheckpointError, damage, read_training
+    from megatron_klear.mcore.checkpoints.convert import checkpoint_tensors
+    from megatron_klear.mcore.checkpoints.manifest import CheckpointError, damage, read_training
 
     report: dict[str, Any] = {"kind": "megatron", "tensors": [], "problems": damage(folder, hashes=hashes)}
     try:
@@ -49,7 +49,7 @@ def inspect_checkpoint(folder: Path, *, hashes: bool) -> dict[str, Any]:
 
 def inspect_folder(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
     """What `folder` holds, with totals. `parameters` leaves out optimizer state."""
-    from megatron_klear.mcore.manifest import MANIFEST, TRAINING
+    from megatron_klear.mcore.checkpoints.manifest import MANIFEST, TRAINING
 
     megatron = any((folder / name).exists() for name in (MANIFEST, TRAINING, ".metadata"))
     report = inspect_checkpoint(folder, hashes=hashes) if megatron else inspect_hf(folder)

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_klear.config import DataConfig
-from megatron_klear.data.pool import mask_to_spans
+from megatron_klear.config.base import DataConfig
 from megatron_klear.data.store import TokenStore, open_store
+from megatron_klear.data.tokenize_pool import mask_to_spans
 from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_klear.types import Sample
 

@@ -1,6 +1,6 @@
 """Write a tiny Hugging Face model folder, or only its tokenizer, to train and test with.
 
-klear tiny-model --output models/tiny --family qwen3 --layers 4
+klear tiny-model --output data/tiny --family qwen3 --layers 4
 klear tiny-model --output examples/tiny_tokenizer --tokenizer-only --force
 """
 

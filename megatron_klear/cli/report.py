@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from megatron_klear.errors import exit_on_error
-from megatron_klear.train.report import write_report
+from megatron_klear.runs.report import write_report
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,14 +21,14 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from megatron_klear.architecture import read_architecture
+from megatron_klear.config.checks_rollout import check_servers, is_loopback
+from megatron_klear.config.read import exit_on_bad_input, exit_with, parse_command_line
+from megatron_klear.config.rl import GPPOConfig
+from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.errors import exit_on_error
-from megatron_klear.rl_config import GPPOConfig
-from megatron_klear.rollout.server_command import ServerCommand, bracketed, loopback_of, run_commands
-from megatron_klear.rollout.servers import Servers, choose_ports
-from megatron_klear.rollout_checks import check_servers, is_loopback
-from megatron_klear.rollout_config import VLLMRolloutConfig
-from megatron_klear.settings import exit_on_bad_input, exit_with, parse_command_line
+from megatron_klear.models.architecture import read_architecture
+from megatron_klear.rollout.servers.command import ServerCommand, bracketed, loopback_of, run_commands
+from megatron_klear.rollout.servers.servers import Servers, choose_ports
 
 POLL_SECONDS = 0.5
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_klear.config.start import start_sft
 from megatron_klear.errors import exit_on_error
-from megatron_klear.start import start_sft
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_klear.config.files import write_text_atomically
+from megatron_klear.config.start import start_gppo, start_with
 from megatron_klear.errors import exit_on_error
-from megatron_klear.start import start_gppo, start_with
-from megatron_klear.toml_writer import write_text_atomically
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,8 +52,8 @@ def layouts(words: Sequence[str]) -> int:
     start = start_with(settings, processes=None, files=options.batch == "data")
 
     from megatron_klear.data.store import open_store
-    from megatron_klear.train.layout_report import TOLERANCES, verify_layouts
-    from megatron_klear.train.verify_layouts import ragged_samples, stored_samples
+    from megatron_klear.verify.layout_report import TOLERANCES, verify_layouts
+    from megatron_klear.verify.layouts import ragged_samples, stored_samples
 
     config = start.config
     if options.batch == "data":
@@ -96,9 +96,9 @@ def resume(words: Sequence[str]) -> int:
         return 2
     start = start_with(settings, processes=options.processes, files=True)
 
-    from megatron_klear.train.layout_report import TOLERANCES
-    from megatron_klear.train.verify_layouts import layouts_named
-    from megatron_klear.train.verify_resume import verify_resume
+    from megatron_klear.verify.layout_report import TOLERANCES
+    from megatron_klear.verify.layouts import layouts_named
+    from megatron_klear.verify.resume import verify_resume
 
     report = verify_resume(
         start,
@@ -135,7 +135,7 @@ def _rollouts(command: str, description: str, words: Sequence[str]) -> int:
     options, settings = parser.parse_known_args(words)
     start = start_gppo(settings)
 
-    from megatron_klear.train.verify_rollouts import verify_mismatch, verify_weights
+    from megatron_klear.verify.rollouts import verify_mismatch, verify_weights
 
     if command == "weights":
         report = verify_weights(start, options.tolerance)
@@ -189,7 +189,7 @@ def _finish(
     passed: bool,
     record: dict[str, Any],
 ) -> int:
-    from megatron_klear.train.table import aligned
+    from megatron_klear.verify.table import aligned
 
     if os.environ.get("RANK", "0") == "0":
         print(aligned(header, rows))

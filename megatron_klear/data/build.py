@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_klear.data.rows import DataError
+from megatron_klear.data.tokenize_pool import TokenizedChunk, TokenizedRow, TokenizeJob, tokenize
+
 from .indexed import IndexedWriter
-from .pool import TokenizedChunk, TokenizedRow, TokenizeJob, tokenize
-from .rows import DataError
 from .sources import Chunk, read_chunks
 
 ROWS, HELD_OUT = "rows", "held_out"

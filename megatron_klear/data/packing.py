@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_klear.architecture import Architecture
+from megatron_klear.models.architecture import Architecture
 
 NO_ROW = -1
 """In an assignment: a micro-batch without a row, which a rank runs to keep step with the others."""

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_klear.data.rows import DataError
+
 from .arithmetic import INSTRUCTION, training_row
-from .rows import DataError
 
 logger = logging.getLogger(__name__)
 

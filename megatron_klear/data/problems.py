@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from megatron_klear.data.rows import DataError, ProblemRow, read_problem
+
 from .arithmetic import INSTRUCTION, arithmetic_rows
-from .rows import DataError, ProblemRow, read_problem
 from .sources import raw_rows, read_chunks, resolve_files
 
 _COLUMNS = ("prompt", "data_source", "reward_model", "extra_info")

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_klear.data.rows import DataError, ProblemRow
 from megatron_klear.types import Prompt
 
 from .problems import ProblemSource, read_problems
-from .rows import DataError, ProblemRow
 from .tokenizer import ChatTokenizer
 
 logger = logging.getLogger(__name__)

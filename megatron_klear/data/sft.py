@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron_klear.data.batches import Aggregation, loss_weights, num_predicted, pack
+from megatron_klear.data.pack import Aggregation, loss_weights, num_predicted, pack
 from megatron_klear.data.packing import (
     NO_ROW,
     EpochPlan,

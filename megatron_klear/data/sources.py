@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .rows import ChatRow, DataError, read_row
+from megatron_klear.data.rows import ChatRow, DataError, read_row
 
 _CHUNK_BYTES = 1 << 20
 _CHUNK_ROWS = 512

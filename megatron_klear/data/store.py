@@ -27,11 +27,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_klear.data.rows import DataError
+from megatron_klear.data.tokenize_pool import Overlong, TokenizeJob
+
 from ..types import Sample
 from .build import HELD_OUT, ROWS, StoreSummary, build, is_complete
 from .indexed import IndexedReader
-from .pool import Overlong, TokenizeJob
-from .rows import DataError
 from .sources import file_digest, resolve_files
 from .template import Turns
 from .tokenizer import load_spec

@@ -26,7 +26,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from .rows import RESERVED, ChatRow, DataError, Message, is_plain
+from megatron_klear.data.rows import RESERVED, ChatRow, DataError, Message, is_plain
 
 Turns = Literal["all", "last"]
 

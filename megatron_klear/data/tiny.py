@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .arithmetic import arithmetic_rows
+from megatron_klear.data.arithmetic import arithmetic_rows
 
 TinyFamily = Literal["qwen3", "qwen2", "llama"]
 

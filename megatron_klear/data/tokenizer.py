@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from ..stop_tokens import NamedToken
+from megatron_klear.data.rows import ChatRow, DataError, Message
+from megatron_klear.models.stop_tokens import NamedToken
+
 from ..types import Sample
-from .rows import ChatRow, DataError, Message
 from .template import ChatTemplate, MarkedText, Turns
 from .tokenizer_files import (
     check_agreement,

@@ -16,7 +16,7 @@ from typing import Any
 
 import tokenizers
 
-from .rows import DataError
+from megatron_klear.data.rows import DataError
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that every tokenizer may name; a folder may name others that end in `_token`."""

@@ -32,9 +32,9 @@ class Availability:
 
 def _load() -> tuple[Any, str]:
     try:
-        return importlib.import_module("megatron_klear._policy_loss"), ""
+        return importlib.import_module("megatron_klear.kernels._policy_loss"), ""
     except ImportError as error:
-        return None, f"megatron_klear._policy_loss cannot be imported ({error}): {HOW_TO_BUILD}"
+        return None, f"megatron_klear.kernels._policy_loss cannot be imported ({error}): {HOW_TO_BUILD}"
 
 
 _module, _reason = _load()

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_klear.architecture import ArchitectureError
-from megatron_klear.mcore.convert import transformers_logits
+from megatron_klear.mcore.checkpoints.convert import transformers_logits
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.model import DTYPES
+from megatron_klear.models.architecture import ArchitectureError
 from megatron_klear.types import PackedBatch
 
 MAX_PARAMETERS = 2_000_000_000

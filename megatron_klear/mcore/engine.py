@@ -17,17 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_klear.architecture import Architecture, read_architecture
-from megatron_klear.config import RunConfig
+from megatron_klear.config.base import RunConfig
 from megatron_klear.errors import UserError
-from megatron_klear.mcore import checkpoint, hf
 from megatron_klear.mcore import device as device_shim
+from megatron_klear.mcore import weights as hf
+from megatron_klear.mcore.checkpoints import save as checkpoint
 from megatron_klear.mcore.head import Head
 from megatron_klear.mcore.model import PolicyModel, build_chunks, inverse_frequencies
 from megatron_klear.mcore.optimizer import build_optimizer, guarded_step, learning_rate, set_rates
 from megatron_klear.mcore.reading import check_frequencies
 from megatron_klear.mcore.rows import LocalRow, empty_batch, local_row
 from megatron_klear.mcore.topology import Topology
+from megatron_klear.models.architecture import Architecture, read_architecture
 from megatron_klear.types import KLEstimator, PackedBatch, StepStats, TokenLoss
 
 device_shim.install()

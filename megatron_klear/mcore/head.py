@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_klear import kernels
-from megatron_klear.architecture import Architecture
-from megatron_klear.config import ModelConfig
+from megatron_klear.config.base import ModelConfig
 from megatron_klear.mcore.model import DTYPES, PolicyModel
 from megatron_klear.mcore.rows import LocalRow
 from megatron_klear.mcore.topology import Topology
+from megatron_klear.models.architecture import Architecture
 from megatron_klear.types import KLEstimator, TokenLoss
 
 NUM_REGIONS = 5

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_klear.architecture import Architecture
-from megatron_klear.config import ModelConfig, RunConfig
+from megatron_klear.config.base import ModelConfig, RunConfig
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore.layers import PackedAttention, RMSNorm
 from megatron_klear.mcore.rows import LocalRow
 from megatron_klear.mcore.topology import Topology
+from megatron_klear.models.architecture import Architecture
 
 device_shim.install()
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_klear.config import OptimizerConfig, RunConfig
+from megatron_klear.config.base import OptimizerConfig, RunConfig
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore.model import DTYPES
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_klear.architecture import Architecture, ArchitectureError
 from megatron_klear.mcore.model import inverse_frequencies
+from megatron_klear.models.architecture import Architecture, ArchitectureError
 
 _TOLERANCE = 1e-5
 """Relative; both are fp32 powers of the base."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_klear.mcore import device as device_shim
+from megatron_klear.mcore.zigzag import zigzag_indices, zigzag_order
 from megatron_klear.types import PackedBatch
-from megatron_klear.zigzag import zigzag_indices, zigzag_order
 
 device_shim.install()
 

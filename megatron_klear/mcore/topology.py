@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_klear.config import ParallelConfig
+from megatron_klear.config.base import ParallelConfig
 from megatron_klear.errors import UserError
 from megatron_klear.mcore import device as device_shim
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from megatron_klear.rl_config import SamplingConfig
+    from megatron_klear.config.rl import SamplingConfig
 
 
 Checksums = dict[str, dict[str, str]]

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.data.prompts import PromptStream
 from megatron_klear.rl.advantages import checked_rewards, is_uninformative, penalise_overlong
-from megatron_klear.rl_config import GPPOConfig
+from megatron_klear.runs.log import RunLog
 from megatron_klear.train.grading import Grader
-from megatron_klear.train.log import RunLog
 from megatron_klear.train.sampler import Sampler
 from megatron_klear.types import Group, Prompt
 

@@ -18,21 +18,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_klear.config.rl import AlgorithmConfig, GPPOConfig, build_loss
 from megatron_klear.data.packing import RowSettings, sequence_work
-from megatron_klear.mcore import manifest
+from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.rl.advantages import advantages
 from megatron_klear.rl.corrections import correction_metrics, importance_weights, log_ratios, measure_mismatch
 from megatron_klear.rl.losses import SequenceLoss
 from megatron_klear.rl.versions import version_lag
-from megatron_klear.rl_config import AlgorithmConfig, GPPOConfig, build_loss
+from megatron_klear.runs.folder import checkpoints_of
+from megatron_klear.runs.leave import Leaving
+from megatron_klear.runs.log import RunLog
+from megatron_klear.runs.rollout_files import RolloutWriter
 from megatron_klear.train.feed import Feed
 from megatron_klear.train.grading import Grader
 from megatron_klear.train.guard import SkipGuard
-from megatron_klear.train.leave import Leaving
-from megatron_klear.train.log import RunLog
-from megatron_klear.train.rollout_files import RolloutWriter
-from megatron_klear.train.run_folder import checkpoints_of
 from megatron_klear.train.sampler import Sampler
 from megatron_klear.train.token_ratios import SampleRatios, ratios_by_sample
 from megatron_klear.train.updates import cut_into_updates, pack_update

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_klear.config.rl import RewardConfig
 from megatron_klear.errors import UserError
 from megatron_klear.rewards.base import RewardSettings, check_sources, check_truths
 from megatron_klear.rewards.format import complete
 from megatron_klear.rewards.pool import GradingPool
 from megatron_klear.rewards.scoring import ErrorAlarm, Graded, score
 from megatron_klear.rewards.worker import Request
-from megatron_klear.rl_config import RewardConfig
 from megatron_klear.types import Group, Prompt
 
 _MADE_UP = "<think>\nThis was made up to try the reward.\n</think>\n\nThe answer is \\boxed{0}."

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_klear.errors import UserError
-from megatron_klear.train.log import RunLog
+from megatron_klear.runs.log import RunLog
 from megatron_klear.types import PackedBatch, StepStats
 
 

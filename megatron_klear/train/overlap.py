@@ -14,17 +14,17 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_klear.config.rl import GPPOConfig
+from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.data.prompts import PromptStream
 from megatron_klear.errors import UserError
 from megatron_klear.rewards.scoring import Graded
 from megatron_klear.rl.versions import oldest_version
-from megatron_klear.rl_config import GPPOConfig
 from megatron_klear.rollout.engine import GroupRequest, told_apart
-from megatron_klear.rollout_config import VLLMRolloutConfig
+from megatron_klear.runs.group_file import dump_groups, load_groups
+from megatron_klear.runs.log import RunLog
 from megatron_klear.train.feed import Feed, Judge, PromptQueue, StepGroups, SynchronousFeed, redrawn, round_seed
 from megatron_klear.train.grading import Grader
-from megatron_klear.train.group_file import dump_groups, load_groups
-from megatron_klear.train.log import RunLog
 from megatron_klear.train.sampler import POLL_SECONDS, Sampler, key_of
 from megatron_klear.types import Group, Prompt
 

@@ -6,33 +6,33 @@ from contextlib import ExitStack, closing
 
 import torch
 
-from megatron_klear.architecture import Architecture
+from megatron_klear.config.read import write_resolved
+from megatron_klear.config.rl import GPPOConfig
+from megatron_klear.config.rollout import VLLMRolloutConfig
+from megatron_klear.config.start import GPPOStart
 from megatron_klear.data.prompts import PromptStream
 from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
-from megatron_klear.mcore import manifest
-from megatron_klear.mcore.checkpoint import latest_valid
+from megatron_klear.mcore.checkpoints import manifest
+from megatron_klear.mcore.checkpoints.save import latest_valid
 from megatron_klear.mcore.compare_logits import compare_with_transformers
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.model import DTYPES, inverse_frequencies
 from megatron_klear.mcore.topology import Topology, world
-from megatron_klear.rl_config import GPPOConfig
-from megatron_klear.rollout.decoder import Decoder
+from megatron_klear.models.architecture import Architecture
 from megatron_klear.rollout.engine import RolloutEngine
-from megatron_klear.rollout.local import LocalEngine
-from megatron_klear.rollout.open_vllm import open_vllm
-from megatron_klear.rollout_config import VLLMRolloutConfig
-from megatron_klear.settings import write_resolved
-from megatron_klear.start import GPPOStart
-from megatron_klear.train.arrival import send_weights
+from megatron_klear.rollout.local.decoder import Decoder
+from megatron_klear.rollout.local.engine import LocalEngine
+from megatron_klear.rollout.vllm.open import open_vllm
+from megatron_klear.runs.folder import checkpoints_of, prepare_folder, publishing, resolved_settings
+from megatron_klear.runs.log import RunLog, Throughput, open_log
+from megatron_klear.runs.rollout_files import RolloutWriter
 from megatron_klear.train.gppo import resume, train
 from megatron_klear.train.grading import Grader, check_prompts
-from megatron_klear.train.log import RunLog, Throughput, open_log
 from megatron_klear.train.overlap import open_feed
-from megatron_klear.train.rollout_files import RolloutWriter
-from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, publishing, resolved_settings
 from megatron_klear.train.sampler import Sampler
 from megatron_klear.train.turn_end import export_folder, stop_tokens_of
 from megatron_klear.train.validation import Validator
+from megatron_klear.train.weight_sync import send_weights
 from megatron_klear.types import Prompt
 
 _GRACE_SECONDS = 60.0

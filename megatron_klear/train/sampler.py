@@ -14,8 +14,8 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch.distributed as dist
 
+from megatron_klear.config.rl import SamplingConfig
 from megatron_klear.errors import UserError
-from megatron_klear.rl_config import SamplingConfig
 from megatron_klear.rollout.engine import BackgroundRollouts, FinishedGroup, GroupRequest, RolloutEngine, told_apart
 from megatron_klear.types import Group, Prompt
 

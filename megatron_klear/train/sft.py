@@ -11,23 +11,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_klear.config import DataConfig, SFTConfig
+from megatron_klear.config.base import DataConfig, SFTConfig
+from megatron_klear.config.read import write_resolved
+from megatron_klear.config.start import Start
 from megatron_klear.data.packing import RowSettings, sequence_work
 from megatron_klear.data.sft import SampleStream, held_out_steps
 from megatron_klear.data.store import TokenStore
 from megatron_klear.data.tokenizer import load_tokenizer
-from megatron_klear.mcore import manifest
-from megatron_klear.mcore.checkpoint import latest_valid
+from megatron_klear.mcore.checkpoints import manifest
+from megatron_klear.mcore.checkpoints.save import latest_valid
 from megatron_klear.mcore.compare_logits import compare_with_transformers
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import Topology, world
 from megatron_klear.rl.losses import NLL
-from megatron_klear.settings import write_resolved
-from megatron_klear.start import Start
+from megatron_klear.runs.folder import checkpoints_of, prepare_folder, publishing, resolved_settings
+from megatron_klear.runs.leave import Leaving
+from megatron_klear.runs.log import RunLog, Throughput, open_log
 from megatron_klear.train.guard import SkipGuard
-from megatron_klear.train.leave import Leaving
-from megatron_klear.train.log import RunLog, Throughput, open_log
-from megatron_klear.train.run_folder import checkpoints_of, prepare_folder, publishing, resolved_settings
 from megatron_klear.train.stores import open_for_all
 from megatron_klear.train.turn_end import export_folder, stop_tokens_of, training_notes
 from megatron_klear.types import PackedBatch

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_klear.data.tokenizer import ChatTokenizer
-from megatron_klear.mcore.convert import export_hf
+from megatron_klear.mcore.checkpoints.convert import export_hf
 from megatron_klear.mcore.engine import Engine
-from megatron_klear.stop_tokens import StopTokens, read_stop_tokens
+from megatron_klear.models.stop_tokens import StopTokens, read_stop_tokens
 
 
 def stop_tokens_of(model_folder: Path, tokenizer: ChatTokenizer) -> StopTokens:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_klear.data.batches import num_predicted, pack
+from megatron_klear.config.rl import AlgorithmConfig
+from megatron_klear.data.pack import num_predicted, pack
 from megatron_klear.data.packing import NO_ROW, EpochPlan, RowSettings, Work, assign_rows, plan_epoch
 from megatron_klear.rl.weights import aggregate, drop_overlong, nll_weights
-from megatron_klear.rl_config import AlgorithmConfig
 from megatron_klear.types import Group, PackedBatch, Sample, Verdict
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_klear.rl_config import ValidationConfig
+from megatron_klear.config.rl import ValidationConfig
+from megatron_klear.runs.log import RunLog
+from megatron_klear.runs.rollout_files import RolloutWriter
 from megatron_klear.train.grading import Grader
-from megatron_klear.train.log import RunLog
-from megatron_klear.train.rollout_files import RolloutWriter
 from megatron_klear.train.sampler import Sampler
 from megatron_klear.types import Prompt, Verdict
 

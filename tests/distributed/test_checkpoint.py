@@ -10,15 +10,15 @@ import pytest
 from tiny_run import SHAPE, write_run
 from tiny_run import start as start_run
 
-from megatron_klear.config import SFTConfig
-from megatron_klear.data.batches import loss_weights, num_predicted, pack
-from megatron_klear.mcore import manifest
-from megatron_klear.mcore.compare_checkpoints import compare_checkpoints
+from megatron_klear.config.base import SFTConfig
+from megatron_klear.data.pack import loss_weights, num_predicted, pack
+from megatron_klear.mcore.checkpoints import manifest
+from megatron_klear.mcore.checkpoints.compare import compare_checkpoints
+from megatron_klear.mcore.checkpoints.manifest import CheckpointError
 from megatron_klear.mcore.engine import Engine
-from megatron_klear.mcore.manifest import CheckpointError
 from megatron_klear.mcore.topology import world
 from megatron_klear.rl.losses import NLL
-from megatron_klear.train.verify_layouts import Layout, layouts_named, ragged_samples
+from megatron_klear.verify.layouts import Layout, layouts_named, ragged_samples
 
 WRITTEN_IN = "TP2 PP2 SP"
 READ_IN = ["one process", "TP2", "PP2", "PP2 VPP2", "CP2", "DP2 overlap", "PP2 VPP2 DP2 overlap"]

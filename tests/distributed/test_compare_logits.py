@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from megatron_klear.architecture import read_architecture
-from megatron_klear.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_klear.config.base import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.errors import UserError
 from megatron_klear.mcore import compare_logits
 from megatron_klear.mcore.compare_logits import compare_with_transformers
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
+from megatron_klear.models.architecture import read_architecture
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 

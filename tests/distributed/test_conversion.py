@@ -12,15 +12,17 @@ from pool import Pool
 from safetensors.torch import load_file, save_file
 from stories import write_stories_model
 
-from megatron_klear.architecture import read_architecture
 from megatron_klear.cli import convert_hf_to_mcore, convert_mcore_to_hf, inspect_checkpoint
-from megatron_klear.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_klear.config.base import ModelConfig, ParallelConfig, RunConfig
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
-from megatron_klear.mcore import checkpoint, convert, hf
-from megatron_klear.mcore.convert import ConversionError
-from megatron_klear.mcore.manifest import CheckpointError
+from megatron_klear.mcore import weights as hf
+from megatron_klear.mcore.checkpoints import convert
+from megatron_klear.mcore.checkpoints import save as checkpoint
+from megatron_klear.mcore.checkpoints.convert import ConversionError
+from megatron_klear.mcore.checkpoints.manifest import CheckpointError
 from megatron_klear.mcore.model import build_chunks
 from megatron_klear.mcore.topology import world
+from megatron_klear.models.architecture import read_architecture
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TP2_PP2 = ParallelConfig(tensor=2, pipeline=2, sequence=False, device="cpu")

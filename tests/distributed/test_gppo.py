@@ -5,7 +5,7 @@ import pytest
 from rl_cases import largest_difference, take_step
 from rl_groups import fixed_groups, gppo_config
 
-from megatron_klear.config import ParallelConfig
+from megatron_klear.config.base import ParallelConfig
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.rl.advantages import keep_informative
 

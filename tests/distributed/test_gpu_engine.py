@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_klear.config import (
+from megatron_klear.config.base import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
@@ -15,15 +15,15 @@ from megatron_klear.config import (
     RecomputeConfig,
     SFTConfig,
 )
-from megatron_klear.data.batches import pack
+from megatron_klear.data.pack import pack
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.layers import attention_function, rotate, sdpa_attention
 from megatron_klear.mcore.rows import RowParams, _pieces, _runs
 from megatron_klear.mcore.topology import world
 from megatron_klear.rl.losses import NLL
-from megatron_klear.train.verify_layouts import ONE_PROCESS, compare, measure, ragged_samples
 from megatron_klear.types import Sample
+from megatron_klear.verify.layouts import ONE_PROCESS, compare, measure, ragged_samples
 
 pytestmark = [
     pytest.mark.gpu,

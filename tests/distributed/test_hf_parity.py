@@ -10,7 +10,7 @@ from pool import Pool
 from stories import write_stories_model
 
 from megatron_klear.cli import fetch_smollm2
-from megatron_klear.config import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig
+from megatron_klear.config.base import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world

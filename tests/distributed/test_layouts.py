@@ -2,9 +2,9 @@
 
 import pytest
 
-from megatron_klear.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, SFTConfig
+from megatron_klear.config.base import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, SFTConfig
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
-from megatron_klear.train.verify_layouts import LAYOUTS, ONE_PROCESS, Layout, compare, measure, ragged_samples
+from megatron_klear.verify.layouts import LAYOUTS, ONE_PROCESS, Layout, compare, measure, ragged_samples
 
 TOLERANCE = 1e-5
 STEPS = 5

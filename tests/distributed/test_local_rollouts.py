@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_klear.architecture import read_architecture
-from megatron_klear.checksum import checksum
-from megatron_klear.config import CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, SFTConfig
-from megatron_klear.data.batches import num_predicted, pack
+from megatron_klear.config.base import CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, SFTConfig
+from megatron_klear.config.rl import SamplingConfig
+from megatron_klear.data.pack import num_predicted, pack
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.model import inverse_frequencies
 from megatron_klear.mcore.topology import world
-from megatron_klear.rl_config import SamplingConfig
-from megatron_klear.rollout.decoder import Decoder
-from megatron_klear.rollout.local import LocalEngine
+from megatron_klear.models.architecture import read_architecture
+from megatron_klear.rollout.local.decoder import Decoder
+from megatron_klear.rollout.local.engine import LocalEngine
+from megatron_klear.rollout.weights.checksum import checksum
 from megatron_klear.types import Prompt
 
 FAMILIES = {"qwen3": TinyShape(tied_embeddings=True), "qwen2": TinyShape(), "llama": TinyShape()}

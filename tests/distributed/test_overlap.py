@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from tiny_rl_run import start, train, write_run
 
+from megatron_klear.config.rollout import LocalRolloutConfig
 from megatron_klear.errors import UserError
-from megatron_klear.mcore import manifest
+from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.rollout.engine import FinishedGroup
-from megatron_klear.rollout_config import LocalRolloutConfig
-from megatron_klear.train.rollout_files import read_samples, rollout_files
+from megatron_klear.runs.rollout_files import read_samples, rollout_files
 
 TIMINGS = {"step_seconds", "tokens_per_second", "sync_seconds", "server_retries"}
 

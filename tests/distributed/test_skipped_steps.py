@@ -10,15 +10,16 @@ import torch
 from tiny_run import SHAPE, metrics, train, write_run
 from tiny_run import start as start_run
 
-from megatron_klear.config import SFTConfig
-from megatron_klear.data.batches import loss_weights, num_predicted, pack
-from megatron_klear.mcore import manifest
+from megatron_klear.config.base import SFTConfig
+from megatron_klear.data.pack import loss_weights, num_predicted, pack
+from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
 from megatron_klear.rl.losses import NLL
-from megatron_klear.train import run_folder, sft
+from megatron_klear.runs import folder as run_folder
+from megatron_klear.train import sft
 from megatron_klear.train.guard import TrainingStopped
-from megatron_klear.train.verify_layouts import layouts_named, ragged_samples
+from megatron_klear.verify.layouts import layouts_named, ragged_samples
 
 
 class GradientIsNaN:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pool import Pool
 
-from megatron_klear.config import DataConfig, ParallelConfig
+from megatron_klear.config.base import DataConfig, ParallelConfig
 from megatron_klear.data import store as store_module
 from megatron_klear.data.arithmetic import arithmetic_rows
 from megatron_klear.mcore.topology import process_group

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from pool import Pool
 
-from megatron_klear.architecture import read_architecture
-from megatron_klear.config import ModelConfig, OptimizerConfig, RunConfig
-from megatron_klear.data.batches import num_predicted
+from megatron_klear.config.base import ModelConfig, OptimizerConfig, RunConfig
+from megatron_klear.data.pack import num_predicted
 from megatron_klear.data.packing import RowSettings, sequence_work
 from megatron_klear.data.sft import SampleStream
 from megatron_klear.data.tiny import TinyShape, tiny_config
+from megatron_klear.models.architecture import read_architecture
 from megatron_klear.types import Sample
 
 SHAPE = TinyShape(

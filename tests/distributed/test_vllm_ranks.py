@@ -16,8 +16,8 @@ def two_syncs(url: str) -> tuple[list, list, dict, dict]:
     import torch
     import torch.distributed as dist
 
-    from megatron_klear.rollout.vllm import VLLMEngine
-    from megatron_klear.rollout_config import VLLMRolloutConfig
+    from megatron_klear.config.rollout import VLLMRolloutConfig
+    from megatron_klear.rollout.vllm.engine import VLLMEngine
 
     rank = dist.get_rank()
     engine = VLLMEngine(
@@ -54,8 +54,8 @@ def failing_sync(url: str) -> str:
     import torch
     import torch.distributed as dist
 
-    from megatron_klear.rollout.vllm import VLLMEngine
-    from megatron_klear.rollout_config import VLLMRolloutConfig
+    from megatron_klear.config.rollout import VLLMRolloutConfig
+    from megatron_klear.rollout.vllm.engine import VLLMEngine
 
     transport = FakeTransport()
     transport.error = UserError("no room for buckets")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from pool import Pool
 
-from megatron_klear.architecture import read_architecture
-from megatron_klear.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_klear.config.base import ModelConfig, ParallelConfig, RunConfig
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
-from megatron_klear.mcore import hf
+from megatron_klear.mcore import weights as hf
 from megatron_klear.mcore.model import build_chunks
-from megatron_klear.mcore.safetensors_io import SafetensorsFolder
 from megatron_klear.mcore.topology import world
+from megatron_klear.models.architecture import read_architecture
+from megatron_klear.models.safetensors_io import SafetensorsFolder
 
 
 def read(folder: Path, parallel: ParallelConfig) -> tuple[int, list[torch.Tensor]]:

@@ -9,8 +9,8 @@ import tiny_rl_run
 import tiny_run
 
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
-from megatron_klear.mcore import manifest
-from megatron_klear.mcore.convert import megatron_to_hf
+from megatron_klear.mcore.checkpoints import manifest
+from megatron_klear.mcore.checkpoints.convert import megatron_to_hf
 
 SHAPE = TinyShape(num_layers=2)
 TURN_END, END_OF_TEXT = 509, 507

@@ -88,9 +88,9 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
         "waits for a server on another machine; tests/end_to_end/test_vllm_server.py has one"
     ),
     # conversion, data, reports
-    "python tools/convert_hf_to_mcore.py --hf runs/quickstart_sft/hf --out models/tiny-mcore --tensor 2": Runs(),
-    "python tools/inspect_checkpoint.py models/tiny-mcore": Runs(shows="every file as its manifest says"),
-    "python tools/convert_mcore_to_hf.py --mcore models/tiny-mcore --out models/tiny-hf": Runs(),
+    "python tools/convert_hf_to_mcore.py --hf runs/quickstart_sft/hf --out data/tiny-mcore --tensor 2": Runs(),
+    "python tools/inspect_checkpoint.py data/tiny-mcore": Runs(shows="every file as its manifest says"),
+    "python tools/convert_mcore_to_hf.py --mcore data/tiny-mcore --out data/tiny-hf": Runs(),
     "python tools/prepare_data.py arithmetic --count 500 --digits 3 --output runs/data/arithmetic.jsonl": Runs(),
     f"python tools/inspect_data.py --config {TINY} --index 3": Runs(),
     "python tools/report.py examples/results/gppo_smollm2_arithmetic --out runs/report.html": Runs(),

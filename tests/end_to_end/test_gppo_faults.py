@@ -9,8 +9,8 @@ from tiny_rl_run import start, train, write_run
 
 from megatron_klear.errors import UserError
 from megatron_klear.rl.advantages import RewardValueError
-from megatron_klear.rollout.local import LocalEngine
-from megatron_klear.train.arrival import WeightsNotArrived
+from megatron_klear.rollout.local.engine import LocalEngine
+from megatron_klear.train.weight_sync import WeightsNotArrived
 
 REWARDS = """
 import os
@@ -59,7 +59,7 @@ class Planted(LocalEngine):
         return held
 
     def _checksums(self):
-        from megatron_klear.checksum import checksum
+        from megatron_klear.rollout.weights.checksum import checksum
 
         return {"local": {name: checksum(tensor) for name, tensor in self._decoder.weights.items()}}
 
@@ -145,8 +145,8 @@ def test_an_empty_group_stops_the_run_with_the_prompt_s_name(toml, tmp_path, ran
 
 
 def test_equal_rewards_are_told_and_leave_the_weights_alone(toml, tmp_path, ranks):
-    from megatron_klear.mcore import manifest
-    from megatron_klear.mcore.compare_checkpoints import compare_checkpoints
+    from megatron_klear.mcore.checkpoints import manifest
+    from megatron_klear.mcore.checkpoints.compare import compare_checkpoints
 
     output = tmp_path / "run"
     told = ranks(1, planted, toml, tmp_path, output, "", "--algorithm.overlong_penalty.factor", "1e-300")[0]

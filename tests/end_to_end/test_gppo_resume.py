@@ -3,10 +3,10 @@
 import pytest
 from tiny_rl_run import start, write_run
 
-from megatron_klear.mcore import manifest
-from megatron_klear.train.killed_run import at_output, plan_kills, read_metrics, run_killed, run_whole
-from megatron_klear.train.run_folder import checkpoints_of
-from megatron_klear.train.verify_resume import check_metrics, check_state
+from megatron_klear.mcore.checkpoints import manifest
+from megatron_klear.runs.folder import checkpoints_of
+from megatron_klear.verify.killed_run import at_output, plan_kills, read_metrics, run_killed, run_whole
+from megatron_klear.verify.resume import check_metrics, check_state
 
 
 @pytest.fixture(scope="module")

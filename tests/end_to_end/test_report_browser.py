@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from synthetic_runs import make_rl_run
 
-from megatron_klear.train.report import write_report
+from megatron_klear.runs.report import write_report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHROMIUM = next(

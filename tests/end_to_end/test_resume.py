@@ -7,13 +7,13 @@ import psutil
 import pytest
 from tiny_run import metrics, start, train, write_run
 
-from megatron_klear.mcore import manifest
-from megatron_klear.mcore.compare_checkpoints import compare_checkpoints
+from megatron_klear.mcore.checkpoints import manifest
+from megatron_klear.mcore.checkpoints.compare import compare_checkpoints
 from megatron_klear.mcore.processes import Processes
-from megatron_klear.train.killed_run import plan_kills
-from megatron_klear.train.run_folder import checkpoints_of
-from megatron_klear.train.verify_layouts import layouts_named
-from megatron_klear.train.verify_resume import verify_resume
+from megatron_klear.runs.folder import checkpoints_of
+from megatron_klear.verify.killed_run import plan_kills
+from megatron_klear.verify.layouts import layouts_named
+from megatron_klear.verify.resume import verify_resume
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from tiny_rl_run import TOML
 from vllm_server import vllm_python
 
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
-from megatron_klear.train.rollout_files import read_samples, rollout_file
+from megatron_klear.runs.rollout_files import read_samples, rollout_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS, PER_STEP, STEPS = 40, 4, 40

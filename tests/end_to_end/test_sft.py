@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_run import write_run
 
-from megatron_klear.mcore import manifest
+from megatron_klear.mcore.checkpoints import manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "pretrain_sft.py")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_run import start, write_run
 
-from megatron_klear.train.layout_report import plan_layouts
-from megatron_klear.train.verify_layouts import LAYOUTS, ragged_samples, stored_samples
+from megatron_klear.verify.layout_report import plan_layouts
+from megatron_klear.verify.layouts import LAYOUTS, ragged_samples, stored_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 

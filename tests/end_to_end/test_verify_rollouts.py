@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tiny_rl_run import start, write_run
 
-from megatron_klear.rollout.local import LocalEngine
-from megatron_klear.train import verify_rollouts
-from megatron_klear.train.verify_rollouts import RolloutReport
+from megatron_klear.rollout.local.engine import LocalEngine
+from megatron_klear.verify import rollouts as verify_rollouts
+from megatron_klear.verify.rollouts import RolloutReport
 
 TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "verify.py"
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from vllm_server import LONGEST_SEQUENCE, RunningServer
 
-from megatron_klear.rollout.client import ServerClient, open_session
-from megatron_klear.rollout.server_metrics import ServerLoad
+from megatron_klear.rollout.servers.metrics import ServerLoad
+from megatron_klear.rollout.vllm.client import ServerClient, open_session
 
 
 def post(server: RunningServer, path: str, body: object) -> dict:

@@ -17,20 +17,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_rl_run import TOML, start
 
-from megatron_klear.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, SFTConfig
-from megatron_klear.data.batches import num_predicted, pack
+from megatron_klear.config.base import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SFTConfig,
+)
+from megatron_klear.config.rl import SamplingConfig
+from megatron_klear.config.rollout import VLLMRolloutConfig
+from megatron_klear.data.pack import num_predicted, pack
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
 from megatron_klear.rl.losses import NLL
-from megatron_klear.rl_config import SamplingConfig
-from megatron_klear.rollout import vllm
-from megatron_klear.rollout.client import ServerClient
 from megatron_klear.rollout.engine import GroupRequest
-from megatron_klear.rollout.transfer import open_transport
-from megatron_klear.rollout_config import VLLMRolloutConfig
-from megatron_klear.train.arrival import WeightsNotArrived, send_weights
-from megatron_klear.train.verify_rollouts import RolloutReport, verify_weights
+from megatron_klear.rollout.vllm import engine as vllm
+from megatron_klear.rollout.vllm.client import ServerClient
+from megatron_klear.rollout.weights.base import open_transport
+from megatron_klear.train.weight_sync import WeightsNotArrived, send_weights
 from megatron_klear.types import Prompt, Sample, VersionSpan
+from megatron_klear.verify.rollouts import RolloutReport, verify_weights
 
 pytestmark = pytest.mark.vllm
 

@@ -70,7 +70,7 @@ def test_without_cuda_it_builds_imports_and_says_what_is_missing(tmp_path: Path)
     assert done.returncode == 0, done.stdout + done.stderr
     program = (
         "import sys, importlib.util as u\n"
-        "spec = u.spec_from_file_location('megatron_klear._policy_loss', sys.argv[1])\n"
+        "spec = u.spec_from_file_location('megatron_klear.kernels._policy_loss', sys.argv[1])\n"
         "module = u.module_from_spec(spec); spec.loader.exec_module(module)\n"
         "assert module.cuda_archs() == '' and module.cuda_devices()[0] == 0 and module.cpu_isa()\n"
         "module.cuda_combine(0, 1, 1, 0, 0, 0)\n"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klear.start import start_sft
+from megatron_klear.config.start import start_sft
 
 GOOD_TOML = """
 output = "run"
@@ -203,7 +203,7 @@ def test_unwritable_output_is_named(good_run: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_process_ends_with_2_and_no_traceback(good_run: Path):
-    code = "from megatron_klear.start import start_sft; start_sft()"
+    code = "from megatron_klear.config.start import start_sft; start_sft()"
     root = str(Path(__file__).resolve().parents[2])
     ended = subprocess.run(
         [sys.executable, "-c", code, "--config", "run.toml", "--train.step", "1"],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_klear.checksum import checksum
+from megatron_klear.rollout.weights.checksum import checksum
 
 SIZES = [0, 1, 1000, 32760, 32761, 65520, 65521, 65522, 2 * 65521 + 5]
 

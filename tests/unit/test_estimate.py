@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_klear.architecture import Architecture, architecture_from_config
-from megatron_klear.checks import check_layout, check_packages, check_resume, check_run, warn_run
-from megatron_klear.config import SFTConfig
-from megatron_klear.estimate import (
+from megatron_klear.config.base import SFTConfig
+from megatron_klear.config.checks import check_layout, check_packages, check_resume, check_run, warn_run
+from megatron_klear.config.plan import (
     describe_plan,
     layer_activation_bytes,
     layers_in_flight,
@@ -18,7 +17,8 @@ from megatron_klear.estimate import (
     stage_memory,
     stage_parameters,
 )
-from megatron_klear.settings import write_resolved
+from megatron_klear.config.read import write_resolved
+from megatron_klear.models.architecture import Architecture, architecture_from_config
 
 TINY = {
     "hidden_size": 32,
@@ -245,7 +245,7 @@ def test_warnings():
 
 
 def test_planning_imports_no_torch():
-    code = "import sys, megatron_klear.estimate, megatron_klear.checks; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatron_klear.config.plan, megatron_klear.config.checks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

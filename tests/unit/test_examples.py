@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klear.config import SFTConfig
-from megatron_klear.rl_config import GPPOConfig
-from megatron_klear.schema import keys_of
-from megatron_klear.settings import load
+from megatron_klear.config.base import SFTConfig
+from megatron_klear.config.read import load
+from megatron_klear.config.rl import GPPOConfig
+from megatron_klear.config.schema import keys_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # The two stages of the quickstart have a script between them, and the run to look at is the second one's.

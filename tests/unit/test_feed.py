@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rl_groups import fixed_groups, gppo_config
 
+from megatron_klear.config.rl import PromptSource
 from megatron_klear.data.prompts import PromptStream
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.data.tokenizer import load_tokenizer
 from megatron_klear.errors import UserError
 from megatron_klear.rl.versions import oldest_version, token_versions, version_lag
-from megatron_klear.rl_config import PromptSource
-from megatron_klear.train.group_file import dump_groups, load_groups
-from megatron_klear.train.log import RunLog
+from megatron_klear.runs.group_file import dump_groups, load_groups
+from megatron_klear.runs.log import RunLog
 from megatron_klear.train.overlap import open_feed
 from megatron_klear.train.sampler import Sampler
 from megatron_klear.types import Sample, VersionSpan

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_klear.architecture import Architecture, Rope
-from megatron_klear.mcore.hf_names import QKV, Gated, Vocabulary, expected_tensors, name_table, placed_entries
+from megatron_klear.models.architecture import Architecture, Rope
+from megatron_klear.models.names import QKV, Gated, Vocabulary, expected_tensors, name_table, placed_entries
 
 TENSOR_PARALLEL = (1, 2, 4)
 

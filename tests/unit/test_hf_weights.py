@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_klear.architecture import read_architecture
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.errors import UserError
-from megatron_klear.mcore.convert import hf_to_megatron
-from megatron_klear.mcore.hf import open_weights
+from megatron_klear.mcore.checkpoints.convert import hf_to_megatron
+from megatron_klear.mcore.weights import open_weights
+from megatron_klear.models.architecture import read_architecture
 
 Tensors = dict[str, torch.Tensor]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_klear.config import OptimizerConfig
+from megatron_klear.config.base import OptimizerConfig
 from megatron_klear.mcore.optimizer import learning_rate
 
 

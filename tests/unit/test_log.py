@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from megatron_klear.architecture import architecture_from_config
-from megatron_klear.config import SFTConfig
-from megatron_klear.train.log import RunLog, Throughput, open_log
-from megatron_klear.train.metrics_file import MetricsFile
-from megatron_klear.train.mfu import peak_tflops, utilisation
-from megatron_klear.train.progress import ProgressLines
-from megatron_klear.train.trackers import TrackerError
+from megatron_klear.config.base import SFTConfig
+from megatron_klear.models.architecture import architecture_from_config
+from megatron_klear.runs.log import RunLog, Throughput, open_log
+from megatron_klear.runs.metrics_file import MetricsFile
+from megatron_klear.runs.mfu import peak_tflops, utilisation
+from megatron_klear.runs.progress import ProgressLines
+from megatron_klear.runs.trackers import TrackerError
 from megatron_klear.types import StepStats
 
 QWEN3_06B = architecture_from_config(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klear.mcore import manifest
+from megatron_klear.mcore.checkpoints import manifest
 
 
 def write(folder: Path, step: int, content: bytes = b"weights") -> Path:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klear.architecture import ArchitectureError
+from megatron_klear.config.start import start_gppo, start_sft
 from megatron_klear.data.tiny import write_tiny_model
-from megatron_klear.model_shapes import SHAPES, planned_model
-from megatron_klear.start import start_gppo, start_sft
+from megatron_klear.models.architecture import ArchitectureError
+from megatron_klear.models.shapes import SHAPES, planned_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # Published parameter counts: Qwen3's model cards (8.2 B, 6.95 B without embeddings), SmolLM2's (134.5 M).

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klear.checks import check_launch
-from megatron_klear.train.owner import FolderInUse, owned
+from megatron_klear.config.checks import check_launch
+from megatron_klear.runs.owner import FolderInUse, owned
 
 HOLDS = """
 import os, sys, time

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_klear.architecture import Architecture, Rope
 from megatron_klear.data.packing import (
     NO_ROW,
     RowSettings,
@@ -19,6 +18,7 @@ from megatron_klear.data.packing import (
     sequence_work,
     work_imbalance,
 )
+from megatron_klear.models.architecture import Architecture, Rope
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = Work(per_token=1.0, per_token_squared=1e-3)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from synthetic_runs import make_rl_run, make_sft_run, write_lines
 from tokenizers import Tokenizer
 
-from megatron_klear.train.report import ReportError, write_report
-from megatron_klear.train.report.charts import all_charts, thin
-from megatron_klear.train.report.rollouts import read_rollouts
-from megatron_klear.train.report.runs import Curve, read_runs
+from megatron_klear.runs.report import ReportError, write_report
+from megatron_klear.runs.report.charts import all_charts, thin
+from megatron_klear.runs.report.rollouts import read_rollouts
+from megatron_klear.runs.report.runs import Curve, read_runs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOSTILE = "</script><script>document.title='broken'</script><!--<script> \u2028 \ud800 {{data}} & \" ' \x00"

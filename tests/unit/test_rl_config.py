@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_klear.config.read import SettingsError, load
+from megatron_klear.config.rl import GPPOConfig, build_loss
 from megatron_klear.rl.losses import GPPO, GSPO, PPO, FunctionLoss
-from megatron_klear.rl_config import GPPOConfig, build_loss
-from megatron_klear.settings import SettingsError, load
 
 MINIMAL = """
 output = "run"

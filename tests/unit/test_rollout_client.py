@@ -11,8 +11,8 @@ from fake_vllm import ANSWER_FAULTS, CUTS, REFUSALS, STOP, VOCAB, FakeServer, re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_klear.rollout.answers import Malformed, read_completion
-from megatron_klear.rollout.client import (
+from megatron_klear.rollout.vllm.answers import Malformed, read_completion
+from megatron_klear.rollout.vllm.client import (
     Completion,
     GarbageAnswer,
     Portal,

@@ -9,8 +9,8 @@ import torch
 from rl_groups import fixed_groups
 from test_updates import algorithm, rows_of, updates_of
 
-from megatron_klear.train import rollout_files as rollout_files_module
-from megatron_klear.train.rollout_files import RolloutWriter, read_samples, rollout_file, rollout_files
+from megatron_klear.runs import rollout_files as rollout_files_module
+from megatron_klear.runs.rollout_files import RolloutWriter, read_samples, rollout_file, rollout_files
 from megatron_klear.train.token_ratios import ratios_by_sample
 from megatron_klear.types import VersionSpan
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_klear.architecture import ArchitectureError, architecture_from_config, read_architecture
 from megatron_klear.data.tiny import TinyShape, tiny_config
 from megatron_klear.mcore.model import inverse_frequencies
 from megatron_klear.mcore.reading import check_frequencies, transformers_frequencies
-from megatron_klear.rope import Rope
+from megatron_klear.models.architecture import ArchitectureError, architecture_from_config, read_architecture
+from megatron_klear.models.rope import Rope
 
 POSITIONS, ORIGINAL = 128, 32
 YARN = {"rope_type": "yarn", "factor": 4.0}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megatron_klear.mcore.safetensors_io import (
+from megatron_klear.models.safetensors_io import (
     SafetensorsError,
     SafetensorsFolder,
     SafetensorsWriter,

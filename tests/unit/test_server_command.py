@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_klear.architecture import read_architecture
+from megatron_klear.config.checks_rollout import check_rollout, check_servers
+from megatron_klear.config.read import load
+from megatron_klear.config.rl import GPPOConfig
+from megatron_klear.config.start import start_gppo
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
-from megatron_klear.rl_config import GPPOConfig
-from megatron_klear.rollout.open_vllm import open_vllm
-from megatron_klear.rollout.server_command import ServerCommand, run_commands
-from megatron_klear.rollout.server_guard import RequireKey
-from megatron_klear.rollout.vllm import VLLMEngine
-from megatron_klear.rollout_checks import check_rollout, check_servers
-from megatron_klear.settings import load
-from megatron_klear.start import start_gppo
+from megatron_klear.models.architecture import read_architecture
+from megatron_klear.rollout.servers.command import ServerCommand, run_commands
+from megatron_klear.rollout.servers.guard import RequireKey
+from megatron_klear.rollout.vllm.engine import VLLMEngine
+from megatron_klear.rollout.vllm.open import open_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
 TOML = """

@@ -1,6 +1,6 @@
 """What is read out of a vLLM server's metrics."""
 
-from megatron_klear.rollout.server_metrics import read_metrics
+from megatron_klear.rollout.servers.metrics import read_metrics
 
 # Lines as vLLM 0.32 writes them, others left out.
 PAGE = """# HELP vllm:prompt_tokens_total Number of prefill tokens processed.

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klear.rollout import servers as servers_module
-from megatron_klear.rollout.server_command import ServerCommand
-from megatron_klear.rollout.servers import Servers, ServersError, choose_ports
+from megatron_klear.rollout.servers import servers as servers_module
+from megatron_klear.rollout.servers.command import ServerCommand
+from megatron_klear.rollout.servers.servers import Servers, ServersError, choose_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = ROOT / "tests" / "fake_server.py"

@@ -12,10 +12,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from megatron_klear.config import Settings, SFTConfig
-from megatron_klear.rl_config import GPPOConfig
-from megatron_klear.schema import keys_of, nearest_key
-from megatron_klear.settings import (
+from megatron_klear.config.base import Settings, SFTConfig
+from megatron_klear.config.read import (
     SettingsError,
     differences,
     exit_on_bad_input,
@@ -24,6 +22,8 @@ from megatron_klear.settings import (
     parse_command_line,
     write_resolved,
 )
+from megatron_klear.config.rl import GPPOConfig
+from megatron_klear.config.schema import keys_of, nearest_key
 
 MINIMAL = """
 output = "runs/x"
@@ -258,7 +258,7 @@ def test_config_is_frozen(toml: Path):
 
 
 def test_reading_settings_imports_no_torch():
-    code = "import sys, megatron_klear.config, megatron_klear.settings; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatron_klear.config.base, megatron_klear.config.read; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -9,8 +9,8 @@ import pytest
 from megatron_klear.data.rows import read_row
 from megatron_klear.data.tiny import tiny_config, write_tiny_model
 from megatron_klear.data.tokenizer import ChatTokenizer, load_spec, load_tokenizer
-from megatron_klear.mcore.manifest import copy_model_files
-from megatron_klear.stop_tokens import NamedToken, StopTokenError, name_turn_end, read_stop_tokens, stop_tokens
+from megatron_klear.mcore.checkpoints.manifest import copy_model_files
+from megatron_klear.models.stop_tokens import NamedToken, StopTokenError, name_turn_end, read_stop_tokens, stop_tokens
 from megatron_klear.train.turn_end import stop_tokens_of, training_notes
 
 ROOT = Path(__file__).resolve().parents[2]

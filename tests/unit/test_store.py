@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_klear.config import DataConfig
+from megatron_klear.config.base import DataConfig
 from megatron_klear.data.arithmetic import arithmetic_rows
 from megatron_klear.data.indexed import IndexedReader, IndexedWriter
-from megatron_klear.data.pool import TokenizeJob, mask_to_spans, tokenize
 from megatron_klear.data.rows import DataError, read_row
 from megatron_klear.data.sources import read_chunks
 from megatron_klear.data.store import TokenStore, open_store
+from megatron_klear.data.tokenize_pool import TokenizeJob, mask_to_spans, tokenize
 from megatron_klear.data.tokenizer import load_spec, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +144,10 @@ def test_processes_give_the_same_as_one(tmp_path: Path) -> None:
 
 
 def test_workers_import_no_torch() -> None:
-    check = "import sys, megatron_klear.data.pool; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    check = (
+        "import sys, megatron_klear.data.tokenize_pool\n"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", check], env=environment(), check=False).returncode == 0
 
 
@@ -157,7 +160,9 @@ def test_bad_row_is_named_from_any_process(tmp_path: Path, workers: int) -> None
 
 
 def test_dead_worker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_klear.data.pool.__name__", "os")  # the worker finds no `serve` there and ends
+    monkeypatch.setattr(
+        "megatron_klear.data.tokenize_pool.__name__", "os"
+    )  # the worker finds no `serve` there and ends
     path = write_jsonl(tmp_path / "rows.jsonl", arithmetic_rows(5))
     job = TokenizeJob(tokenizer=load_spec(TINY), turns="all", max_length=999, overlong="drop", held_out_share=0.0)
     with pytest.raises(RuntimeError, match=r"ended with exit code 1 at .*rows\.jsonl:1"):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_klear.data.batches import loss_weights, num_predicted, pack
+from megatron_klear.data.pack import loss_weights, num_predicted, pack
 from megatron_klear.data.packing import RowSettings, Work
 from megatron_klear.data.sft import SampleStream, held_out_steps
 from megatron_klear.types import PackedBatch, Sample

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klear.architecture import read_architecture
 from megatron_klear.data.tiny import VOCAB_SIZE, TinyShape, tiny_config, write_tiny_model, write_tiny_tokenizer
+from megatron_klear.models.architecture import read_architecture
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("qwen3", "qwen2", "llama")

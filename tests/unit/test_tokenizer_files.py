@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from megatron_klear.data.rows import DataError
 from megatron_klear.data.tokenizer import load_spec, load_tokenizer
 from megatron_klear.data.tokenizer_files import tokenizer_files
-from megatron_klear.mcore.manifest import copy_model_files
+from megatron_klear.mcore.checkpoints.manifest import copy_model_files
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny_tokenizer"

@@ -16,12 +16,12 @@ from fake_receiver import FakeReceiver, Receivers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_klear.checksum import checksum
+from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.errors import UserError
-from megatron_klear.rollout.bucket_files import BucketFolder
-from megatron_klear.rollout.client import ServerError
-from megatron_klear.rollout.transfer import FileTransport, TransferFailed, open_transport
-from megatron_klear.rollout_config import VLLMRolloutConfig
+from megatron_klear.rollout.vllm.client import ServerError
+from megatron_klear.rollout.weights.base import FileTransport, TransferFailed, open_transport
+from megatron_klear.rollout.weights.checksum import checksum
+from megatron_klear.rollout.weights.files import BucketFolder
 
 PHASES = [
     *("klear_begin_update", "start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache"),

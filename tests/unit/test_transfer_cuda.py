@@ -15,10 +15,10 @@ from fake_receiver import FakeReceiver, Receivers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_klear.checksum import checksum
-from megatron_klear.rollout import transfer_cuda
-from megatron_klear.rollout.transfer_cuda import CudaIPCTransport, NCCLTransport, buckets, metadata
-from megatron_klear.rollout.weight_update import TransferFailed
+from megatron_klear.rollout.weights import cuda as transfer_cuda
+from megatron_klear.rollout.weights.checksum import checksum
+from megatron_klear.rollout.weights.cuda import CudaIPCTransport, NCCLTransport, buckets, metadata
+from megatron_klear.rollout.weights.update import TransferFailed
 
 WEIGHTS = {f"layer.{index}.weight": torch.full((100, 5), float(index)) for index in range(5)}
 DEVICE = torch.device("cuda", 0)

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from megatron_klear.rl_config import GPPOConfig
+from megatron_klear.config.rl import GPPOConfig
 
 BASE = {"output": "run", "model": {"path": "model"}, "prompts": {"sources": [{"generator": "arithmetic"}]}}
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rl_groups import fixed_groups, sample, score
 
-from megatron_klear.data.batches import num_predicted
+from megatron_klear.config.rl import AlgorithmConfig
+from megatron_klear.data.pack import num_predicted
 from megatron_klear.data.packing import RowSettings, Work
 from megatron_klear.rl.advantages import advantages
-from megatron_klear.rl_config import AlgorithmConfig
 from megatron_klear.train.updates import Update, cut_into_updates, pack_update
 from megatron_klear.types import Group, PackedBatch, Prompt
 

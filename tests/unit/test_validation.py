@@ -2,9 +2,9 @@
 
 from rl_groups import fixed_groups
 
+from megatron_klear.config.rl import ValidationConfig
 from megatron_klear.rewards.scoring import Graded
-from megatron_klear.rl_config import ValidationConfig
-from megatron_klear.train.rollout_files import RolloutWriter, read_samples, rollout_file
+from megatron_klear.runs.rollout_files import RolloutWriter, read_samples, rollout_file
 from megatron_klear.train.validation import Validator
 
 

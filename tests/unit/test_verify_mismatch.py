@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_klear.train.verify_mismatch import Evidence, diagnose
+from megatron_klear.verify.mismatch import Evidence, diagnose
 
 TOLERANCE = 1e-4
 GENERATOR = np.random.default_rng(0)

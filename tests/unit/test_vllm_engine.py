@@ -11,9 +11,9 @@ from engine_on_fakes import FAST, FakeServers, FakeTransport, assert_whole, drai
 from fake_vllm import FakeServer, sampling, token_after
 
 from megatron_klear.errors import UserError
-from megatron_klear.rollout.dispatch import sample_seed
 from megatron_klear.rollout.engine import GroupRequest
-from megatron_klear.rollout.vllm import VLLMEngine, WeightsNeeded
+from megatron_klear.rollout.vllm.dispatch import sample_seed
+from megatron_klear.rollout.vllm.engine import VLLMEngine, WeightsNeeded
 
 
 @pytest.fixture

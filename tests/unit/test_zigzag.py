@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_klear.zigzag import zigzag_indices, zigzag_order
+from megatron_klear.mcore.zigzag import zigzag_indices, zigzag_order
 
 
 @given(st.integers(1, 8), st.lists(st.integers(1, 6), min_size=1, max_size=6))

@@ -20,13 +20,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_klear.environment import enter_environment
+from megatron_klear.cli.environment import enter_environment
 
 enter_environment()
 
 import numpy as np
 
-from megatron_klear.architecture import architecture_from_config
 from megatron_klear.data.packing import (
     EpochPlan,
     RowSettings,
@@ -36,6 +35,7 @@ from megatron_klear.data.packing import (
     sequence_work,
     work_imbalance,
 )
+from megatron_klear.models.architecture import architecture_from_config
 from tools.benchmark.device import cpu_name
 
 MEDIAN_TOKENS, CAP_TOKENS, SEGMENT_MULTIPLE = 6144, 32768, 64

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_klear.environment import enter_environment
+from megatron_klear.cli.environment import enter_environment
 
 enter_environment(required=False)
 

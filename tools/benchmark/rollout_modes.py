@@ -22,15 +22,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_klear.environment import enter_environment
+from megatron_klear.cli.environment import enter_environment
 
 enter_environment()
 
 import numpy as np
 
 from megatron_klear.cli.gain import held_out
+from megatron_klear.config.files import write_text_atomically
+from megatron_klear.config.toml import to_toml
 from megatron_klear.evaluation.significance import mean_interval
-from megatron_klear.toml_writer import to_toml, write_text_atomically
 from tools.benchmark.device import cpu_name
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,23 +27,23 @@ from typing import Any, Literal, Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_klear.environment import enter_environment
+from megatron_klear.cli.environment import enter_environment
 
 enter_environment()
 
 import numpy as np
 import torch
 
-from megatron_klear.architecture import read_architecture
-from megatron_klear.data.batches import pack
+from megatron_klear.config.rl import GPPOConfig, SamplingConfig
+from megatron_klear.data.pack import pack
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.data.tokenizer import load_tokenizer
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import Topology, world
-from megatron_klear.rl_config import GPPOConfig, SamplingConfig
+from megatron_klear.models.architecture import read_architecture
 from megatron_klear.rollout.engine import RolloutEngine
-from megatron_klear.train.arrival import send_weights
 from megatron_klear.train.rl_run import build_rollouts
+from megatron_klear.train.weight_sync import send_weights
 from megatron_klear.types import Prompt, Sample
 from tools.benchmark.device import cpu_name
 

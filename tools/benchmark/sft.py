@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_klear.environment import enter_environment
+from megatron_klear.cli.environment import enter_environment
 
 enter_environment()
 
@@ -34,11 +34,11 @@ import numpy as np
 import torch
 from sft_loops import MODES, EngineLoop, Loop, PlainLoop, PlainModel, Settings, StepRows
 
-from megatron_klear.architecture import architecture_from_config
-from megatron_klear.config import ParallelConfig
+from megatron_klear.config.base import ParallelConfig
 from megatron_klear.data.packing import RowSettings, plan_epoch
 from megatron_klear.mcore.topology import Topology, world
-from megatron_klear.train.mfu import peak_tflops, utilisation
+from megatron_klear.models.architecture import architecture_from_config
+from megatron_klear.runs.mfu import peak_tflops, utilisation
 from megatron_klear.types import Sample
 from tools.benchmark.device import cpu_name
 

@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from megatron_klear.config import DataConfig, ModelConfig, OptimizerConfig, RecomputeConfig, SFTConfig
-from megatron_klear.data.batches import num_predicted, pack
+from megatron_klear.config.base import DataConfig, ModelConfig, OptimizerConfig, RecomputeConfig, SFTConfig
+from megatron_klear.data.pack import num_predicted, pack
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import Topology
 from megatron_klear.rl.losses import NLL

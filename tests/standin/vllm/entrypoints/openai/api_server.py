@@ -15,9 +15,9 @@ import torch
 from aiohttp import web
 from safetensors.torch import load_file
 
-from megatron_klear.architecture import read_architecture
-from megatron_klear.checksum import checksum
-from megatron_klear.rollout.decoder import Decoder
+from megatron_klear.models.architecture import read_architecture
+from megatron_klear.rollout.local.decoder import Decoder
+from megatron_klear.rollout.weights.checksum import checksum
 
 from .scheduler import Request, Scheduler
 

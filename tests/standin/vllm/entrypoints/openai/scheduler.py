@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_klear.rollout.decoder import Decoder
-from megatron_klear.rollout.draw import draw, log_distribution
+from megatron_klear.rollout.local.decoder import Decoder
+from megatron_klear.rollout.local.draw import draw, log_distribution
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,27 @@
+"""Settings: their tables, how files and flags are read, and what is checked before a run starts."""
+
+from megatron_klear.config.base import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RecomputeConfig,
+    RunConfig,
+    SFTConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RecomputeConfig",
+    "RunConfig",
+    "SFTConfig",
+    "TrainConfig",
+]

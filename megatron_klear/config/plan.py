@@ -1,0 +1,360 @@
+"""What a run will be, worked out before it starts: batch arithmetic, parameters and memory of the heaviest rank.
+
+Pure arithmetic on the settings, the model's shape and the number of processes; `--dry-run` prints it. Memory is what
+the tensors of training take. CUDA, NCCL and fragmentation come on top (allow 3 GB), which is said and not guessed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_klear.config.base import RunConfig, SFTConfig
+from megatron_klear.models.architecture import Architecture
+
+if TYPE_CHECKING:
+    from megatron_klear.config.rl import GPPOConfig
+
+LOSS_CHUNK_TOKENS = 4096
+"""Tokens whose logits the fused loss holds at once."""
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPlan:
+    """The arithmetic of a step."""
+
+    world_size: int
+    data_parallel: int
+    rows_per_step: int
+    row_tokens: int
+    microbatches: int
+    """Of one data-parallel rank in one step."""
+    max_tokens_per_step: int
+    steps_per_epoch: int | None
+    """None until the packed rows of the data are counted."""
+    total_steps: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes on one rank, by what they hold."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    """Buffers of the head and loss: a chunk of logits, or whole logits where the fused loss is off."""
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts, in bytes."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.loss
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run will be; `to_json` for machines, `describe_plan` for people."""
+
+    batch: BatchPlan
+    model_parameters: int
+    stage_parameters: tuple[int, ...]
+    """Of one tensor rank, by pipeline stage: padded vocabulary rows and the copy of a tied head included."""
+    stage_memory: tuple[Memory, ...]
+    """By pipeline stage."""
+
+    @property
+    def heaviest_stage(self) -> int:
+        """Index of the pipeline stage that takes most memory."""
+        return max(range(len(self.stage_memory)), key=lambda stage: self.stage_memory[stage].total)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers by name, sizes in bytes."""
+        heaviest = self.stage_memory[self.heaviest_stage]
+        return asdict(self) | {"heaviest_stage": self.heaviest_stage, "heaviest_total_bytes": heaviest.total}
+
+
+def plan_run(config: SFTConfig, architecture: Architecture, world_size: int, num_rows: int | None = None) -> Plan:
+    """Work out a run that `checks.check_run` found no fault with; `num_rows` are the packed rows of an epoch."""
+    batch = plan_batch(config, world_size, num_rows)
+    stages = range(config.parallel.pipeline)
+    return Plan(
+        batch=batch,
+        model_parameters=architecture.num_parameters,
+        stage_parameters=tuple(stage_parameters(config, architecture, stage) for stage in stages),
+        stage_memory=tuple(
+            stage_memory(config, architecture, stage, batch.data_parallel, batch.row_tokens, batch.microbatches)
+            for stage in stages
+        ),
+    )
+
+
+def plan_batch(config: SFTConfig, world_size: int, num_rows: int | None = None) -> BatchPlan:
+    """Batch arithmetic; an epoch's last step may have fewer rows than the others."""
+    data_parallel = max(world_size // config.parallel.model_size, 1)
+    rows = config.train.rows_per_step
+    steps_per_epoch = None if num_rows is None else math.ceil(num_rows / rows)
+    total = None if steps_per_epoch is None else steps_per_epoch * config.train.epochs
+    if config.train.steps is not None:
+        total = config.train.steps if total is None else min(total, config.train.steps)
+    return BatchPlan(
+        world_size=world_size,
+        data_parallel=data_parallel,
+        rows_per_step=rows,
+        row_tokens=config.data.tokens_per_microbatch,
+        microbatches=rows // data_parallel,
+        max_tokens_per_step=rows * config.data.tokens_per_microbatch,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+    )
+
+
+def stage_parameters(config: RunConfig, architecture: Architecture, stage: int) -> int:
+    """Parameters that one tensor rank of a pipeline stage holds.
+
+    Matrices and their biases are split over tensor ranks; norms are whole on each. A tied head is a copy of the
+    embedding where first and last stage differ.
+    """
+    parallel = config.parallel
+    tensor, last = parallel.tensor, parallel.pipeline - 1
+    norms = 2 * architecture.hidden_size + (2 * architecture.head_dim if architecture.qk_norm else 0)
+    layer = norms + (architecture.layer_parameters - norms) // tensor
+    count = layer * (architecture.num_layers // parallel.pipeline)
+    vocabulary = architecture.padded_vocab_size(tensor) // tensor * architecture.hidden_size
+    if stage == 0:
+        count += vocabulary
+    if stage == last:
+        count += architecture.hidden_size
+        if not architecture.tied_embeddings or last > 0:
+            count += vocabulary
+    return count
+
+
+def stage_memory(
+    config: RunConfig, architecture: Architecture, stage: int, data_parallel: int, row_tokens: int, microbatches: int
+) -> Memory:
+    """Bytes on one rank of a pipeline stage while it trains on rows of `row_tokens` tokens."""
+    width = _width(config)
+    parameters = stage_parameters(config, architecture, stage)
+    # bf16 weights have fp32 masters; fp32 weights are their own. Both have two fp32 moments.
+    state = 4 * parameters * (3 if width == 2 else 2)
+    if config.optimizer.distributed:
+        state = math.ceil(state / (data_parallel * config.parallel.context))
+    return Memory(
+        parameters=width * parameters,
+        gradients=4 * parameters,
+        optimizer=round(state * (1.0 - config.optimizer.cpu_offload)),
+        activations=_activations(config, architecture, stage, row_tokens, microbatches),
+        loss=_loss_bytes(config, architecture, row_tokens) if stage == config.parallel.pipeline - 1 else 0,
+    )
+
+
+def layer_activation_bytes(config: RunConfig, architecture: Architecture, row_tokens: int) -> int:
+    """Bytes that one layer keeps for its backward pass of one row, nothing recomputed, on one rank.
+
+    Korthikanti et al. (arXiv 2205.05198, section 4) adapted: RMSNorm and no dropout (inputs only), grouped
+    query attention, SwiGLU (gate, up, silu(gate), product), and attention that keeps its inputs, output and
+    log-sum-exp, never the scores. Under context parallelism keys and values are gathered over the row.
+    """
+    kept = _kept_by_layer(config, architecture, row_tokens)
+    return kept.residual + kept.attention + kept.mlp
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    residual: int
+    attention: int
+    mlp: int
+
+
+def _width(config: RunConfig) -> int:
+    return 2 if config.model.dtype == "bf16" else 4
+
+
+def _residual_bytes(config: RunConfig, architecture: Architecture, row_tokens: int) -> int:
+    """One hidden-state tensor of a row as this rank keeps it."""
+    parallel = config.parallel
+    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    return math.ceil(row_tokens / shards) * architecture.hidden_size * _width(config)
+
+
+def _kept_by_layer(config: RunConfig, architecture: Architecture, row_tokens: int) -> _Kept:
+    parallel, width = config.parallel, _width(config)
+    tokens = math.ceil(row_tokens / parallel.context)
+    heads, kv_heads = architecture.num_heads / parallel.tensor, max(architecture.num_kv_heads / parallel.tensor, 1.0)
+    query, kv = heads * architecture.head_dim, kv_heads * architecture.head_dim
+    attention = tokens * (2 * query * width + 4 * heads) + row_tokens * 2 * kv * width
+    if architecture.qk_norm:
+        attention += tokens * (query + kv) * width
+    return _Kept(
+        # Inputs of two norms and, as their outputs, of the QKV and first MLP matrices.
+        residual=4 * _residual_bytes(config, architecture, row_tokens),
+        attention=round(attention),
+        mlp=round(tokens * 4 * architecture.ffn_hidden_size / parallel.tensor * width),
+    )
+
+
+def _activations(config: RunConfig, architecture: Architecture, stage: int, row_tokens: int, microbatches: int) -> int:
+    """Bytes kept for all layers and micro-batches that are under way at a stage at once."""
+    kept = _kept_by_layer(config, architecture, row_tokens)
+    residual = _residual_bytes(config, architecture, row_tokens)
+    layers = layers_in_flight(config, architecture, stage, microbatches)
+    whole = kept.residual + kept.attention + kept.mlp
+    recompute = config.recompute
+    if recompute.granularity == "none":
+        total = layers * whole
+    elif recompute.granularity == "selective":
+        total = layers * (kept.residual + kept.attention) + kept.mlp
+    else:
+        block = min(recompute.layers, architecture.num_layers // config.parallel.pipeline)
+        total = math.ceil(layers / block) * residual + block * whole
+    return total
+
+
+def layers_in_flight(config: RunConfig, architecture: Architecture, stage: int, microbatches: int) -> int:
+    """Layers times micro-batches whose activations a stage holds at the worst moment.
+
+    1F1B holds pipeline - stage micro-batches; the interleaved schedule 2 * (pipeline - stage - 1) +
+    (chunks - 1) * pipeline + 1 chunks, which on the first stage is the paper's factor 1 + (p - 1) / (p * chunks).
+    """
+    parallel = config.parallel
+    chunks = parallel.virtual_pipeline
+    chunk_layers = architecture.num_layers // (parallel.pipeline * chunks)
+    if chunks == 1:
+        return chunk_layers * min(microbatches, parallel.pipeline - stage)
+    warmup = 2 * (parallel.pipeline - stage - 1) + (chunks - 1) * parallel.pipeline
+    return chunk_layers * min(microbatches * chunks, warmup + 1)
+
+
+def _loss_bytes(config: RunConfig, architecture: Architecture, row_tokens: int) -> int:
+    parallel, width = config.parallel, _width(config)
+    tokens = math.ceil(row_tokens / parallel.context)
+    vocabulary = architecture.padded_vocab_size(parallel.tensor) // parallel.tensor
+    hidden = 2 * tokens * architecture.hidden_size * width  # the gathered hidden states and their gradient
+    logits_width = 4 if config.model.logits_dtype == "fp32" else width
+    if config.model.fused_loss:
+        return hidden + min(tokens, LOSS_CHUNK_TOKENS) * vocabulary * (logits_width + width)
+    # Logits, their fp32 form in the loss, and the gradient.
+    return hidden + tokens * vocabulary * (logits_width + 8)
+
+
+def describe_plan(
+    config: SFTConfig,
+    architecture: Architecture,
+    world_size: int,
+    *,
+    num_rows: int | None = None,
+    device_memory_bytes: int | None = None,
+) -> str:
+    """The plan of a run as `--dry-run` prints it; `device_memory_bytes` adds whether it fits."""
+    plan = plan_run(config, architecture, world_size, num_rows)
+    lines = [*_model_lines(config, architecture, plan), "", *_batch_lines(plan.batch), "", *_memory_lines(config, plan)]
+    if device_memory_bytes is not None:
+        total = plan.stage_memory[plan.heaviest_stage].total
+        verdict = "fits" if total < device_memory_bytes else "DOES NOT FIT"
+        lines.append(_row(f"of the device's ({verdict})", f"{device_memory_bytes / GIB:.2f} GiB"))
+        if total >= device_memory_bytes:
+            lines.append(
+                "Remedies: recompute.granularity = selective or full, smaller data.tokens_per_microbatch, more "
+                "parallel.tensor, context or pipeline, optimizer.distributed, optimizer.cpu_offload."
+            )
+    return "\n".join(lines)
+
+
+def describe_rl_plan(
+    config: GPPOConfig, architecture: Architecture, world_size: int, *, device_memory_bytes: int | None = None
+) -> str:
+    """The plan of a reinforcement-learning run as `--dry-run` prints it; sampling's own memory comes on top."""
+    algorithm, sampling, row_tokens = config.algorithm, config.sampling, config.train.tokens_per_microbatch
+    data_parallel = max(world_size // config.parallel.model_size, 1)
+    updates = algorithm.prompts_per_step // algorithm.prompts_per_update
+    sequences = algorithm.prompts_per_update * sampling.samples_per_prompt
+    longest = config.prompts.max_tokens + sampling.max_tokens
+    batch = BatchPlan(
+        world_size=world_size,
+        data_parallel=data_parallel,
+        rows_per_step=max(-(-sequences * longest // row_tokens), data_parallel),
+        row_tokens=row_tokens,
+        microbatches=max(-(-sequences * longest // (row_tokens * data_parallel)), 1),
+        max_tokens_per_step=sequences * longest,
+        steps_per_epoch=None,
+        total_steps=config.train.steps * updates,
+    )
+    stages = range(config.parallel.pipeline)
+    plan = Plan(
+        batch=batch,
+        model_parameters=architecture.num_parameters,
+        stage_parameters=tuple(stage_parameters(config, architecture, stage) for stage in stages),
+        stage_memory=tuple(
+            stage_memory(config, architecture, stage, data_parallel, row_tokens, batch.microbatches) for stage in stages
+        ),
+    )
+    generated = algorithm.generated_prompts or algorithm.prompts_per_step
+    lines = [
+        "Rollout step",
+        _row("prompts generated, trained on", f"{generated} at a time, {algorithm.prompts_per_step}"),
+        _row("responses per prompt", f"{sampling.samples_per_prompt} of up to {sampling.max_tokens:,} tokens"),
+        _row("optimizer steps", f"{updates} of {algorithm.prompts_per_update} prompts, {sequences} responses"),
+        _row("tokens per optimizer step, at most", f"{batch.max_tokens_per_step:,}"),
+        _row("rollout steps", f"{config.train.steps:,}"),
+    ]
+    whole = [*_model_lines(config, architecture, plan), "", *lines, "", *_memory_lines(config, plan)]
+    if device_memory_bytes is not None:
+        whole.append(_row("the device has", f"{device_memory_bytes / GIB:.2f} GiB"))
+    return "\n".join(whole)
+
+
+def _model_lines(config: RunConfig, architecture: Architecture, plan: Plan) -> list[str]:
+    parallel = config.parallel
+    layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
+    layout += f" x data {plan.batch.data_parallel}"
+    if parallel.virtual_pipeline > 1:
+        layout += f", {parallel.virtual_pipeline} chunks a stage"
+    padded = architecture.padded_vocab_size(parallel.tensor)
+    return [
+        "Model",
+        _row("family, layers, hidden", f"{architecture.family}, {architecture.num_layers}, {architecture.hidden_size}"),
+        _row("parameters", f"{plan.model_parameters:,}"),
+        _row("vocabulary (padded)", f"{architecture.vocab_size:,} ({padded:,})"),
+        _row("layout", layout),
+        _row("parameters of the largest rank", f"{max(plan.stage_parameters):,}"),
+    ]
+
+
+def _batch_lines(batch: BatchPlan) -> list[str]:
+    lines = [
+        "Batch",
+        _row("processes", f"{batch.world_size}"),
+        _row("rows per step", f"{batch.rows_per_step} of up to {batch.row_tokens:,} tokens"),
+        _row("micro-batches per rank and step", f"{batch.microbatches}"),
+        _row("tokens per step, at most", f"{batch.max_tokens_per_step:,}"),
+    ]
+    if batch.steps_per_epoch is not None:
+        lines.append(_row("steps per epoch", f"{batch.steps_per_epoch:,}"))
+    return [
+        *lines,
+        _row("steps", "known when the data is packed" if batch.total_steps is None else f"{batch.total_steps:,}"),
+    ]
+
+
+def _memory_lines(config: RunConfig, plan: Plan) -> list[str]:
+    memory = plan.stage_memory[plan.heaviest_stage]
+    sharded = "sharded" if config.optimizer.distributed else "whole"
+    parts = {
+        f"parameters ({config.model.dtype})": memory.parameters,
+        "gradients (fp32)": memory.gradients,
+        f"optimizer state (fp32, {sharded})": memory.optimizer,
+        f"activations (recompute: {config.recompute.granularity})": memory.activations,
+        "loss (fused, one chunk)" if config.model.fused_loss else "logits and loss": memory.loss,
+        "total": memory.total,
+    }
+    stage = f", pipeline stage {plan.heaviest_stage}" if len(plan.stage_memory) > 1 else ""
+    head = f"Memory of the heaviest rank{stage}, estimated; CUDA, NCCL and fragmentation come on top (allow 3 GiB)"
+    return [head, *(_row(name, f"{size / GIB:.2f} GiB") for name, size in parts.items())]
+
+
+def _row(name: str, value: str) -> str:
+    return f"  {name:<36} {value}"

@@ -1,0 +1,1 @@
+"""Checkpoints: saved, read, compared and converted."""

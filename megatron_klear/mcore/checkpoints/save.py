@@ -1,0 +1,349 @@
+"""Checkpoints in Megatron's torch_dist format: resharded on load, published whole or not at all, checked by hash.
+
+    step-00000010/
+        *.distcp .metadata ...    Megatron's files: weights, optimizer state, RNG state
+        training.json             step, the caller's `extra`, layout and versions
+        rollouts.npz ...          the caller's files, such as groups drawn and not trained on yet
+        hf/                       the model's config.json and tokenizer files
+        manifest.json             size and SHA-256 of every file above
+
+A save writes into a hidden sibling folder and renames it once the manifest is on disk: a kill at any instant leaves the
+previous checkpoint as it was. `manifest.py` holds what needs no Megatron: discovery, verification, retention.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_klear.mcore import device as device_shim
+from megatron_klear.mcore.checkpoints import manifest
+from megatron_klear.mcore.checkpoints.manifest import CheckpointError
+from megatron_klear.mcore.model import PolicyModel
+from megatron_klear.mcore.topology import Topology
+
+device_shim.install()
+
+import megatron.core  # noqa: E402  (the shim must come first)
+import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing.serialization import (  # noqa: E402
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # noqa: E402
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+
+_PR_SET_PDEATHSIG = 1
+_ERRORS = (Exception, CheckpointException)  # torch derives its own from BaseException
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingState:
+    """What a checkpoint holds. Without an optimizer it is weights alone."""
+
+    models: list[PolicyModel]
+    optimizer: Any | None
+    step: int
+    extra: dict[str, Any]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """The caller's, by name, to lie beside Megatron's."""
+    turn_end: int | None = None
+    """A token that the model files kept with it are to name among the ends of a response."""
+
+
+class Saver:
+    """Writes checkpoints, one at a time, in the background if asked to. Collective."""
+
+    def __init__(self, *, asynchronous: bool) -> None:
+        self._asynchronous = asynchronous
+        self._queue: Any = AsyncCallsQueue(persistent=False) if asynchronous else None
+        self._pending: tuple[Path, Path] | None = None  # hidden folder being written, where it will appear
+
+    def save(self, path: Path, state: TrainingState, topology: Topology, model_folder: Path) -> None:
+        """Write `state` at `path`; the folder appears when it is complete.
+
+        Raises CheckpointError, with what exists left as it is, when writing fails.
+        """
+        self.finish(blocking=True)
+        hidden = _hidden_folder(path, topology)
+        try:
+            request = _write(hidden, state, topology, model_folder, asynchronous=self._asynchronous)
+            if request is None:
+                _publish(hidden, path, topology)
+                return
+            request.finalize_fns.append(lambda: _publish(hidden, path, topology))
+            background = _background(request.async_fn, hidden, topology.rank)
+            self._queue.schedule_async_request(request._replace(async_fn=background))
+            self._pending = (hidden, path)
+        except _ERRORS as error:
+            raise _failure(hidden, path, error) from error
+
+    def finish(self, *, blocking: bool) -> None:
+        """Publish a background save that has been written, or with `blocking` wait for it."""
+        if self._pending is None:
+            return
+        hidden, path = self._pending
+        try:
+            if self._queue.maybe_finalize_async_calls(blocking=blocking):
+                self._pending = None
+        except _ERRORS as error:
+            self._pending = None
+            raise _failure(hidden, path, error) from error
+
+    def close(self) -> None:
+        """Wait for a background save and stop its processes."""
+        self.finish(blocking=True)
+        if self._queue is not None:
+            self._queue.close()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """What a checkpoint said beside the weights and the optimizer state, which are in place."""
+
+    step: int
+    extra: dict[str, Any]
+
+
+def load(path: Path, state: TrainingState, topology: Topology) -> Loaded:
+    """Read weights, optimizer and RNG state of `path` into this layout.
+
+    Raises CheckpointError when the folder is not a checkpoint or holds another model.
+    """
+    training = manifest.read_training(path)
+    if not training["has_optimizer"]:
+        raise CheckpointError(f"{path} holds weights alone; start from it with model.checkpoint instead of resuming")
+    loaded = _read(path, _sharded_state(state, topology, loading=True), topology)
+    _set_weights(state.models, loaded)
+    assert state.optimizer is not None
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    _set_rng(loaded["rng"], topology)
+    return Loaded(step=int(training["step"]), extra=training["extra"])
+
+
+def load_weights(path: Path, models: list[PolicyModel], topology: Topology) -> None:
+    """Read the weights alone of `path` into the chunks, before an optimizer is built over them."""
+    manifest.read_training(path)
+    state = TrainingState(models=models, optimizer=None, step=0, extra={})
+    _set_weights(models, _read(path, _sharded_state(state, topology, loading=True), topology))
+
+
+def latest_valid(checkpoints: Path, topology: Topology) -> Path | None:
+    """The newest checkpoint whose files are all there and have the hashes of the manifest, None where there is none.
+
+    Ranks divide the hashing. A damaged checkpoint is passed over with a loud message.
+    Raises CheckpointError where there are some and none is whole: starting anew is for a person to decide.
+    """
+    found: list[list[int]] = [manifest.steps(checkpoints)]
+    dist.broadcast_object_list(found, src=0)
+    for step in reversed(found[0]):
+        path = manifest.step_folder(checkpoints, step)
+        shares: list[Any] = [None] * topology.size
+        dist.all_gather_object(shares, manifest.damage(path, topology.rank, topology.size))
+        problems = sorted({problem for share in shares for problem in share})
+        if not problems:
+            return path
+        if topology.rank == 0:
+            manifest.warn(f"checkpoint {path} is damaged and passed over: {'; '.join(problems)}")
+    if found[0]:
+        raise CheckpointError(
+            f"every checkpoint in {checkpoints} is damaged; restore one, or choose another output to start anew"
+        )
+    return None
+
+
+def save_weights(path: Path, models: list[PolicyModel], topology: Topology, model_folder: Path) -> None:
+    """Write the weights alone of the chunks as a checkpoint at `path`."""
+    Saver(asynchronous=False).save(
+        path, TrainingState(models=models, optimizer=None, step=0, extra={}), topology, model_folder
+    )
+
+
+def _sharded_state(state: TrainingState, topology: Topology, *, loading: bool) -> dict[str, Any]:
+    metadata = {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": "fully_reshardable",  # the default raises in these versions
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+    }
+    single = len(state.models) == 1
+    sharded: dict[str, Any] = {
+        "model" if single else f"model{index}": model.sharded_state_dict(metadata=metadata)
+        for index, model in enumerate(state.models)
+    }
+    if state.optimizer is not None:
+        sharded["optimizer"] = state.optimizer.sharded_state_dict(dict(sharded), is_loading=loading, metadata=metadata)
+        sharded["rng"] = [] if loading else _rng_states(topology)
+    return sharded
+
+
+def _write(hidden: Path, state: TrainingState, topology: Topology, model_folder: Path, *, asynchronous: bool) -> Any:
+    """Write Megatron's files and ours; the request of the background part, None when all is written."""
+    sharded = _sharded_state(state, topology, loading=False)
+    _fork_result_queue()
+    strategy = get_default_save_sharded_strategy()
+    if topology.data_context.size > 1:
+        strategy = FullyParallelSaveStrategyWrapper(strategy, topology.data_context.group)
+    options: dict[str, Any] = {"async_sharded_save": asynchronous}
+    if asynchronous and "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+        options["async_strategy"] = "mcore"  # 0.19's default needs a package of its own
+    request = dist_checkpointing.save(sharded, str(hidden), strategy, **options)
+    if topology.rank == 0:
+        training = {
+            "step": state.step,
+            "extra": state.extra,
+            "has_optimizer": state.optimizer is not None,
+            "layout": topology.parallel.model_dump(mode="json"),
+            "world_size": topology.size,
+            "versions": {"torch": torch.__version__, "megatron-core": megatron.core.__version__},
+        }
+        hidden.joinpath("training.json").write_text(json.dumps(training, indent=1))
+        for name, content in state.files.items():
+            hidden.joinpath(name).write_bytes(content)
+        manifest.copy_model_files(model_folder, hidden / "hf", state.turn_end)
+    return request
+
+
+def _read(path: Path, sharded: dict[str, Any], topology: Topology) -> dict[str, Any]:
+    strategy = get_default_load_sharded_strategy(str(path))
+    if topology.data_context.size > 1:
+        strategy = FullyParallelLoadStrategyWrapper(strategy, topology.data_context.group)
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(path), strategy)
+    except _ERRORS as error:
+        raise CheckpointError(
+            f"{path} could not be read into this model: {_cause(error)}; it may be damaged "
+            "(tools/inspect_checkpoint.py verifies it) or of another model than model.path"
+        ) from error
+    return loaded
+
+
+def _set_weights(models: list[PolicyModel], loaded: dict[str, Any]) -> None:
+    for index, model in enumerate(models):
+        model.load_state_dict(loaded["model" if len(models) == 1 else f"model{index}"], strict=True)
+
+
+def _publish(hidden: Path, path: Path, topology: Topology) -> None:
+    """Make the manifest of what every rank's writer has noted of its own files, and rename the folder into place."""
+    shares: list[Any] | None = [None] * topology.size if topology.rank == 0 else None
+    dist.gather_object(manifest.written(hidden, topology.rank), shares, dst=0)
+    if shares is not None:
+        manifest.publish(hidden, path, {name: entry for share in shares for name, entry in share.items()})
+    topology.barrier()
+
+
+def _hidden_folder(path: Path, topology: Topology) -> Path:
+    """A new hidden folder beside `path`, the same on every rank."""
+    name: list[str | None] = [f".saving-{path.name}-{os.getpid()}" if topology.rank == 0 else None]
+    dist.broadcast_object_list(name, src=0)
+    assert name[0] is not None
+    hidden = path.parent / name[0]
+    if topology.rank == 0:
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir(parents=True)
+    topology.barrier()
+    return hidden
+
+
+def _failure(hidden: Path, path: Path, error: BaseException) -> CheckpointError:
+    shutil.rmtree(hidden, ignore_errors=True)
+    free = shutil.disk_usage(path.parent).free / 2**30 if path.parent.is_dir() else 0.0
+    return CheckpointError(
+        f"checkpoint {path} could not be written: {_cause(error)}; earlier checkpoints are as they were. Check the "
+        f"free space ({free:.1f} GiB now) and the permissions of the output folder, then start the run again: it "
+        "resumes"
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, without the tracebacks of all ranks that torch's exception carries in its text."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(dict.fromkeys(str(failure[0]) for failure in error.failures.values())) or "on another rank"
+    return str(error)
+
+
+def _rng_states(topology: Topology) -> list[dict[str, Any]]:
+    from megatron.core import tensor_parallel
+
+    own = {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    states: list[Any] = [None] * topology.size
+    dist.all_gather_object(states, own)
+    return states
+
+
+def _set_rng(states: list[dict[str, Any]], topology: Topology) -> None:
+    """Restore this rank's generators; in another world size they keep the run's seed."""
+    from megatron.core import tensor_parallel
+
+    if len(states) != topology.size:
+        return
+    own = states[topology.rank]
+    torch.set_rng_state(own["cpu"])
+    if own["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(own["tracker"])
+
+
+def _fork_result_queue() -> None:
+    """Make Megatron's queue of write results by forking.
+
+    Its own way spawns a process, which imports the entry script again: seconds on every rank, and a run started twice
+    by a script without a `__main__` guard. The forked process ends with this one, killed or not.
+    """
+    if getattr(filesystem_async, "_results_queue", "absent") is not None:
+        return
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(initializer=_end_with_parent, initargs=(os.getpid(),))
+    filesystem_async._results_queue = manager.Queue()
+
+
+def _background(write: Callable[..., None] | None, hidden: Path, rank: int) -> Callable[..., None] | None:
+    """`write` for a forked process that must not outlive this one: a resumed run would meet it in the same folder.
+
+    What it wrote is hashed and flushed there as well.
+    """
+    return None if write is None else partial(_write_while_parent_lives, os.getpid(), write, hidden, rank)
+
+
+def _write_while_parent_lives(
+    parent: int, write: Callable[..., None], hidden: Path, rank: int, *args: Any, **kwargs: Any
+) -> None:
+    own = os.getpid()
+    os.register_at_fork(after_in_child=lambda: _end_with_parent(own))  # it forks one process a file
+    _end_with_parent(parent)
+    write(*args, **kwargs)
+    manifest.note_written(hidden, rank)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, which forked it, ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

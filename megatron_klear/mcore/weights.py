@@ -1,0 +1,228 @@
+"""Hugging Face weights in and out of Megatron's model, in any layout, through the table of `hf_names`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_klear.errors import UserError
+from megatron_klear.models.architecture import Architecture
+from megatron_klear.models.names import EMBEDDING, HEAD, Entry, Placed, expected_tensors, name_table, placed_entries
+from megatron_klear.models.safetensors_io import SafetensorsFolder
+
+if TYPE_CHECKING:
+    from megatron_klear.mcore.topology import Topology
+
+_LOADABLE = (torch.float32, torch.bfloat16, torch.float16)
+_BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+"""Constants that old Llama exports saved beside the weights."""
+_COMPARED_ROWS = 4096
+
+
+class ConversionError(UserError, ValueError):
+    """Weights that do not fit the config.json beside them, or the layout asked for."""
+
+
+def open_weights(architecture: Architecture, folder: Path) -> SafetensorsFolder:
+    """Open a folder's weights and check them against its config.json, all tensors and both ways, before any is used.
+
+    Raises ConversionError naming tensor and file on a missing, unexpected, misshapen or quantised tensor, and on a head
+    that contradicts `tie_word_embeddings`.
+    """
+    weights = SafetensorsFolder(folder)
+    expected = {spec.name: spec.shape for spec in expected_tensors(architecture)}
+    if HEAD not in weights.specs and not architecture.tied_embeddings and EMBEDDING in weights.specs:
+        raise ConversionError(
+            f"{weights.where(HEAD)} lacks {HEAD}, and {weights.folder / 'config.json'} says tie_word_embeddings = "
+            "false; set it to true if the head is the embedding"
+        )
+    missing = [name for name in expected if name not in weights.specs]
+    if missing:
+        raise ConversionError(f"{weights.where(missing[0])} lacks {_listed(missing)}, which config.json asks for")
+    extra = [name for name in weights.specs if name not in expected and not _BUFFERS.fullmatch(name)]
+    if extra == [HEAD]:
+        _check_tied_head(weights)
+    elif extra:
+        raise ConversionError(
+            f"{weights.where(extra[0])} holds {_listed(extra)}, which the {architecture.family} model of its "
+            "config.json does not have"
+        )
+    for name, shape in expected.items():
+        spec = weights.specs[name]
+        if spec.shape != shape:
+            raise ConversionError(f"{spec.file}: {name} has shape {spec.shape}, config.json makes it {shape}")
+        if spec.dtype not in _LOADABLE:
+            raise ConversionError(f"{spec.file}: {name} is {spec.dtype}; weights must be bf16, fp16 or fp32")
+    return weights
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+
+
+def _check_tied_head(weights: SafetensorsFolder) -> None:
+    """A head saved beside a tied embedding is harmless as long as it says the same."""
+    head, embedding = weights.sliced(HEAD), weights.sliced(EMBEDDING)
+    same = weights.specs[HEAD].shape == weights.specs[EMBEDDING].shape
+    for start in range(0, weights.specs[HEAD].shape[0] if same else 0, _COMPARED_ROWS):
+        rows = slice(start, start + _COMPARED_ROWS)
+        same = same and torch.equal(head[rows], embedding[rows])
+    if not same:
+        raise ConversionError(
+            f"{weights.where(HEAD)}: {HEAD} differs from {EMBEDDING}, but {weights.folder / 'config.json'} says "
+            "tie_word_embeddings = true; set it to false"
+        )
+
+
+def check_divisible(architecture: Architecture, tensor_parallel: int, pipeline_parallel: int = 1) -> None:
+    """Raise ConversionError when heads, MLP or layers cannot be cut into that many parts."""
+    for key, count in (
+        ("num_attention_heads", architecture.num_heads),
+        ("num_key_value_heads", architecture.num_kv_heads),
+        ("intermediate_size", architecture.ffn_hidden_size),
+    ):
+        if count % tensor_parallel:
+            raise ConversionError(f"{key} {count} does not divide over tensor parallelism {tensor_parallel}")
+    if architecture.num_layers % pipeline_parallel:
+        raise ConversionError(
+            f"num_hidden_layers {architecture.num_layers} does not divide over pipeline parallelism {pipeline_parallel}"
+        )
+
+
+@torch.no_grad()
+def load_hf_weights(chunks: Sequence[Any], architecture: Architecture, folder: Path, topology: Topology) -> None:
+    """Copy a Hugging Face folder's weights into this rank's model chunks, reading only this rank's slices.
+
+    One replica reads them and sends them to the others: a network disk serves 16 GB once, not 128 times. Every rank
+    reads the files' headers, so that ConversionError and SafetensorsError are raised the same on all, before the first
+    parameter is touched. Parameters keep their dtype and device. Collective over the replicas. An optimizer with its
+    own master weights must reload them afterwards.
+    """
+    check_divisible(architecture, topology.tensor.size)
+    weights = open_weights(architecture, folder)
+    replicas = topology.data_context
+    if replicas.first:
+        _fill(chunks, architecture, topology, weights.sliced)
+    if replicas.size > 1:
+        source = dist.get_global_rank(replicas.group, 0)
+        for parameter in _local_parameters(chunks, architecture).values():
+            dist.broadcast(parameter, src=source, group=replicas.group)
+
+
+@torch.no_grad()
+def load_random_weights(chunks: Sequence[Any], architecture: Architecture, seed: int, topology: Topology) -> None:
+    """Fill the chunks with a fresh initialisation that depends on the seed alone, never on the layout.
+
+    Every Hugging Face tensor is drawn by itself from (seed, name): norms 1, biases 0, matrices N(0, 0.02), those that
+    write to the residual stream divided by sqrt(2 * layers) as Megatron does.
+    """
+    check_divisible(architecture, topology.tensor.size)
+    shapes = {spec.name: spec.shape for spec in expected_tensors(architecture)}
+
+    def draw(name: str) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shapes[name])
+        if name.endswith(".bias"):
+            return torch.zeros(shapes[name])
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        scale = (2 * architecture.num_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+        return torch.empty(shapes[name]).normal_(std=0.02 * scale, generator=generator)
+
+    _fill(chunks, architecture, topology, draw)
+
+
+def _fill(chunks: Sequence[Any], architecture: Architecture, topology: Topology, source: Callable[[str], Any]) -> None:
+    """Set every parameter of the chunks from whole tensors (or slices of them) looked up by Hugging Face name."""
+    for placed, parameter in _local_parameters(chunks, architecture).items():
+        names = placed.hf
+        if names == [HEAD] and architecture.tied_embeddings:
+            names = [EMBEDDING]  # the last pipeline stage's own copy
+        sources = [source(name) for name in names]
+        shard = placed.entry.mapping.to_megatron(sources, topology.tensor.rank, topology.tensor.size)
+        if shard.shape != parameter.shape:
+            raise ConversionError(
+                f"{', '.join(names)} make a shard of {tuple(shard.shape)}, the model's is {tuple(parameter.shape)}"
+            )
+        parameter.copy_(shard)
+
+
+@torch.no_grad()
+def iter_hf_weights(
+    chunks: Sequence[Any], architecture: Architecture, topology: Topology
+) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its Hugging Face name, whole, on every rank, in the parameters' dtype and device.
+
+    Collective over the tensor and pipeline axes: all ranks must draw the iterator to its end. One parameter is whole at
+    a time. A tied head is not yielded.
+    """
+    local = {placed.key: parameter for placed, parameter in _local_parameters(chunks, architecture).items()}
+    owners = _owners({key: parameter.dtype for key, parameter in local.items()}, topology)
+    for placed in placed_entries(architecture):
+        owner, dtype = owners[placed.key]
+        if topology.pipeline.rank == owner:
+            tensors = placed.entry.mapping.to_hf(_gather(local[placed.key].data, topology))
+        else:
+            tensors = [torch.empty(shape, dtype=dtype, device=topology.device) for shape in placed.entry.shapes]
+        for name, tensor in zip(placed.hf, tensors, strict=True):
+            whole = tensor.contiguous()
+            if topology.pipeline.size > 1:
+                ranks = dist.get_process_group_ranks(topology.pipeline.group)
+                dist.broadcast(whole, src=ranks[owner], group=topology.pipeline.group)
+            yield name, whole
+
+
+def _gather(parameter: Tensor, topology: Topology) -> list[Tensor]:
+    if topology.tensor.size == 1:
+        return [parameter]
+    shards = [torch.empty_like(parameter) for _ in range(topology.tensor.size)]
+    dist.all_gather(shards, parameter.contiguous(), group=topology.tensor.group)
+    return shards
+
+
+def _owners(
+    local: dict[tuple[str, int], torch.dtype], topology: Topology
+) -> dict[tuple[str, int], tuple[int, torch.dtype]]:
+    """The first pipeline stage that holds each parameter, and its dtype there."""
+    stages: list[Any] = [local]
+    if topology.pipeline.size > 1:
+        stages = [None] * topology.pipeline.size
+        dist.all_gather_object(stages, local, group=topology.pipeline.group)
+    owners: dict[tuple[str, int], tuple[int, torch.dtype]] = {}
+    for stage, held in enumerate(stages):
+        for key, dtype in held.items():
+            owners.setdefault(key, (stage, dtype))
+    return owners
+
+
+def _local_parameters(chunks: Sequence[Any], architecture: Architecture) -> dict[Placed, Tensor]:
+    """This rank's parameters by table entry and the model's own layer number.
+
+    Raises ConversionError on a parameter that the table does not know.
+    """
+    spelled: dict[str, Entry] = {name: entry for entry in name_table(architecture) for name in entry.megatron}
+    found: dict[Placed, Tensor] = {}
+    for chunk in chunks:
+        module = unwrap(chunk)
+        for name, parameter in module.named_parameters():
+            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+            entry = spelled.get(f"decoder.layers.{{layer}}.{match[2]}" if match else name)
+            if entry is None:
+                raise ConversionError(f"the model has a parameter {name} that no Hugging Face name is known for")
+            layer = int(module.decoder.layers[int(match[1])].layer_number) - 1 if match else -1
+            found[Placed(entry=entry, layer=layer)] = parameter
+    return found
+
+
+def unwrap(chunk: Any) -> Any:
+    """The GPTModel inside Megatron's data-parallel and precision wrappers."""
+    while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk

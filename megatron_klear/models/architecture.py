@@ -1,0 +1,141 @@
+"""The model's shape, read from a Hugging Face `config.json` and never typed in by hand.
+
+Dense decoder families: Qwen3, Qwen2/2.5 and Llama (SmolLM2 and the R1 distillations are among them). What a config asks
+for and this project does not compute (sliding windows, experts, attention biases of Llama) is an error, not an
+approximation.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_klear.models.rope import ArchitectureError, Rope, read_rope
+
+__all__ = ["Architecture", "ArchitectureError", "Family", "Rope", "architecture_from_config", "read_architecture"]
+
+Family = Literal["qwen3", "qwen2", "llama"]
+
+_FAMILIES: dict[str, Family] = {"qwen3": "qwen3", "qwen2": "qwen2", "llama": "llama"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """Shape of one dense decoder. Counts are of the whole model, not of a rank."""
+
+    family: Family
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    rope: Rope
+    tied_embeddings: bool
+    qk_norm: bool
+    qkv_bias: bool
+
+    def padded_vocab_size(self, tensor_parallel: int) -> int:
+        """Vocabulary rows held over all tensor ranks: a multiple of `tensor_parallel`, extra rows zero."""
+        return -(-self.vocab_size // tensor_parallel) * tensor_parallel
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one transformer layer."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = self.hidden_size * (2 * q + 2 * kv) + (q + 2 * kv if self.qkv_bias else 0)
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        return attention + 3 * self.hidden_size * self.ffn_hidden_size + norms
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, a tied head counted once and vocabulary padding not at all."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return embeddings + self.num_layers * self.layer_parameters + self.hidden_size
+
+    def flops_per_token(self, context: float) -> float:
+        """Forward and backward FLOPs of a token whose causal attention reads `context` tokens on average.
+
+        Six per weight of a matrix, and 12 * layers * heads * head_dim * context for the scores and their values
+        (PaLM, appendix B). Recomputation is not counted: this is model FLOPs, as in MFU.
+        """
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        layer = self.hidden_size * (2 * q + 2 * kv) + 3 * self.hidden_size * self.ffn_hidden_size
+        matrices = self.num_layers * layer + self.vocab_size * self.hidden_size
+        return 6.0 * matrices + 12.0 * self.num_layers * q * context
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """Read `folder/config.json`.
+
+    Raises ArchitectureError naming the file and the key when it is missing, malformed or unsupported.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ArchitectureError(
+            f"{path} does not exist: model.path must be a Hugging Face model folder (config.json, tokenizer, weights)"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ArchitectureError(f"{path} is not valid JSON: {error}") from None
+    return architecture_from_config(config, source=str(path))
+
+
+def architecture_from_config(config: dict[str, Any], source: str = "config.json") -> Architecture:
+    """Build the shape from a parsed `config.json`; `source` names it in errors."""
+    family = _FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        raise ArchitectureError(
+            f"{source}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(_FAMILIES)}"
+        )
+
+    def number(key: str) -> Any:
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ArchitectureError(f"{source}: {key} is {value!r}, expected a number")
+        return value
+
+    _refuse_unsupported(config, family, source)
+    heads = int(number("num_attention_heads"))
+    kv_heads = config.get("num_key_value_heads")
+    kv_heads = heads if kv_heads is None else int(kv_heads)
+    hidden = int(number("hidden_size"))
+    head_dim = config.get("head_dim")
+    head_dim = hidden // heads if head_dim is None else int(head_dim)
+    if heads % kv_heads:
+        raise ArchitectureError(
+            f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
+    return Architecture(
+        family=family,
+        num_layers=int(number("num_hidden_layers")),
+        hidden_size=hidden,
+        ffn_hidden_size=int(number("intermediate_size")),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=int(number("vocab_size")),
+        max_positions=int(number("max_position_embeddings")),
+        norm_eps=float(number("rms_norm_eps")),
+        rope=read_rope(config, source),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qk_norm=family == "qwen3",
+        qkv_bias=family == "qwen2",
+    )
+
+
+def _refuse_unsupported(config: dict[str, Any], family: Family, source: str) -> None:
+    if config.get("use_sliding_window"):
+        raise ArchitectureError(f"{source}: use_sliding_window is not supported; set it to false")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ArchitectureError(f"{source}: hidden_act {config['hidden_act']!r} is not supported, expected 'silu'")
+    if family != "qwen2" and config.get("attention_bias"):
+        raise ArchitectureError(f"{source}: attention_bias true is not supported for {family}")
+    if config.get("mlp_bias"):
+        raise ArchitectureError(f"{source}: mlp_bias true is not supported")

@@ -1,0 +1,1 @@
+"""Rollouts drawn by the trainer's own ranks."""

@@ -1,0 +1,205 @@
+"""Rollouts in the training process: every rank samples its share of the prompts from a whole copy of the policy.
+
+The copy comes from `Engine.hf_weights`, tensor by tensor, so it does not matter how the trainer is laid out; the model
+must fit on one device. Larger ones want a server.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_klear.config.rl import SamplingConfig
+from megatron_klear.rollout.engine import Checksums, group_of, told_apart
+from megatron_klear.rollout.local.decoder import Cache, Decoder
+from megatron_klear.rollout.local.draw import UniformStream, draw, log_distribution
+from megatron_klear.rollout.weights.checksum import checksum
+from megatron_klear.types import Group, Prompt, Sample
+
+_UNIFORMS = 256
+
+
+@dataclass(kw_only=True, slots=True)
+class _Sequence:
+    """One response in the making."""
+
+    prompt: int
+    number: int
+    uniforms: UniformStream
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class LocalEngine:
+    """A RolloutEngine on this process's device; all ranks call it together."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        stop_token_ids: Iterable[int],
+        max_sequences: int,
+    ) -> None:
+        """`decode` turns token ids into text, special tokens included.
+
+        `stop_token_ids` end a response, besides those of the sampling.
+        """
+        self._decoder, self._decode = decoder, decode
+        self._stop = frozenset(stop_token_ids)
+        self._rows = max_sequences
+        self.version = -1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights sampled with."""
+        return self._decoder.dtype
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Checksums:
+        """Take the weights; returns a checksum by name of what is held now."""
+        self._decoder.load(weights)
+        self.version = version
+        return {"local": {name: checksum(tensor) for name, tensor in self._decoder.weights.items()}}
+
+    def probe(self, tokens: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.float32]]:
+        """Nothing to probe: checksums are those of the tensors that the decoder reads."""
+        return {}
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
+        """Draw the responses; prompts are dealt over all ranks, and every rank gets all groups."""
+        if self.version < 0:
+            raise RuntimeError("the rollout engine has no weights yet: call load_weights first")
+        prompts = told_apart(prompts)
+        size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        mine = list(range(rank, len(prompts), size))
+        finished = self._sample([prompts[index] for index in mine], sampling, seed)
+        own = dict(zip(mine, finished, strict=True))
+        shares: list[dict[int, Group]] = [own]
+        if size > 1:
+            shares = [{}] * size
+            dist.all_gather_object(shares, own)
+        whole = {index: group for share in shares for index, group in share.items()}
+        return [whole[index] for index in range(len(prompts))]
+
+    def counters(self) -> dict[str, float]:
+        """Nothing is retried or dropped here."""
+        return {"server_retries": 0.0, "groups_dropped": 0.0}
+
+    def sleep(self) -> None:
+        """Give back the fused copies of the weights."""
+        self._decoder.free()
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+    def _sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
+        if not prompts:
+            return []
+        count = sampling.samples_per_prompt
+        batch = _Batch(self._decoder, prompts, sampling, rows=min(self._rows, len(prompts) * count), seed=seed)
+        stop = self._stop | set(sampling.stop_token_ids)
+        samples: list[list[Sample | None]] = [[None] * count for _ in prompts]
+        for sequence, finish in batch.run(stop):
+            samples[sequence.prompt][sequence.number] = _as_sample(
+                prompts[sequence.prompt], sequence, finish, self.version
+            )
+        groups = []
+        for prompt, drawn in zip(prompts, samples, strict=True):
+            groups.append(group_of(prompt, [sample for sample in drawn if sample is not None], self._decode, stop))
+        return groups
+
+
+class _Batch:
+    """Sequences decoded together; a row that ends is given to the next sequence at once."""
+
+    def __init__(
+        self, decoder: Decoder, prompts: Sequence[Prompt], sampling: SamplingConfig, *, rows: int, seed: int
+    ) -> None:
+        self._decoder, self._prompts, self._sampling, self._seed = decoder, prompts, sampling, seed
+        # Longest prompts first: their cache rows are the widest, and short ones fill the end.
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].tokens))
+        self._waiting = deque((index, number) for index in order for number in range(sampling.samples_per_prompt))
+        self._free = list(range(rows))
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        self._cache: Cache = decoder.new_cache(rows, longest + sampling.max_tokens)
+        self._active: list[tuple[int, _Sequence]] = []
+        self._uniforms: npt.NDArray[np.float64] = np.empty((rows, _UNIFORMS))
+
+    def run(self, stop: frozenset[int] | set[int]) -> Iterable[tuple[_Sequence, str]]:
+        """Decode everything; yields each sequence with "stop" or "length" as it ends."""
+        logits = self._admit(None)
+        while self._active:
+            tokens, logprobs = self._draw(logits)
+            kept: list[int] = []
+            for place, (row, sequence) in enumerate(self._active):
+                sequence.tokens.append(int(tokens[place]))
+                sequence.logprobs.append(float(logprobs[place]))
+                if sequence.tokens[-1] in stop:
+                    yield sequence, "stop"
+                elif len(sequence.tokens) == self._sampling.max_tokens:
+                    yield sequence, "length"
+                else:
+                    kept.append(place)
+                    continue
+                self._free.append(row)
+            self._active = [self._active[place] for place in kept]
+            if kept:
+                device = self._decoder.device
+                rows = torch.tensor([row for row, _ in self._active], device=device)
+                logits = self._decoder.step(self._cache, rows, tokens[torch.tensor(kept, device=device)])
+            logits = self._admit(logits if kept else None)
+
+    def _admit(self, logits: Tensor | None) -> Tensor:
+        """Give free rows to waiting sequences; a prompt is read once for all of its samples admitted together."""
+        parts = [] if logits is None else [logits]
+        while self._free and self._waiting:
+            index = self._waiting[0][0]
+            rows: list[int] = []
+            while self._free and self._waiting and self._waiting[0][0] == index:
+                _, number = self._waiting.popleft()
+                row = self._free.pop()
+                stream = UniformStream(self._seed, self._prompts[index].id, number)
+                self._active.append(
+                    (row, _Sequence(prompt=index, number=number, uniforms=stream, tokens=[], logprobs=[]))
+                )
+                rows.append(row)
+            tokens = torch.from_numpy(self._prompts[index].tokens.astype(np.int64)).to(self._decoder.device)
+            parts.append(self._decoder.prefill(self._cache, rows, tokens)[None].expand(len(rows), -1))
+        if not parts:
+            return torch.empty(0)
+        # In order of cache rows, so that a full batch reads the cache as it lies.
+        order = sorted(range(len(self._active)), key=lambda place: self._active[place][0])
+        self._active = [self._active[place] for place in order]
+        joined = torch.cat(parts)
+        return joined[torch.tensor(order, device=joined.device)]
+
+    def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token of every active sequence, and its log-prob under the distribution sampled from."""
+        sampling = self._sampling
+        uniforms = np.empty(len(self._active))
+        for place, (row, sequence) in enumerate(self._active):
+            column = len(sequence.tokens) % _UNIFORMS
+            if column == 0:
+                self._uniforms[row] = sequence.uniforms.take(_UNIFORMS)
+            uniforms[place] = self._uniforms[row, column]
+        distribution = log_distribution(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+        tokens = draw(distribution, torch.from_numpy(uniforms).to(logits.device))
+        return tokens, distribution.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _as_sample(prompt: Prompt, sequence: _Sequence, finish: str, version: int) -> Sample:
+    head = len(prompt.tokens)
+    return Sample(
+        tokens=np.concatenate([prompt.tokens, np.array(sequence.tokens, dtype=np.int32)]),
+        trained=np.arange(head + len(sequence.tokens)) >= head,
+        logprobs=np.concatenate([np.zeros(head, dtype=np.float32), np.array(sequence.logprobs, dtype=np.float32)]),
+        policy_version=version,
+        finish="stop" if finish == "stop" else "length",
+    )

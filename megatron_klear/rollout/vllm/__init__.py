@@ -1,0 +1,1 @@
+"""Rollouts drawn by vLLM servers over HTTP."""

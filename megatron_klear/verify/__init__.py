@@ -1,0 +1,1 @@
+"""What users run on their own cluster: layouts, resume, rollouts and mismatch."""
