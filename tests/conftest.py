@@ -4,10 +4,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import vllm_server as vllm_server_module
 from pool import Pool
 from vllm_server import RunningServer
+
+# What a busy machine takes for an example says nothing of the code.
+hypothesis.settings.register_profile("klear", deadline=None)
+hypothesis.settings.load_profile("klear")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -28,7 +28,7 @@ class Outcome:
     ratios: Tensor
     """Largest |log ratio| of this rank's trained tokens before each update."""
     token_ratios: list[list[NDArray[np.float32]]]
-    """As the updates' losses had them, of every sample of the groups trained on."""
+    """As the updates' losses had them, of every sample of the groups trained on; on the first rank alone."""
 
 
 def take_step(config: GPPOConfig, groups: Sequence[Group], repeats: int = 1) -> Outcome:
@@ -39,7 +39,7 @@ def take_step(config: GPPOConfig, groups: Sequence[Group], repeats: int = 1) -> 
             engine.keep_reference(config.algorithm.reference)
         stats, ratios = [], []
         for number in range(repeats):
-            step, chosen = Step(config, engine, number), keep_informative(groups)
+            step, chosen = Step(config, engine, number), keep_informative(groups) if topology.rank == 0 else []
             for batches in step.prepare(chosen):
                 ratios.append(_largest_log_ratio(engine, batches, config.sampling.temperature))
                 stats.append(step.update(batches))
@@ -52,7 +52,7 @@ def take_step(config: GPPOConfig, groups: Sequence[Group], repeats: int = 1) -> 
         mismatch=step.mismatch,
         weights=kept,
         ratios=torch.tensor(ratios),
-        token_ratios=[by_group[id(group)] for group in chosen],
+        token_ratios=[by_group[id(group)] for group in chosen] if topology.rank == 0 else [],
     )
 
 

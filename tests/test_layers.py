@@ -1,6 +1,7 @@
 """Imports point one way, heavy packages stay in their room, files and functions stay small."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 # Layers from below: a room imports rooms of lower layers and itself; islands do not import each other.
 BOTTOM = {"errors", "types", "models", "architecture"}
 ISLANDS = {"rl", "data", "rewards", "kernels"}
-UP_TO_CONFIG = BOTTOM | ISLANDS | {"config"}
+# Whoever talks to other ranks does it by this room.
+RANKS = {"distributed"}
+UP_TO_CONFIG = BOTTOM | RANKS | ISLANDS | {"config"}
 ENGINES = {"mcore", "rollout"}
 UP_TO_TRAIN = UP_TO_CONFIG | ENGINES | {"runs", "evaluation", "train"}
 ALLOWED = {
@@ -24,10 +27,11 @@ ALLOWED = {
     "types": {"errors"},
     "models": {"errors", "types"},
     "architecture": {"models"},
+    "distributed": {"errors"},
     **dict.fromkeys(ISLANDS, BOTTOM),
     "config": BOTTOM | ISLANDS,
     # The trainer's engine is given its loss and its batches.
-    "mcore": BOTTOM | {"config", "kernels"},
+    "mcore": BOTTOM | RANKS | {"config", "kernels"},
     "rollout": UP_TO_CONFIG,
     "runs": UP_TO_CONFIG | ENGINES,
     "evaluation": UP_TO_CONFIG | ENGINES,
@@ -44,6 +48,7 @@ ONLY_IN = {
     "flash_attn": {"mcore"},
     "vllm": {"rollout"},
 }
+OBJECT_COLLECTIVES = re.compile(r"\b(all_gather|broadcast|gather|scatter)_object(_list)?\(")
 WITHOUT_TORCH = [
     "config",
     "config.rollout",
@@ -128,6 +133,15 @@ def test_imports_point_down(path: Path):
 )
 def test_the_rule_sees_an_import_that_points_up(where: str, line: str):
     assert broken_rules(PACKAGE / where, line)
+
+
+def test_objects_cross_ranks_in_one_module():
+    here = [
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if OBJECT_COLLECTIVES.search(path.read_text())
+    ]
+    assert here == ["distributed/exchange.py"]
 
 
 def test_looking_at_settings_and_data_imports_no_torch():

@@ -6,13 +6,11 @@ would be trained than every other program loads.
 
 from __future__ import annotations
 
-from typing import Any
-
 import psutil  # type: ignore[import-untyped]
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megatron_klear.distributed import exchange
 from megatron_klear.mcore.checkpoints.convert import transformers_logits
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.model import DTYPES
@@ -35,12 +33,12 @@ def compare_with_transformers(engine: Engine) -> str:
     model = engine.run.model
     if model.weights == "random" or model.checkpoint is not None or model.compare_logits == "off":
         return ""
-    reason = _from_first(_why_not(engine) if engine.topology.rank == 0 else None)
+    reason = exchange.from_first_rank(lambda: _why_not(engine))
     if reason:
         return f"log-probs are not compared with transformers': {reason}"
     batch = _row(engine)
     ours = engine.logprobs([batch])[0]
-    mean: float = _from_first(_mean_difference(engine, batch, ours) if engine.topology.rank == 0 else None)
+    mean = exchange.from_first_rank(lambda: _mean_difference(engine, batch, ours))
     if not mean <= _MEAN_NATS[model.dtype]:
         raise ArchitectureError(
             f"model.path {model.path}: log-probs differ from transformers' on the same folder by {mean:.2g} nats a "
@@ -82,10 +80,3 @@ def _mean_difference(engine: Engine, batch: PackedBatch, ours: Tensor) -> float:
     logits = transformers_logits(engine.run.model.path, batch, DTYPES[engine.run.model.dtype])
     theirs = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     return float((ours - theirs)[:-1].abs().mean())
-
-
-def _from_first(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    message = [value]
-    dist.broadcast_object_list(message, src=0)
-    return message[0]

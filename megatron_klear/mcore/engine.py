@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_klear.config.base import RunConfig
+from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore import weights as hf
@@ -288,16 +289,14 @@ class Engine:
         """Sums of the per-row sums over rows and ranks; the same on every rank."""
         topology = self.topology
         names: list[str] = sorted(results[0]) if results else []
-        sums = torch.zeros(1)
+        sums = torch.zeros(0)
         if results:
             sums = torch.stack([torch.stack([r[name].double() for name in names]) for r in results]).sum(0)
             if topology.data_context.size > 1:
                 dist.all_reduce(sums, group=topology.data_context.group)
         if topology.pipeline.size > 1:
-            message = [(names, sums.tolist()) if results else None]
-            dist.broadcast_object_list(message, src=topology.last_stage_rank, group=topology.pipeline.group)
-            assert message[0] is not None
-            return dict(zip(message[0][0], message[0][1], strict=True))
+            whole = dict(zip(names, sums.tolist(), strict=True))
+            return exchange.tell_group(whole, topology.last_stage_rank, topology.pipeline.group)
         return dict(zip(names, sums.tolist(), strict=True))
 
     def _all_whole(self, rows: list[LocalRow], results: list[Tensor]) -> list[Tensor]:

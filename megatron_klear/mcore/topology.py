@@ -12,13 +12,14 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_klear.config.base import ParallelConfig
+from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.mcore import device as device_shim
 
@@ -65,6 +66,8 @@ class Topology:
     context: Axis
     data: Axis
     data_context: Axis
+    replicas: tuple[tuple[int, ...], ...]
+    """The ranks of every data rank, in order: those that train the same rows."""
 
     @property
     def sequence_parallel(self) -> bool:
@@ -85,12 +88,14 @@ class Topology:
             dist.all_reduce(tensor, op=op, group=axis.group if axis else None)
         return [float(value) for value in tensor.tolist()]
 
+    @property
+    def leads_replica(self) -> bool:
+        """Whether this rank speaks for those that train the same rows."""
+        return self.replicas[self.data.rank][0] == self.rank
+
     def gather(self, value: Value) -> list[Value]:
         """The values of all data-parallel ranks, in rank order."""
-        values = [value] * self.data.size
-        if self.data.size > 1:
-            dist.all_gather_object(values, value, group=self.data.group)
-        return values
+        return exchange.gather_all(value, self.data.group)
 
     def barrier(self) -> None:
         """Wait for every process."""
@@ -141,9 +146,11 @@ def process_group(parallel: ParallelConfig) -> Iterator[torch.device]:
     except BaseException:
         # NCCL's groups cannot be taken down while other ranks wait in a collective: the process ends without it.
         if started and dist.get_world_size() == 1:
+            exchange.use_group(None)
             dist.destroy_process_group()
         raise
     if started:
+        exchange.use_group(None)
         dist.destroy_process_group()
 
 
@@ -189,13 +196,22 @@ def _device(parallel: ParallelConfig) -> torch.device:
 
 
 def _start(target: torch.device, parallel: ParallelConfig) -> None:
-    backend = "gloo" if target.type == "cpu" else "cpu:gloo,cuda:nccl"
-    timeout = timedelta(minutes=parallel.timeout_minutes)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    on_gpu = target.type == "cuda"
+    settings: dict[str, Any] = {"backend": "nccl" if on_gpu else "gloo", "timeout": timeout_of(parallel)}
+    if on_gpu:
+        settings["device_id"] = target
+    if not ("RANK" in os.environ and "WORLD_SIZE" in os.environ):
+        settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+    dist.init_process_group(**settings)
+    if on_gpu:
+        # A backend for both kinds of tensors would be inherited by each of Megatron's groups, and gloo connects every
+        # pair of a group's ranks: thousands of sockets a rank at a thousand GPUs. One group of gloo is enough.
+        exchange.use_group(dist.new_group(backend="gloo", timeout=timeout_of(parallel)))
+
+
+def timeout_of(parallel: ParallelConfig) -> timedelta:
+    """How long a collective may take."""
+    return timedelta(minutes=parallel.timeout_minutes)
 
 
 def _check_size(parallel: ParallelConfig, size: int) -> None:
@@ -211,6 +227,10 @@ def _read(parallel: ParallelConfig, target: torch.device) -> Topology:
     def axis(group: dist.ProcessGroup) -> Axis:
         return Axis(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)
 
+    data = axis(parallel_state.get_data_parallel_group())
+    replicas: list[list[int]] = [[] for _ in range(data.size)]
+    for rank, data_rank in enumerate(exchange.gather_all(data.rank)):
+        replicas[data_rank].append(rank)
     return Topology(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
@@ -219,6 +239,7 @@ def _read(parallel: ParallelConfig, target: torch.device) -> Topology:
         tensor=axis(parallel_state.get_tensor_model_parallel_group()),
         pipeline=axis(parallel_state.get_pipeline_model_parallel_group()),
         context=axis(parallel_state.get_context_parallel_group()),
-        data=axis(parallel_state.get_data_parallel_group()),
+        data=data,
         data_context=axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        replicas=tuple(map(tuple, replicas)),
     )

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.models.architecture import Architecture
 from megatron_klear.models.names import EMBEDDING, HEAD, Entry, Placed, expected_tensors, name_table, placed_entries
@@ -191,10 +192,7 @@ def _owners(
     local: dict[tuple[str, int], torch.dtype], topology: Topology
 ) -> dict[tuple[str, int], tuple[int, torch.dtype]]:
     """The first pipeline stage that holds each parameter, and its dtype there."""
-    stages: list[Any] = [local]
-    if topology.pipeline.size > 1:
-        stages = [None] * topology.pipeline.size
-        dist.all_gather_object(stages, local, group=topology.pipeline.group)
+    stages = exchange.gather_all(local, topology.pipeline.group)
     owners: dict[tuple[str, int], tuple[int, torch.dtype]] = {}
     for stage, held in enumerate(stages):
         for key, dtype in held.items():

@@ -52,12 +52,22 @@ def checked_rewards(group: Group) -> npt.NDArray[np.float64]:
 
 def advantages(groups: Sequence[Group], kind: Advantage, *, pass_k: int = 4) -> list[Values]:
     """Advantages of every group's samples. Raises RewardValueError where a group's rewards cannot be used."""
-    rewards = [checked_rewards(group) for group in groups]
+    return advantages_of(
+        [checked_rewards(group) for group in groups],
+        [response_lengths(group) for group in groups],
+        kind,
+        pass_k=pass_k,
+    )
+
+
+def advantages_of(
+    rewards: Sequence[Values], lengths: Sequence[npt.NDArray[np.int64]], kind: Advantage, *, pass_k: int = 4
+) -> list[Values]:
+    """Advantages of every group's samples, from their rewards and the lengths of their responses, one array a group."""
     if kind == "reinforce_plus_plus":
         return normalised(rewards)
     if kind == "reinforce_plus_plus_baseline":
         return normalised([group_advantages(values, "mean") for values in rewards])
-    lengths = [response_lengths(group) for group in groups] if kind == "opo" else [None] * len(groups)
     return [
         group_advantages(values, kind, lengths=of_group, pass_k=pass_k)
         for values, of_group in zip(rewards, lengths, strict=True)

@@ -1,4 +1,4 @@
-"""What a rollout engine is: a few verbs, collective, the same answer on every rank.
+"""What a rollout engine is: a few collective verbs. Groups are rank 0's alone, who has them graded.
 
 The sampler's log-probs are those of the distribution really sampled from: after temperature, top-k and top-p.
 """
@@ -53,9 +53,9 @@ class RolloutEngine(Protocol):
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
         """Draw `samples_per_prompt` responses to each prompt.
 
-        Every rank passes the same prompts and gets the same groups, in order. A sample depends on the weights, its
-        prompt and a generator seeded by (`seed`, prompt id, number of the sample), not on what else is in the batch or
-        on the number of ranks; with servers, up to rounding of their batched arithmetic. A server engine leaves out
+        Every rank passes the same prompts; rank 0 gets the groups, in order, and the others none. A sample depends on
+        the weights, its prompt and a generator seeded by (`seed`, prompt id, number of the sample), not on what else is
+        in the batch or on the number of ranks; with servers, up to rounding of their batched arithmetic. They leave out
         groups that it could not get within the deadline, and counts them in `counters`.
         """
         ...

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_klear.config.checks import check_resume
 from megatron_klear.config.base import RunConfig
+from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError, tell
 from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.mcore.engine import Engine
@@ -53,10 +54,9 @@ def prepare_folder(config: RunConfig, topology: Topology) -> Iterator[list[str]]
                 manifest.sweep(checkpoints_of(config))
             except UserError as error:
                 refusal = [error]
-        if topology.size > 1:
-            dist.broadcast_object_list(refusal, src=0)
-        if refusal[0] is not None:
-            raise refusal[0]
+        told = exchange.tell_all(refusal[0])
+        if told is not None:
+            raise told
         yield warnings
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.data.prompts import PromptStream
+from megatron_klear.distributed import exchange
 from megatron_klear.rl.advantages import checked_rewards, is_uninformative, penalise_overlong
 from megatron_klear.runs.log import RunLog
 from megatron_klear.train.grading import Grader
@@ -21,18 +23,21 @@ from megatron_klear.types import Group, Prompt
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepGroups:
-    """What a rollout step is given: the groups to train on, and all that were graded for it, those among them."""
+    """What a rollout step is given: the groups to train on, and all that were graded for it, those among them.
 
-    chosen: list[Group]
-    graded: list[Group]
-    num_informative: int
+    Rank 0 has them; on the other ranks all is empty.
+    """
+
+    chosen: list[Group] = field(default_factory=list)
+    graded: list[Group] = field(default_factory=list)
+    num_informative: int = 0
     counters: Mapping[str, float] = field(default_factory=dict)
     """To be logged: `server_retries`, `groups_dropped` (never drawn), `stale_groups` (drawn by too old a policy, their
     prompts drawn again), `surplus_groups` (informative, and more than the step takes)."""
 
 
 class Feed(Protocol):
-    """Hands out every prompt of the stream once an epoch. All ranks call together, and get the same."""
+    """Hands out every prompt of the stream once an epoch. All ranks call together; rank 0 gets the groups."""
 
     def next_step(self, number: int) -> StepGroups:
         """Graded groups of rollout step `number`, counted from 0; the weights of that version were just sent."""
@@ -132,9 +137,9 @@ class SynchronousFeed:
                     taken, self._config.sampling, round_seed(self._config, number, round_number)
                 )
             with self._log.time("reward"):
-                graded += [self._judge.penalised(group) for group in self._grader.grade(groups).groups]
+                graded.extend(exchange.on_first_rank(partial(self._penalised, self._grader.grade(groups).groups)) or [])
             usable = [group for group in graded if self._judge.is_usable(group)]
-            if len(usable) >= algorithm.prompts_per_step:
+            if exchange.tell_all(len(usable) >= algorithm.prompts_per_step):
                 break
         self._sampler.sleep()
         return StepGroups(
@@ -144,6 +149,12 @@ class SynchronousFeed:
             counters=self._sampler.counters()
             | {"stale_groups": 0.0, "surplus_groups": float(max(0, len(usable) - algorithm.prompts_per_step))},
         )
+
+    def _penalised(self, groups: Sequence[Group]) -> list[Group]:
+        """Rank 0: groups with rewards that can be used, long responses penalised."""
+        for group in groups:
+            checked_rewards(group)
+        return [self._judge.penalised(group) for group in groups]
 
     def work(self) -> None:
         """Nothing is under way."""

@@ -1,7 +1,7 @@
 """Reinforcement learning with GPPO: sample, grade, weigh, train.
 
-`train` is the loop, one rollout step an iteration, and `Step` is what an iteration does. Every rank holds the same
-groups and plans alike; only the rows it trains on are its own.
+`train` is the loop, one rollout step an iteration, and `Step` is what an iteration does. Rank 0 holds the groups; every
+rank holds a few numbers of each sample and plans alike, and gets the tokens of the rows it trains on.
 """
 
 from __future__ import annotations
@@ -16,28 +16,33 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_klear.config.rl import AlgorithmConfig, GPPOConfig, build_loss
 from megatron_klear.data.packing import RowSettings, sequence_work
+from megatron_klear.distributed import exchange
 from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.mcore.engine import Engine
-from megatron_klear.rl.advantages import advantages
-from megatron_klear.rl.corrections import correction_metrics, importance_weights, log_ratios, measure_mismatch
+from megatron_klear.mcore.topology import Topology
+from megatron_klear.rl.advantages import advantages_of
+from megatron_klear.rl.corrections import importance_weights, log_ratios
 from megatron_klear.rl.losses import SequenceLoss
+from megatron_klear.rl.mismatch import MismatchSums
 from megatron_klear.rl.versions import version_lag
 from megatron_klear.runs.folder import checkpoints_of
 from megatron_klear.runs.leave import Leaving
 from megatron_klear.runs.log import RunLog
 from megatron_klear.runs.rollout_files import RolloutWriter
-from megatron_klear.train.feed import Feed
+from megatron_klear.train.feed import Feed, StepGroups
 from megatron_klear.train.grading import Grader
 from megatron_klear.train.guard import SkipGuard
 from megatron_klear.train.sampler import Sampler
+from megatron_klear.train.step_numbers import StepNumbers, TokenArrays
 from megatron_klear.train.token_ratios import SampleRatios, ratios_by_sample
-from megatron_klear.train.updates import cut_into_updates, pack_update
+from megatron_klear.train.updates import UpdatePlan, cut_into_updates, pack_rows, plan_update
 from megatron_klear.train.validation import Validator
-from megatron_klear.types import Group, PackedBatch, StepStats, Verdict
+from megatron_klear.types import Group, PackedBatch, Sample, StepStats, Verdict
 
 
 def train(
@@ -137,7 +142,10 @@ def resume(engine: Engine, feed: Feed, checkpoint: Path) -> int:
 
 @dataclass
 class Step:
-    """One rollout step: what was sampled, what of it is trained on, and the numbers to report."""
+    """One rollout step: what was sampled, what of it is trained on, and the numbers to report.
+
+    Groups are rank 0's; the other ranks have their numbers, and the tokens of the rows they train.
+    """
 
     config: GPPOConfig
     engine: Engine
@@ -146,29 +154,33 @@ class Step:
     def __post_init__(self) -> None:
         self.all_groups: list[Group] = []
         self.advantage_of: dict[int, npt.NDArray[np.float64]] = {}  # by the identity of the group
-        self.num_informative = 0
-        self.verdicts: Counter[Verdict] = Counter()
+        self.sampled: dict[str, float] = {}
         self.mismatch: dict[str, float] = {}
-        self.counters: dict[str, float] = {}
         self.own_ratios: SampleRatios = {}  # of this data rank's samples, in the count of all updates
 
     def collect(self, feed: Feed, log: RunLog) -> list[Group]:
         """The graded groups to train on."""
         given = feed.next_step(self.number)
-        self.all_groups, self.num_informative = given.graded, given.num_informative
-        self.verdicts = Counter(score.verdict for group in given.graded for score in group.scores or ())
-        self.counters = version_lag(given.chosen, self.number) | dict(given.counters)
-        if not given.chosen:
+        self.all_groups = given.graded
+        self.sampled = exchange.from_first_rank(lambda: sampled_metrics(given, self.number))
+        if exchange.is_first() and not given.chosen:
             log.say(f"step {self.number + 1}: every group has equal rewards, there is nothing to learn from; no update")
         return given.chosen
 
     def prepare(self, groups: Sequence[Group]) -> list[list[PackedBatch]]:
         """This rank's rows of every update, with the old log-probs and the correction of what the sampler saw."""
         config, topology = self.config, self.engine.topology
-        of_groups = advantages(groups, config.algorithm.advantage, pass_k=config.algorithm.pass_k)
-        self.advantage_of = {id(group): values for group, values in zip(groups, of_groups, strict=True)}
-        updates = [
-            pack_update(
+        numbers = exchange.from_first_rank(lambda: StepNumbers.of(groups))
+        of_groups = advantages_of(
+            numbers.by_group(numbers.rewards),
+            numbers.by_group(numbers.trained.astype(np.int64)),
+            config.algorithm.advantage,
+            pass_k=config.algorithm.pass_k,
+        )
+        if exchange.is_first():
+            self.advantage_of = {id(group): values for group, values in zip(groups, of_groups, strict=True)}
+        plans = [
+            plan_update(
                 update,
                 config.algorithm,
                 RowSettings(
@@ -178,15 +190,15 @@ class Step:
                 ),
                 sequence_work(self.engine.architecture),
                 longest_response=config.sampling.max_tokens,
-                data_rank=topology.data.rank,
                 data_size=topology.data.size,
             )
-            for update in cut_into_updates(groups, of_groups, config.algorithm.prompts_per_update)
+            for update in cut_into_updates(numbers, of_groups, config.algorithm.prompts_per_update)
         ]
-        flat = [batch for update in updates for batch in update]
-        if not flat:
+        if not plans:
             return []
-        scored = iter(self._with_logprobs(flat))
+        samples = _give_samples(plans, groups, topology)
+        updates = [pack_rows(plan, topology.data.rank, samples) for plan in plans]
+        scored = iter(self._with_logprobs([batch for update in updates for batch in update]))
         return [[next(scored) for _ in update] for update in updates]
 
     def update(self, batches: list[PackedBatch]) -> StepStats:
@@ -213,37 +225,24 @@ class Step:
         return stats
 
     def ratios_of(self, groups: Sequence[Group]) -> dict[int, list[npt.NDArray[np.float32]]]:
-        """Ratios of the samples' tokens, as the loss had them, by the identity of the trained groups. Collective."""
-        of_all = {
-            number: ratios for own in self.engine.topology.gather(self.own_ratios) for number, ratios in own.items()
-        }
+        """Rank 0: ratios of the tokens, as the loss had them, by the identity of its trained groups. Collective."""
+        own = self.own_ratios if self.engine.topology.leads_replica else {}
+        of_all = {number: ratios for share in exchange.gather_first(own) for number, ratios in share.items()}
         numbers = count()
         return {id(group): [of_all[next(numbers)] for _ in group.samples] for group in groups}
 
     def summary(self, stats: Sequence[StepStats], *, sync_seconds: float) -> StepStats:
         """The rollout step's record: means over its updates, and what was sampled."""
         trained = max(sum(step.num_trained_tokens for step in stats), 1)
-        samples = [sample for group in self.all_groups for sample in group.samples]
-        lengths = [int(sample.trained.sum()) for sample in samples]
-        rewards = np.concatenate([group.rewards for group in self.all_groups])
-        total = max(self.verdicts.total(), 1)
         metrics: dict[str, float] = {
-            "reward_mean": float(rewards.mean()),
-            "accuracy": self.verdicts[Verdict.RIGHT] / total,
-            "response_length_mean": float(np.mean(lengths)),
-            "response_length_max": float(max(lengths)),
-            "cut_off_share": float(np.mean([sample.finish == "length" for sample in samples])),
-            "zero_advantage_share": 1 - self.num_informative / len(self.all_groups),
             "entropy": sum(step.metrics["entropy"] * step.num_trained_tokens for step in stats) / trained,
             "updates": float(len(stats)),
-            "rollout_tokens": float(sum(lengths)),
             "sync_seconds": sync_seconds,
         }
         for region in range(1, 6):
             touched = sum(step.metrics.get(f"clip_region_{region}_tokens", 0.0) for step in stats)
             metrics[f"clip_region_{region}"] = touched / trained
-        metrics |= {f"verdict/{verdict.value}": float(self.verdicts[verdict]) for verdict in Verdict}
-        metrics |= self.counters | (self.mismatch or self._measure([], []))
+        metrics |= self.sampled | (self.mismatch or self._measure([], []))
         return StepStats(
             step=self.number + 1,
             loss=_mean([step.loss for step in stats]),
@@ -276,16 +275,19 @@ class Step:
 
     def _measure(self, old_logprobs: Sequence[Tensor], batches: Sequence[PackedBatch]) -> dict[str, float]:
         """Train/sampler mismatch over the trained tokens of all ranks, and what the correction made of it."""
-        rows = [
-            _mismatch_row(batch, old, self.config.algorithm)
-            for old, batch in zip(old_logprobs, batches, strict=True)
-            if batch.sampler_logprobs is not None
-        ]
-        own = torch.cat([*rows, torch.zeros(0, 4)]).numpy()
-        of_all = np.concatenate(self.engine.topology.gather(own))
-        trainer, sampler, factor, log_ratio = torch.from_numpy(of_all).unbind(dim=1)
-        found = measure_mismatch(trainer, sampler, torch.ones_like(trainer, dtype=torch.bool)).metrics()
-        return found | correction_metrics(factor, log_ratio, self.config.algorithm.correction)
+        own = MismatchSums.total(
+            [
+                _mismatch_of_row(batch, old, self.config.algorithm)
+                for old, batch in zip(old_logprobs, batches, strict=True)
+                if batch.sampler_logprobs is not None
+            ]
+        )
+        topology = self.engine.topology
+        found = own.over_ranks(
+            lambda values: topology.all_reduce(values, topology.data),
+            lambda values: topology.all_reduce(values, topology.data, dist.ReduceOp.MAX),
+        )
+        return found.mismatch().metrics() | found.correction_metrics()
 
     def _temperature(self) -> float:
         """Log-probs are those of the distribution sampled from; greedy sampling has the policy's own."""
@@ -314,8 +316,39 @@ def _factors(batch: PackedBatch, old_logprobs: Tensor, algorithm: AlgorithmConfi
     )
 
 
-def _mismatch_row(batch: PackedBatch, old_logprobs: Tensor, algorithm: AlgorithmConfig) -> Tensor:
-    """Of the row's trained tokens [n, 4]: log-probs of trainer and sampler, the correction, the log-ratio it read."""
+def sampled_metrics(given: StepGroups, step: int) -> dict[str, float]:
+    """What a rollout step's record says of the groups that were drawn for it."""
+    samples = [sample for group in given.graded for sample in group.samples]
+    lengths = [int(sample.trained.sum()) for sample in samples]
+    rewards = np.concatenate([group.rewards for group in given.graded])
+    verdicts = Counter(score.verdict for group in given.graded for score in group.scores or ())
+    return {
+        "reward_mean": float(rewards.mean()),
+        "accuracy": verdicts[Verdict.RIGHT] / max(verdicts.total(), 1),
+        "response_length_mean": float(np.mean(lengths)),
+        "response_length_max": float(max(lengths)),
+        "cut_off_share": float(np.mean([sample.finish == "length" for sample in samples])),
+        "zero_advantage_share": 1 - given.num_informative / len(given.graded),
+        "rollout_tokens": float(sum(lengths)),
+        **{f"verdict/{verdict.value}": float(verdicts[verdict]) for verdict in Verdict},
+        **version_lag(given.chosen, step),
+        **given.counters,
+    }
+
+
+def _give_samples(plans: Sequence[UpdatePlan], groups: Sequence[Group], topology: Topology) -> dict[int, Sample]:
+    """The samples that this data rank trains, from rank 0, by their numbers in the count of all updates."""
+    parts: list[TokenArrays] = []
+    if exchange.is_first():
+        samples = [sample for group in groups for sample in group.samples]
+        for data_rank in range(topology.data.size):
+            numbers = [number for plan in plans for number in plan.numbers_of(data_rank)]
+            parts.append(TokenArrays.of({number: samples[number] for number in numbers}))
+    return exchange.give_each(parts, topology.replicas).samples()
+
+
+def _mismatch_of_row(batch: PackedBatch, old_logprobs: Tensor, algorithm: AlgorithmConfig) -> MismatchSums:
+    """Of the row's trained tokens."""
     assert batch.sampler_logprobs is not None
     trained = batch.weights != 0
     log_ratio = log_ratios(
@@ -325,8 +358,14 @@ def _mismatch_row(batch: PackedBatch, old_logprobs: Tensor, algorithm: Algorithm
         trained=trained,
         cu_seqlens=batch.cu_seqlens,
     )
-    columns = [old_logprobs, batch.sampler_logprobs, _factors(batch, old_logprobs, algorithm), log_ratio]
-    return torch.stack(columns, dim=1)[trained]
+    factors = _factors(batch, old_logprobs, algorithm)
+    return MismatchSums.of(
+        old_logprobs[trained],
+        batch.sampler_logprobs[trained],
+        factors[trained],
+        log_ratio[trained],
+        algorithm.correction,
+    )
 
 
 def _corrected(batch: PackedBatch, old_logprobs: Tensor, algorithm: AlgorithmConfig) -> PackedBatch:

@@ -1,4 +1,4 @@
-"""Grading in a distributed run: rank 0 grades in its worker processes and every rank gets the scores."""
+"""Grading in a distributed run: rank 0, which holds the groups, grades them in its worker processes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from types import TracebackType
-from typing import Any
-
-import torch.distributed as dist
 
 from megatron_klear.config.rl import RewardConfig
-from megatron_klear.errors import UserError
+from megatron_klear.distributed import exchange
 from megatron_klear.rewards.base import RewardSettings, check_sources, check_truths
 from megatron_klear.rewards.format import complete
 from megatron_klear.rewards.pool import GradingPool
@@ -29,7 +26,7 @@ def check_prompts(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
 
 
 class Grader:
-    """Scores groups the same on every rank; a context, since it holds worker processes on rank 0."""
+    """Scores groups; a context, since it holds worker processes on rank 0."""
 
     def __init__(self, config: RewardConfig, prompts: Sequence[Prompt], rank: int) -> None:
         """Start the workers, which try every reward once on a made-up response to the first prompt of its kind.
@@ -58,32 +55,20 @@ class Grader:
 
     def wait_until_ready(self) -> None:
         """Return when the rewards are imported and tried. Raises RewardError on every rank where one cannot be used."""
-        message: list[Any] = [None]
-        if self._pool is not None:
-            try:
-                self._pool.wait_until_ready()
-            except UserError as error:
-                message = [error]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.broadcast_object_list(message, src=0)
-        if message[0] is not None:
-            raise message[0]
+        exchange.on_first_rank(lambda: self._pool.wait_until_ready() if self._pool is not None else None)
 
     def grade(self, groups: Sequence[Group]) -> Graded:
-        """Groups with scores. Raises GradingAlarm on every rank when too many could not be graded."""
-        message: list[Any] = [None]
-        if self._pool is not None:
-            try:
-                message = [self._score(groups)]
-            except UserError as error:
-                message = [error]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.broadcast_object_list(message, src=0)
-        if isinstance(message[0], UserError):
-            raise message[0]
-        graded: Graded = message[0]
-        self._alarm.check(graded)
-        return graded
+        """Rank 0: its groups with scores; the others get none.
+
+        Raises GradingAlarm on rank 0, UserError on the others, when too many could not be graded.
+        """
+
+        def scored() -> Graded:
+            graded = self._score(groups)
+            self._alarm.check(graded)
+            return graded
+
+        return exchange.on_first_rank(scored) or Graded(groups=[])
 
     def begin(self, groups: Sequence[Group]) -> Future[Graded]:
         """Rank 0: grade in the background, without the alarm; `check` is for what came of it."""

@@ -1,8 +1,8 @@
 """Groups drawn while earlier steps are trained: one step ahead, or always.
 
-Rank 0 keeps the book of what is under way and decides; the other ranks get what a step takes. A group stays in the book
-from the moment its prompt is taken until a step has trained on it or reported it as dropped, and the book is what a
-checkpoint holds: no prompt is lost, and none is used twice.
+Rank 0 keeps the book of what is under way and decides; the other ranks hear when a step can begin. A group stays
+in the book from the moment its prompt is taken until a step has trained on it or reported it as dropped, and the book
+is what a checkpoint holds: no prompt is lost, and none is used twice.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.data.prompts import PromptStream
+from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.rewards.scoring import Graded
 from megatron_klear.rl.versions import oldest_version
@@ -100,17 +101,10 @@ class OverlapFeed(ABC):
         self._step, self._is_training = number, False
         with self._log.time("rollout"):
             choice = self._sampler.until(self._advance)
-        self._sampler.check_dropped(choice.failures, len(choice.graded) + len(choice.failures))
-        verdicts = Counter(score.verdict for group in choice.graded for score in group.scores or ())
-        self._grader.check(Graded(groups=choice.graded, counts=verdicts))
+        counters = self._sampler.counters()
+        given = exchange.on_first_rank(lambda: self._checked(choice, counters))
         self._is_training = True
-        return StepGroups(
-            chosen=choice.chosen,
-            graded=choice.graded,
-            num_informative=sum(map(self._judge.is_informative, choice.graded)),
-            counters=self._sampler.counters()
-            | {"stale_groups": float(choice.stale), "surplus_groups": float(choice.surplus)},
-        )
+        return given or StepGroups()
 
     def work(self) -> None:
         """Grade what was drawn meanwhile and ask for more; an error waits for the next step, where all ranks meet."""
@@ -221,6 +215,19 @@ class OverlapFeed(ABC):
             if entry.grading is not None and entry.grading.done():
                 entry.group = self._judge.penalised(entry.grading.result().groups[0])
                 entry.grading = None
+
+    def _checked(self, choice: _Choice | None, counters: Mapping[str, float]) -> StepGroups:
+        """Rank 0: what the step is given, unless too much of it was dropped or could not be graded."""
+        assert choice is not None
+        self._sampler.check_dropped(choice.failures, len(choice.graded) + len(choice.failures))
+        verdicts = Counter(score.verdict for group in choice.graded for score in group.scores or ())
+        self._grader.check(Graded(groups=choice.graded, counts=verdicts))
+        return StepGroups(
+            chosen=choice.chosen,
+            graded=choice.graded,
+            num_informative=sum(map(self._judge.is_informative, choice.graded)),
+            counters={**counters, "stale_groups": float(choice.stale), "surplus_groups": float(choice.surplus)},
+        )
 
     def _given(self, chosen: Sequence[Entry], reported: Sequence[Entry], surplus: int = 0) -> _Choice:
         """Strike entries off the book, reported as trained on or as dropped."""

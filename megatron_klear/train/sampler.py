@@ -1,7 +1,7 @@
 """The rollout engine as the loop sees it: weights go there, groups come back, and a server that dies is let in again.
 
-All ranks call together unless a method says otherwise. What rank 0, which alone talks to servers, decides is handed to
-the others, so that all of them hold the same groups and meet in the same collectives.
+All ranks call together unless a method says otherwise. Rank 0, which alone talks to servers, has the groups; the others
+are told what it decided, so that all of them meet in the same collectives.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
-
-import torch.distributed as dist
+from typing import Literal, TypeVar, cast
 
 from megatron_klear.config.rl import SamplingConfig
+from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.rollout.engine import BackgroundRollouts, FinishedGroup, GroupRequest, RolloutEngine, told_apart
 from megatron_klear.types import Group, Prompt
@@ -25,15 +23,8 @@ POLL_SECONDS = 1.0
 _SHOWN = 3
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _News(Generic[Result]):
-    """What rank 0 tells the others."""
-
-    result: Result | None = None
-    error: UserError | None = None
-    needs_weights: bool = False
+_News = Literal["waiting", "done", "weights"]
+"""What rank 0 tells the others."""
 
 
 class Sampler:
@@ -80,9 +71,9 @@ class Sampler:
         self.version = version
 
     def draw(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
-        """Groups of the prompts, in order; those that could not be had within the deadline are left out.
+        """Rank 0: groups of the prompts, in order; those that could not be had within the deadline are left out.
 
-        Raises UserError where too many could not be had.
+        The others get none. Raises UserError, on every rank, where too many could not be had.
         """
         if self.background is None:
             return self._rollouts.generate(prompts, sampling, seed)
@@ -103,23 +94,25 @@ class Sampler:
             self.check_lost()
             return None
 
-        finished = self.until(advance)
-        self.check_dropped([one.failure for one in finished if one.group is None], len(finished))
-        return [one.group for one in finished if one.group is not None]
+        def drawn() -> list[Group]:
+            self.check_dropped([one.failure for one in finished if one.group is None], len(finished))
+            return [one.group for one in finished if one.group is not None]
 
-    def until(self, advance: Callable[[], Result | None]) -> Result:
-        """Call `advance` on rank 0 until it returns something, which every rank gets.
+        finished = self.until(advance) or []
+        return exchange.on_first_rank(drawn) or []
+
+    def until(self, advance: Callable[[], Result | None]) -> Result | None:
+        """Call `advance` on rank 0 until it returns something, which rank 0 gets; the others get None.
 
         Meanwhile servers that come back are given the weights of the present version. `advance` may wait about a
-        second at a time. A UserError on rank 0 is raised on every rank.
+        second at a time. An error on rank 0 is raised on every rank.
         """
+        results: list[Result] = []
         while True:
-            news: _News[Result] = _from_first(self._rounds(advance) if _is_first() else None)
-            if news.error is not None:
-                raise news.error
-            if news.result is not None:
-                return news.result
-            if news.needs_weights:
+            news = exchange.from_first_rank(lambda: self._rounds(advance, results))
+            if news == "done":
+                return results[0] if results else None
+            if news == "weights":
                 self.sync(self.version)
 
     def submit(self, requests: Sequence[GroupRequest]) -> None:
@@ -144,7 +137,7 @@ class Sampler:
         counters = dict(self._rollouts.counters())
         if self.background is not None:
             counters["groups_dropped"] = float(self._dropped)
-            counters = _from_first(counters)
+            counters = exchange.tell_all(counters)
         self._dropped = 0
         return counters
 
@@ -186,32 +179,18 @@ class Sampler:
         self._dropped += sum(one.group is None for one in finished)
         return finished
 
-    def _rounds(self, advance: Callable[[], Result | None]) -> _News[Result]:
+    def _rounds(self, advance: Callable[[], Result | None], results: list[Result]) -> _News:
         until = time.monotonic() + HEARTBEAT_SECONDS
-        try:
-            while time.monotonic() < until:
-                result = advance()
-                if result is not None:
-                    return _News(result=result)
-                if self.background is not None and self.background.needs_weights:
-                    return _News(needs_weights=True)
-        except UserError as error:
-            return _News(error=error)
-        return _News()
+        while time.monotonic() < until:
+            result = advance()
+            if result is not None:
+                results.append(result)
+                return "done"
+            if self.background is not None and self.background.needs_weights:
+                return "weights"
+        return "waiting"
 
 
 def key_of(request: GroupRequest) -> tuple[str, int]:
     """What tells requests under way from each other."""
     return request.prompt.id, request.seed
-
-
-def _from_first(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    message = [value]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(message, src=0)
-    return message[0]
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

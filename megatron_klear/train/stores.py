@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_klear.data.store import Split, StoreSettings, TokenStore, is_made, make_store, open_made
-from megatron_klear.rollout.ranks import from_first_rank, patiently, same_outcome
+from megatron_klear.distributed.exchange import from_first_rank, patiently, same_outcome
 
 
 def open_for_all(config: StoreSettings, tokenizer_folder: Path, split: Split = "train") -> TokenStore:

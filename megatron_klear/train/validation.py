@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_klear.config.rl import ValidationConfig
+from megatron_klear.distributed import exchange
+from megatron_klear.rewards.scoring import Graded
 from megatron_klear.runs.log import RunLog
 from megatron_klear.runs.rollout_files import RolloutWriter
 from megatron_klear.train.grading import Grader
@@ -26,10 +28,13 @@ class Validator:
     """Writes the samples of every validation, None to keep none."""
 
     def report(self, sampler: Sampler, grader: Grader, log: RunLog, *, step: int) -> float | None:
-        """Log avg@k and pass@k (any of the k right) after rollout step `step`; None without problems."""
+        """Log avg@k and pass@k (any of the k right) after rollout step `step`. Returns avg@k, None without problems."""
         if not self.prompts:
             return None
         graded = grader.grade(sampler.draw(self.prompts, self.config.sampling, _SEED))
+        return exchange.from_first_rank(lambda: self._logged(graded, log, step))
+
+    def _logged(self, graded: Graded, log: RunLog, step: int) -> float:
         if self.kept is not None:
             self.kept.write(step, graded.groups)
             self.kept.flush()

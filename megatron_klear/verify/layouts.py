@@ -8,16 +8,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from megatron_klear.config.base import ParallelConfig, SFTConfig
 from megatron_klear.data.pack import loss_weights, num_predicted, pack
 from megatron_klear.data.sft import SampleStore
+from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
@@ -170,8 +170,7 @@ def measure(
             batches = [_with_old_logprobs(batch, values) for batch, values in zip(batches, logprobs, strict=True)]
         loss: TokenLoss = GPPO() if loss_name == "gppo" else NLL()
         stats = [engine.train_step(batches, loss) for _ in range(steps)]
-        shares: list[Any] = [None] * topology.size
-        dist.all_gather_object(shares, _by_sample(samples, [rows[index] for index in mine], logprobs))
+        shares = exchange.gather_all(_by_sample(samples, [rows[index] for index in mine], logprobs))
         engine.close()
     whole = {index: values for share in shares for index, values in share.items()}
     return LayoutResult(

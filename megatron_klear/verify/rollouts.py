@@ -18,6 +18,7 @@ from megatron_klear.config.start import GPPOStart
 from megatron_klear.data.pack import pack
 from megatron_klear.data.prompts import PromptStream
 from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_klear.distributed import exchange
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.model import DTYPES, inverse_frequencies
 from megatron_klear.mcore.topology import world
@@ -128,7 +129,7 @@ def _generate(start: GPPOStart, rollouts: RolloutEngine, tokenizer: ChatTokenize
         seed=config.seed,
         thinking=config.prompts.thinking,
     )
-    return rollouts.generate(stream.take(prompts), config.sampling, config.seed)
+    return exchange.tell_all(rollouts.generate(stream.take(prompts), config.sampling, config.seed))
 
 
 def _samples(groups: Sequence[Group]) -> list[Sample]:

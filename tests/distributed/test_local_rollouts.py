@@ -10,6 +10,7 @@ from megatron_klear.config.base import CheckpointConfig, DataConfig, ModelConfig
 from megatron_klear.config.rl import SamplingConfig
 from megatron_klear.data.pack import num_predicted, pack
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
+from megatron_klear.distributed import exchange
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.model import inverse_frequencies
 from megatron_klear.mcore.topology import world
@@ -114,7 +115,7 @@ def roll_out_and_rescore(model: Path, parallel: ParallelConfig) -> tuple[float, 
         sampler.load_weights(trainer.hf_weights(), 0)
         sampling = SamplingConfig(samples_per_prompt=2, max_tokens=12)
         for version in range(1, 3):
-            groups = sampler.generate(prompts(), sampling, seed=version)
+            groups = exchange.tell_all(sampler.generate(prompts(), sampling, seed=version))
             samples = [sample for group in groups for sample in group.samples]
             total = sum(num_predicted(sample) for sample in samples)
             mine = samples[topology.data.rank :: topology.data.size]
@@ -127,7 +128,7 @@ def roll_out_and_rescore(model: Path, parallel: ParallelConfig) -> tuple[float, 
                     yield name, tensor
 
             held = sampler.load_weights(watched(), version)
-        groups = sampler.generate(prompts(), sampling, seed=9)
+        groups = exchange.tell_all(sampler.generate(prompts(), sampling, seed=9))
         samples = [sample for group in groups for sample in group.samples]
         batch = pack(samples, [1.0] * len(samples))
         difference = (trainer.logprobs([batch])[0] - batch.sampler_logprobs)[batch.weights != 0].abs().max()

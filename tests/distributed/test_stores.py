@@ -11,9 +11,9 @@ from pool import Pool
 from megatron_klear.config.base import DataConfig, ParallelConfig
 from megatron_klear.data import store as store_module
 from megatron_klear.data.arithmetic import arithmetic_rows
+from megatron_klear.distributed import exchange as ranks_module
+from megatron_klear.distributed.exchange import patiently
 from megatron_klear.mcore.topology import process_group
-from megatron_klear.rollout import ranks as ranks_module
-from megatron_klear.rollout.ranks import patiently
 from megatron_klear.train.stores import open_for_all
 
 TINY = Path(__file__).resolve().parents[2] / "examples/tiny_tokenizer"

@@ -43,7 +43,8 @@ def two_syncs(url: str) -> tuple[list, list, dict, dict]:
             engine.generate(prompts, sampling(), seed=1)
         engine.load_weights(weights(), 4)
         again = engine.generate(prompts, sampling(), seed=1)
-        assert [sample.policy_version for group in again for sample in group.samples] == [4] * 8
+        versions = [sample.policy_version for group in again for sample in group.samples]
+        assert versions == [4] * (8 if rank == 0 else 0)
         return [group.texts for group in groups], [group.texts for group in again], checksums, probed
     finally:
         engine.close()
@@ -84,9 +85,11 @@ def server() -> Iterator[FakeServer]:
         yield fake
 
 
-def test_every_rank_gets_the_same(ranks, server: FakeServer):
+def test_the_first_rank_gets_the_groups_and_all_the_proof(ranks, server: FakeServer):
     first, second = ranks(2, two_syncs, server.url)
-    assert first[0] == second[0] == first[1] == second[1]
+    assert first[0] == first[1]
+    assert len(first[0]) == 4
+    assert second[:2] == ([], [])
     assert first[2] == second[2]
     assert list(first[2]) == [f"{server.url} worker 0"]
     np.testing.assert_array_equal(first[3][server.url], second[3][server.url])

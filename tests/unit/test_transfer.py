@@ -277,7 +277,7 @@ LEAVES_A_FILE = """
 import sys, time
 from pathlib import Path
 import torch
-from megatron_klear.rollout.bucket_files import BucketFolder
+from megatron_klear.rollout.weights.files import BucketFolder
 folder = BucketFolder(Path(sys.argv[1]), durable=True)
 for publish in (True, False):
     bucket = folder.new_bucket()

@@ -272,7 +272,7 @@ OPENS_HANDLES = """
 import base64, pickle, sys
 import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
-from megatron_klear.checksum import checksum
+from megatron_klear.rollout.weights.checksum import checksum
 torch.cuda.init()
 handles = pickle.loads(base64.b64decode(sys.stdin.readline()))
 for handle in handles:

@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 import psutil  # type: ignore[import-untyped]
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_klear.config.base import ModelConfig, ParallelConfig, RunConfig
+from megatron_klear.distributed import exchange
 from megatron_klear.mcore import weights as hf
 from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.mcore.checkpoints import save as checkpoint
@@ -201,9 +201,7 @@ def write_checkpoint(run: RunConfig, path: Path, companions: Path) -> None:
             hf.iter_hf_weights(chunks, architecture, topology),
             (lambda name: weights.tensor(name).to(dtype)) if topology.rank == 0 else None,
         )
-        shared = [unequal]
-        dist.broadcast_object_list(shared, src=0)
-        _refuse(shared[0], f"the checkpoint of {run.model.path}")
+        _refuse(exchange.tell_all(unequal), f"the checkpoint of {run.model.path}")
 
 
 def compare_forward(path: Path, model_folder: Path, dtype: DtypeName) -> float:

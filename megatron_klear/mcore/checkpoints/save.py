@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_klear.distributed import exchange
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.mcore.checkpoints.manifest import CheckpointError
@@ -154,18 +154,16 @@ def latest_valid(checkpoints: Path, topology: Topology) -> Path | None:
     Ranks divide the hashing. A damaged checkpoint is passed over with a loud message.
     Raises CheckpointError where there are some and none is whole: starting anew is for a person to decide.
     """
-    found: list[list[int]] = [manifest.steps(checkpoints)]
-    dist.broadcast_object_list(found, src=0)
-    for step in reversed(found[0]):
+    found = exchange.tell_all(manifest.steps(checkpoints))
+    for step in reversed(found):
         path = manifest.step_folder(checkpoints, step)
-        shares: list[Any] = [None] * topology.size
-        dist.all_gather_object(shares, manifest.damage(path, topology.rank, topology.size))
+        shares = exchange.gather_all(manifest.damage(path, topology.rank, topology.size))
         problems = sorted({problem for share in shares for problem in share})
         if not problems:
             return path
         if topology.rank == 0:
             manifest.warn(f"checkpoint {path} is damaged and passed over: {'; '.join(problems)}")
-    if found[0]:
+    if found:
         raise CheckpointError(
             f"every checkpoint in {checkpoints} is damaged; restore one, or choose another output to start anew"
         )
@@ -246,19 +244,15 @@ def _set_weights(models: list[PolicyModel], loaded: dict[str, Any]) -> None:
 
 def _publish(hidden: Path, path: Path, topology: Topology) -> None:
     """Make the manifest of what every rank's writer has noted of its own files, and rename the folder into place."""
-    shares: list[Any] | None = [None] * topology.size if topology.rank == 0 else None
-    dist.gather_object(manifest.written(hidden, topology.rank), shares, dst=0)
-    if shares is not None:
+    shares = exchange.gather_first(manifest.written(hidden, topology.rank))
+    if topology.rank == 0:
         manifest.publish(hidden, path, {name: entry for share in shares for name, entry in share.items()})
     topology.barrier()
 
 
 def _hidden_folder(path: Path, topology: Topology) -> Path:
     """A new hidden folder beside `path`, the same on every rank."""
-    name: list[str | None] = [f".saving-{path.name}-{os.getpid()}" if topology.rank == 0 else None]
-    dist.broadcast_object_list(name, src=0)
-    assert name[0] is not None
-    hidden = path.parent / name[0]
+    hidden = path.parent / exchange.tell_all(f".saving-{path.name}-{os.getpid()}")
     if topology.rank == 0:
         shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir(parents=True)
@@ -291,9 +285,7 @@ def _rng_states(topology: Topology) -> list[dict[str, Any]]:
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
-    states: list[Any] = [None] * topology.size
-    dist.all_gather_object(states, own)
-    return states
+    return exchange.gather_all(own)
 
 
 def _set_rng(states: list[dict[str, Any]], topology: Topology) -> None:

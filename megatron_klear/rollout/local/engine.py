@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_klear.config.rl import SamplingConfig
+from megatron_klear.distributed import exchange
 from megatron_klear.rollout.engine import Checksums, group_of, told_apart
 from megatron_klear.rollout.local.decoder import Cache, Decoder
 from megatron_klear.rollout.local.draw import UniformStream, draw, log_distribution
@@ -73,20 +73,15 @@ class LocalEngine:
         return {}
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
-        """Draw the responses; prompts are dealt over all ranks, and every rank gets all groups."""
+        """Draw the responses; prompts are dealt over all ranks, and rank 0 gets all groups."""
         if self.version < 0:
             raise RuntimeError("the rollout engine has no weights yet: call load_weights first")
         prompts = told_apart(prompts)
-        size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        mine = list(range(rank, len(prompts), size))
+        mine = list(range(exchange.rank(), len(prompts), exchange.size()))
         finished = self._sample([prompts[index] for index in mine], sampling, seed)
         own = dict(zip(mine, finished, strict=True))
-        shares: list[dict[int, Group]] = [own]
-        if size > 1:
-            shares = [{}] * size
-            dist.all_gather_object(shares, own)
-        whole = {index: group for share in shares for index, group in share.items()}
-        return [whole[index] for index in range(len(prompts))]
+        whole = {index: group for share in exchange.gather_first(own) for index, group in share.items()}
+        return [whole[index] for index in range(len(prompts) if exchange.is_first() else 0)]
 
     def counters(self) -> dict[str, float]:
         """Nothing is retried or dropped here."""

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_klear.distributed.exchange import from_first_rank, on_first_rank, same_outcome
 from megatron_klear.errors import UserError
 from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest, group_of, told_apart
-from megatron_klear.rollout.ranks import from_first_rank, same_outcome
 from megatron_klear.rollout.vllm.client import Portal, ServerClient, open_session
 from megatron_klear.rollout.vllm.dispatch import Dispatcher, Drawn
 from megatron_klear.rollout.vllm.fleet import Fleet
@@ -171,7 +171,7 @@ class VLLMEngine:
             while True:
                 state = from_first_rank(lambda: self._wait_for(drawing))
                 if state == "done":
-                    return from_first_rank(lambda: self._groups(drawing))
+                    return on_first_rank(lambda: self._groups(drawing)) or []
                 if state == "weights":
                     raise WeightsNeeded("no rollout server holds the present weights: they have to be sent again")
         finally:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_klear.config.rollout import VLLMRolloutConfig
-from megatron_klear.rollout.ranks import from_first_rank
+from megatron_klear.distributed.exchange import from_first_rank
 from megatron_klear.rollout.vllm.engine import VLLMEngine
 from megatron_klear.rollout.weights.base import open_transport
 

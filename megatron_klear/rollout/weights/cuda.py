@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
+from megatron_klear.distributed import exchange
 from megatron_klear.rollout.engine import Checksums
 from megatron_klear.rollout.vllm.client import Portal, ServerClient, ServerError
 from megatron_klear.rollout.weights.base import BACKENDS, check_server
@@ -131,9 +132,8 @@ class CudaIPCTransport:
         own: list[Handles] = [{self._card: _reduce(tensor)[1]} for tensor in tensors]
         if self._world_size == 1:
             return own
-        gathered: list[Any] | None = [None] * self._world_size if self._rank == 0 else None
-        dist.gather_object(own, gathered)
-        if gathered is None:
+        gathered = exchange.gather_first(own)
+        if not gathered:
             return []
         return [
             {card: handle for ranks in place for card, handle in ranks.items()} for place in zip(*gathered, strict=True)

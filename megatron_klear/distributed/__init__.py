@@ -1,0 +1,1 @@
+"""What crosses ranks: the verbs by which Python objects and arrays are exchanged."""

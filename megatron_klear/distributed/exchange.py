@@ -1,0 +1,208 @@
+"""The one place where Python objects and arrays of numpy cross ranks: a few verbs, all of them collective.
+
+Tensors of the training itself go by Megatron's groups; what goes here is control: numbers that every rank plans with,
+rows that one data rank trains, errors. It goes by a group of its own where training is on GPUs (`use_group`), so that
+nothing here meets NCCL, and no group of Megatron's needs sockets for it.
+
+Errors cross as words: a UserError arrives as one, anything else as RuntimeError that names the rank.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_klear.errors import UserError
+
+Result = TypeVar("Result")
+
+BEAT_SECONDS = 30.0
+"""How often ranks that wait for work of hours tell each other that they do; far below any collective's time-out."""
+
+_group: dist.ProcessGroup | None = None
+
+
+def use_group(group: dist.ProcessGroup | None) -> None:
+    """Have every later exchange go by `group`, of all ranks and on the CPU; None is torch.distributed's default."""
+    global _group
+    _group = group
+
+
+def rank() -> int:
+    """This process's place among all; 0 without torch.distributed."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many ranks there are; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, which speaks for the run."""
+    return rank() == 0
+
+
+def tell_all(value: Result) -> Result:
+    """Rank 0's value, on every rank; what the others pass is not looked at."""
+    if size() == 1:
+        return value
+    message: list[Any] = [value if is_first() else None]
+    dist.broadcast_object_list(message, src=0, group=_group)
+    told: Result = message[0]
+    return told
+
+
+def tell_group(value: Result, source: int, group: dist.ProcessGroup) -> Result:
+    """The value of the rank that is `source` among all ranks, on every rank of one of Megatron's groups."""
+    message: list[Any] = [value if rank() == source else None]
+    dist.broadcast_object_list(message, src=source, group=group)
+    told: Result = message[0]
+    return told
+
+
+def gather_all(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
+    """The values of all ranks in their order, on every rank; or of one of Megatron's groups.
+
+    For a few bytes: everybody receives everything.
+    """
+    count = size() if group is None else dist.get_world_size(group)
+    if count == 1:
+        return [value]
+    values: list[Any] = [None] * count
+    dist.all_gather_object(values, value, group=_group if group is None else group)
+    return values
+
+
+def gather_first(value: Result) -> list[Result]:
+    """The values of all ranks in their order, on rank 0; empty on the others."""
+    if size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * size() if is_first() else None
+    dist.gather_object(value, values, dst=0, group=_group)
+    return values or []
+
+
+def give_each(parts: Sequence[Result], receivers: Sequence[Sequence[int]]) -> Result:
+    """To every rank the part that is meant for it: part i of rank 0's goes to the ranks of `receivers[i]`.
+
+    Every rank passes the same `receivers`, which name each rank once; `parts` is rank 0's alone. A part leaves rank 0
+    once, for the first of its receivers, and goes on from there along a chain that doubles: no rank receives another's.
+    """
+    if size() == 1:
+        return parts[0]
+    own = next(part for part, ranks in enumerate(receivers) if rank() in ranks)
+    message: bytes | None = None
+    if is_first():
+        message = pickle.dumps(parts[own], pickle.HIGHEST_PROTOCOL)
+        for part, ranks in enumerate(receivers):
+            if part != own:
+                _send(pickle.dumps(parts[part], pickle.HIGHEST_PROTOCOL), ranks[0])
+    # In its own chain rank 0, where it is in it, comes first, for it has the part.
+    chain = sorted(receivers[own], key=lambda member: member != 0)
+    place = chain.index(rank())
+    if message is None:
+        message = _receive(chain[(place - 1) // 2] if place else 0)
+    for child in (2 * place + 1, 2 * place + 2):
+        if child < len(chain):
+            _send(message, chain[child])
+    result: Result = pickle.loads(message)
+    return result
+
+
+def from_first_rank(function: Callable[[], Result]) -> Result:
+    """What `function` returns on rank 0, on every rank. Where it raises, every rank raises."""
+    result: Result = _of_first(function, everywhere=True)
+    return result
+
+
+def on_first_rank(function: Callable[[], Result]) -> Result | None:
+    """What `function` returns on rank 0, None elsewhere: only its end is told. Where it raises, every rank raises."""
+    result: Result | None = _of_first(function, everywhere=False)
+    return result
+
+
+def same_outcome(function: Callable[[], Result]) -> Result:
+    """What `function` returns on this rank, unless it raises on some rank: then every rank raises."""
+    if size() == 1:
+        return function()
+    own: Exception | None = None
+    result: Any = None
+    try:
+        result = function()
+    except Exception as error:
+        own = error
+    told = gather_all(None if own is None else _told(own))
+    if own is not None:
+        raise own
+    for of_rank, message in enumerate(told):
+        if message is not None:
+            raise _error(of_rank, message)
+    value: Result = result
+    return value
+
+
+def patiently(function: Callable[[], Result]) -> Result:
+    """`same_outcome` of work that may take longer than a collective's time-out: who is done waits for the others.
+
+    `function` runs in a thread of its own and must use neither torch.distributed nor the GPU.
+    """
+    if size() == 1:
+        return function()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        work = pool.submit(function)
+        done = torch.zeros(())
+        while not done:
+            wait([work], timeout=BEAT_SECONDS)
+            done = torch.tensor(float(work.done()))
+            dist.all_reduce(done, op=dist.ReduceOp.MIN, group=_group)
+    return same_outcome(work.result)
+
+
+def _of_first(function: Callable[[], Result], *, everywhere: bool) -> Any:
+    if size() == 1:
+        return function()
+    own: Exception | None = None
+    message: tuple[Any, tuple[bool, str] | None] = (None, None)
+    result: Any = None
+    if is_first():
+        try:
+            result = function()
+            message = (result if everywhere else None, None)
+        except Exception as error:
+            own, message = error, (None, _told(error))
+    told, failure = tell_all(message)
+    if own is not None:
+        raise own
+    if failure is not None:
+        raise _error(0, failure)
+    return told if everywhere else result
+
+
+def _send(message: bytes, to: int) -> None:
+    # Of gloo's own tensors: a length, then the bytes, so that nothing is padded to the longest part.
+    dist.send(torch.tensor([len(message)]), to, group=_group)
+    dist.send(torch.frombuffer(bytearray(message), dtype=torch.uint8), to, group=_group)
+
+
+def _receive(sender: int) -> bytes:
+    length = torch.zeros(1, dtype=torch.int64)
+    dist.recv(length, sender, group=_group)
+    content = torch.empty(int(length), dtype=torch.uint8)
+    dist.recv(content, sender, group=_group)
+    return content.numpy().tobytes()
+
+
+def _told(error: Exception) -> tuple[bool, str]:
+    # Words rather than the error itself, which may not survive the way.
+    return isinstance(error, UserError), str(error) if isinstance(error, UserError) else repr(error)
+
+
+def _error(of_rank: int, message: tuple[bool, str]) -> Exception:
+    mendable, text = message
+    return UserError(text) if mendable else RuntimeError(f"rank {of_rank} failed: {text}")
