@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_klear.data.tiny import TinyShape, write_tiny_model, write_tiny_tokenizer
+from megatron_klear.models.families import FAMILIES
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -18,7 +19,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = TinyShape()
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--family", choices=("qwen3", "qwen2", "llama"), default="qwen3")
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="qwen3")
     parser.add_argument("--hidden", type=int, default=default.hidden_size, help="hidden size")
     parser.add_argument("--ffn", type=int, default=default.ffn_hidden_size, help="hidden size of the MLP")
     parser.add_argument("--layers", type=int, default=default.num_layers)

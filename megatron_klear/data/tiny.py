@@ -13,11 +13,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_klear.data.arithmetic import arithmetic_rows
-
-TinyFamily = Literal["qwen3", "qwen2", "llama"]
+from megatron_klear.models.families import FAMILIES
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 THINK_START, THINK_END = "<think>", "</think>"
@@ -111,16 +110,18 @@ def write_tiny_tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def tiny_config(family: TinyFamily, shape: TinyShape | None = None) -> dict[str, Any]:
+def tiny_config(family: str, shape: TinyShape | None = None) -> dict[str, Any]:
     """The config.json of a tiny model of `family`; ids of the end tokens are those of the tiny tokenizer."""
     shape = shape or TinyShape()
-    architectures = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
-    if shape.num_heads * shape.head_dim != shape.hidden_size and family == "qwen2":
-        raise ValueError(f"Qwen2 has no head_dim of its own: {shape.num_heads} heads must divide {shape.hidden_size}")
+    of_family = FAMILIES[family]
+    if shape.num_heads * shape.head_dim != shape.hidden_size and not of_family.own_head_dim:
+        raise ValueError(
+            f"{family} has no head_dim of its own: {shape.num_heads} heads must divide {shape.hidden_size}"
+        )
     if shape.vocab_size < VOCAB_SIZE:
         raise ValueError(f"vocab_size {shape.vocab_size} is below the tiny tokenizer's {VOCAB_SIZE}")
     config: dict[str, Any] = {
-        "architectures": [architectures[family]],
+        "architectures": [of_family.causal_lm],
         "model_type": family,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.ffn_hidden_size,
@@ -139,14 +140,14 @@ def tiny_config(family: TinyFamily, shape: TinyShape | None = None) -> dict[str,
         **_END_IDS,
         "torch_dtype": "float32",
     }
-    if family != "qwen2":
+    if of_family.own_head_dim:
         config |= {"head_dim": shape.head_dim, "attention_bias": False}
     return config
 
 
 def write_tiny_model(
     folder: Path,
-    family: TinyFamily = "qwen3",
+    family: str = "qwen3",
     shape: TinyShape | None = None,
     *,
     weights: bool = True,

@@ -1,8 +1,8 @@
 """The model's shape, read from a Hugging Face `config.json` and never typed in by hand.
 
-Dense decoder families: Qwen3, Qwen2/2.5 and Llama (SmolLM2 and the R1 distillations are among them). What a config asks
-for and this project does not compute (sliding windows, experts, attention biases of Llama) is an error, not an
-approximation.
+Dense decoder families are those of `families.py`: Qwen3, Qwen2/2.5 and Llama (SmolLM2 and the R1 distillations are among
+them). What a config asks for and this project does not compute (sliding windows, experts, attention biases of Llama) is
+an error, not an approximation.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from megatron_klear.models.families import FAMILIES
+from megatron_klear.models.family import Family
 from megatron_klear.models.rope import ArchitectureError, Rope, read_rope
 
-__all__ = ["Architecture", "ArchitectureError", "Family", "Rope", "architecture_from_config", "read_architecture"]
-
-Family = Literal["qwen3", "qwen2", "llama"]
-
-_FAMILIES: dict[str, Family] = {"qwen3": "qwen3", "qwen2": "qwen2", "llama": "llama"}
+__all__ = ["Architecture", "ArchitectureError", "Rope", "architecture_from_config", "read_architecture"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """Shape of one dense decoder. Counts are of the whole model, not of a rank."""
 
-    family: Family
+    family: str
+    """`model_type` of the config.json; see `families.FAMILIES`."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -89,10 +88,10 @@ def read_architecture(folder: Path) -> Architecture:
 
 def architecture_from_config(config: dict[str, Any], source: str = "config.json") -> Architecture:
     """Build the shape from a parsed `config.json`; `source` names it in errors."""
-    family = _FAMILIES.get(str(config.get("model_type")))
+    family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         raise ArchitectureError(
-            f"{source}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(_FAMILIES)}"
+            f"{source}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
 
     def number(key: str) -> Any:
@@ -113,7 +112,7 @@ def architecture_from_config(config: dict[str, Any], source: str = "config.json"
             f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
     return Architecture(
-        family=family,
+        family=family.model_type,
         num_layers=int(number("num_hidden_layers")),
         hidden_size=hidden,
         ffn_hidden_size=int(number("intermediate_size")),
@@ -125,8 +124,8 @@ def architecture_from_config(config: dict[str, Any], source: str = "config.json"
         norm_eps=float(number("rms_norm_eps")),
         rope=read_rope(config, source),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qk_norm=family == "qwen3",
-        qkv_bias=family == "qwen2",
+        qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias,
     )
 
 
@@ -135,7 +134,7 @@ def _refuse_unsupported(config: dict[str, Any], family: Family, source: str) -> 
         raise ArchitectureError(f"{source}: use_sliding_window is not supported; set it to false")
     if config.get("hidden_act", "silu") != "silu":
         raise ArchitectureError(f"{source}: hidden_act {config['hidden_act']!r} is not supported, expected 'silu'")
-    if family != "qwen2" and config.get("attention_bias"):
-        raise ArchitectureError(f"{source}: attention_bias true is not supported for {family}")
+    if reason := family.why_refused(config):
+        raise ArchitectureError(f"{source}: {reason}")
     if config.get("mlp_bias"):
         raise ArchitectureError(f"{source}: mlp_bias true is not supported")
