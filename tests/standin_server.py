@@ -11,12 +11,23 @@ STANDIN = Path(__file__).resolve().parent / "standin"
 
 
 def write_standin_python(path: Path) -> Path:
-    """Write the program to give as `rollout.server.python`."""
+    """Write the program to give as `rollout.server.python`; `requests_at` reads what its servers note beside it."""
+    work = path.with_name(f"{path.name}-work")
+    work.mkdir(exist_ok=True)
     path.write_text(
-        f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(STANDIN))}:$PYTHONPATH exec {shlex.quote(sys.executable)} "$@"\n'
+        f"#!/bin/sh\nSTANDIN_WORK={shlex.quote(str(work))} PYTHONPATH={shlex.quote(str(STANDIN))}:$PYTHONPATH "
+        f'exec {shlex.quote(sys.executable)} "$@"\n'
     )
     path.chmod(0o755)
     return path
+
+
+def requests_at(python: Path, server: int) -> int:
+    """Requests under way at a stand-in server, by its process id; 0 where it has noted none."""
+    try:
+        return int((python.with_name(f"{python.name}-work") / str(server)).read_text() or 0)
+    except FileNotFoundError:
+        return 0
 
 
 def processes_of(folder: Path, *words: str) -> list[int]:

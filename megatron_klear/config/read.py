@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import textwrap
+import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,9 @@ from megatron_klear.errors import UserError
 from megatron_klear.models.architecture import ArchitectureError
 
 C = TypeVar("C", bound=BaseModel)
+
+SPEAKER_SECONDS = 30.0
+"""How long the first process of a machine may take to meet the problem that another one met."""
 
 
 class SettingsError(UserError, ValueError):
@@ -114,13 +118,31 @@ def exit_on_bad_input() -> Iterator[None]:
 
 
 def exit_with(problems: Sequence[str]) -> NoReturn:
-    """Print problems to stderr, once a machine, and exit with code 2."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """Print problems to stderr, once a machine, and exit with code 2.
+
+    torchrun ends all processes when one ends: the others of a machine give its first the time to print. One that is
+    still there after `SPEAKER_SECONDS` was refused alone, and prints for itself.
+    """
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not speaks:
+        speaks = _is_left_alone()
+    if speaks:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         print(f"error: {count}, nothing was started:", file=sys.stderr)
         for problem in problems:
             print(f"  - {problem}", file=sys.stderr)
+        sys.stderr.flush()
     raise SystemExit(2)
+
+
+def _is_left_alone() -> bool:
+    """True after `SPEAKER_SECONDS` in which nobody ended this process and its parent lived."""
+    parent, until = os.getppid(), time.monotonic() + SPEAKER_SECONDS
+    while time.monotonic() < until:
+        if os.getppid() != parent:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def help_text(cls: type[BaseModel], description: str = "") -> str:

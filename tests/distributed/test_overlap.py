@@ -23,15 +23,16 @@ class BackgroundLocal:
 
     def __init__(self, local, rank: int) -> None:
         self._local, self.is_submitter = local, rank == 0
-        self._waiting, self._taken = [], 0
+        self._waiting, self._taken, self._version = [], 0, -1
         self.needs_weights, self.loads = False, 0
 
     def __getattr__(self, name: str):
         return getattr(self._local, name)
 
     def load_weights(self, weights, version):
-        self.needs_weights = False
-        self.loads += 1
+        # One that comes back as a version is sent gets none of it, and the step waits for groups at that moment.
+        self.needs_weights = self.fault == "restarted" and self.is_submitter and version != self._version
+        self.loads, self._version = self.loads + 1, version
         return self._local.load_weights(weights, version)
 
     @property
@@ -52,8 +53,6 @@ class BackgroundLocal:
             self._taken += 1
             if self.fault == "gone" and self._taken > 10:
                 raise UserError("no server is left")
-            if self.fault == "restarted" and self._taken % 7 == 0:
-                self.needs_weights = True
             request = self._waiting.pop()
             groups = self._local._sample([request.prompt], request.sampling, request.seed)
             dropped = self.fault == "dropped" and self._taken % 9 == 0

@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from standin_server import processes_of, processes_with, write_standin_python
+from standin_server import processes_of, processes_with, requests_at, write_standin_python
 from tiny_rl_run import TOML
 from vllm_server import vllm_python
 
@@ -71,6 +73,13 @@ def used_prompts(folder: Path) -> Counter[str]:
     return counts
 
 
+def wait_until_drawing(python: Path, server: int, seconds: float = 5.0) -> None:
+    """Wait until a stand-in draws; or it is gone, or nothing comes for so long."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not requests_at(python, server) and cpu_seconds(server) is not None:
+        time.sleep(0.01)
+
+
 def wait_until_busy(server: int, seconds: float = 5.0) -> None:
     """Wait until a server's processes compute, as while it draws; or it is gone, or nothing comes for so long."""
     deadline, before = time.monotonic() + seconds, cpu_seconds(server)
@@ -96,7 +105,12 @@ def cpu_seconds(leader: int) -> float | None:
 
 
 def kill_until_done(
-    folder: Path, toml: Path, server_kills: int, trainer_kills: int, seconds: float = 800
+    folder: Path,
+    toml: Path,
+    server_kills: int,
+    trainer_kills: int,
+    wait_for_work: Callable[[int], None],
+    seconds: float = 800,
 ) -> tuple[int, int]:
     """Kill servers and the trainer at random moments, start the trainer again; how often each was killed."""
     chance, log = random.Random(0), folder / "log.txt"
@@ -110,7 +124,7 @@ def kill_until_done(
         # Spread over the run, and never while servers start for the first time: that ends a run, with a message.
         if done > before and living and servers < server_kills and done >= servers * STEPS // (server_kills + 2):
             victim = chance.choice(living)
-            wait_until_busy(victim)
+            wait_for_work(victim)
             with contextlib.suppress(ProcessLookupError):  # it ended by itself, which is no kill
                 os.kill(victim, signal.SIGKILL)
                 servers += 1
@@ -126,8 +140,9 @@ def kill_until_done(
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("mode", "kills"), [("asynchronous", (20, 5)), ("synchronous", (5, 1))])
 def test_killed_servers_and_trainers_cost_no_prompt(tmp_path, mode: str, kills: tuple[int, int]):
-    toml = write_settings(tmp_path, mode, write_standin_python(tmp_path / "python"))
-    assert kill_until_done(tmp_path, toml, *kills) == kills
+    python = write_standin_python(tmp_path / "python")
+    toml = write_settings(tmp_path, mode, python)
+    assert kill_until_done(tmp_path, toml, *kills, partial(wait_until_drawing, python)) == kills
     assert_nothing_was_lost(tmp_path, mode, met=True)
 
 
@@ -138,7 +153,7 @@ def test_killed_vllm_servers_and_trainers_cost_no_prompt(tmp_path):
     assert python is not None
     toml, before = write_settings(tmp_path, "asynchronous", python), processes_with("VLLM::")
     kills = (20, 5) if os.environ.get("KLEAR_KILL_VLLM") == "1" else (3, 1)
-    assert kill_until_done(tmp_path, toml, *kills, seconds=3500) == kills
+    assert kill_until_done(tmp_path, toml, *kills, wait_until_busy, seconds=3500) == kills
     assert_nothing_was_lost(tmp_path, "asynchronous", met=kills[0] >= 20)
     assert set(processes_with("VLLM::")) <= set(before), "engines that outlived their server"
 

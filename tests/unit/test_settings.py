@@ -12,6 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
+from megatron_klear.config import read
 from megatron_klear.config.base import Settings, SFTConfig
 from megatron_klear.config.read import (
     SettingsError,
@@ -207,11 +208,27 @@ def test_help_and_errors_end_the_process_with_0_and_2(toml: Path, capsys):
     assert "--nothing" in shown
 
 
+class Ended(Exception):
+    """What torchrun does to the others when the first of a machine has left."""
+
+
 def test_only_the_first_rank_of_a_machine_speaks(monkeypatch, capsys):
+    def end(seconds: float) -> None:
+        raise Ended
+
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit), exit_on_bad_input():
+    monkeypatch.setattr(read.time, "sleep", end)
+    with pytest.raises(Ended), exit_on_bad_input():
         raise SettingsError(["x"])
     assert capsys.readouterr().err == ""
+
+
+def test_a_rank_that_is_refused_alone_speaks_for_itself(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(read, "SPEAKER_SECONDS", 0.0)
+    with pytest.raises(SystemExit), exit_on_bad_input():
+        raise SettingsError(["x"])
+    assert "  - x" in capsys.readouterr().err
 
 
 def test_differences_name_what_changed_and_what_breaks_a_resume(toml: Path, tmp_path: Path):

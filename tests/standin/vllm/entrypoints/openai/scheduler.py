@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._logits: dict[int, torch.Tensor] = {}  # by row: of requests whose next token is to be drawn
         self._stale = False
+        self._noted = 0
         self.lock = threading.Condition()
         self.paused = False
         threading.Thread(target=self._work, daemon=True).start()
@@ -90,6 +93,14 @@ class Scheduler:
                     self._stale = False
                 self._admit()
                 self._advance()
+                self._note_work()
+
+    def _note_work(self) -> None:
+        """For tests that kill a server while it draws: how many requests are under way, in a file named for it."""
+        folder = os.environ.get("STANDIN_WORK")
+        if folder is not None and len(self._running) != self._noted:
+            self._noted = len(self._running)
+            Path(folder, str(os.getpid())).write_text(str(self._noted))
 
     def _admit(self) -> None:
         while self._free and self._waiting:
