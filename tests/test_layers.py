@@ -108,6 +108,12 @@ def test_the_root_holds_no_more_than_types_and_errors():
     assert found == ROOT_FILES
 
 
+def test_git_ignores_no_source():
+    ignored = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "*.py", "*.json", "*.toml"]
+    found = subprocess.run(ignored, cwd=PACKAGE, text=True, capture_output=True, check=True)
+    assert found.stdout == ""
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_imports_point_down(path: Path):
     if path == PACKAGE / "__init__.py":

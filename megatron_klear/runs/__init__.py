@@ -1,0 +1,1 @@
+"""A run's folder: its owner, logs, metrics, rollout files and report."""
