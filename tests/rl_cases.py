@@ -14,7 +14,7 @@ from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
 from megatron_klear.rl.advantages import keep_informative
-from megatron_klear.train.gppo import Step
+from megatron_klear.train.step import Step
 from megatron_klear.types import Group, PackedBatch, StepStats
 
 

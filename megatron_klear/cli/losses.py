@@ -4,7 +4,9 @@
     klear losses gppo:dual_clip=10 ppo:clip_high=0.28 cispo --plot losses.png
     klear losses my.module:MyLoss
 
-The gradient weight F is what multiplies the advantage in the policy gradient, d loss / d logp = -F A.
+The gradient weight F is what multiplies the advantage in the policy gradient, d loss / d logp = -F A. Losses over whole
+responses or updates (gspo, gmpo, clip_cov, kl_cov) are shown for a response of one token, alone in its update: what
+kl_cov has for a token that it penalises, clip_cov for one that it leaves in.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_klear.rl.losses import LOSSES, resolve_loss
-from megatron_klear.types import TokenLoss
+from megatron_klear.rl.batch_losses import Alone
+from megatron_klear.rl.losses import LOSSES, AnyLoss, BatchLoss, SequenceLoss, resolve_loss
+from megatron_klear.types import PackedBatch
 
 RATIOS = (0.01, 0.3, 0.79, 0.81, 1.0, 1.27, 1.29, 2.0, 4.0, 9.9, 10.1, 20.0)
 DEFAULT = (
@@ -34,10 +37,14 @@ DEFAULT = (
     "sapo",
     "dppo",
     "dppo:divergence='kl',bound_low=0.05,bound_high=0.05",
+    "gspo",
+    "gmpo",
+    "clip_cov",
+    "kl_cov",
 )
 
 
-def parse(text: str) -> TokenLoss:
+def parse(text: str) -> AnyLoss:
     """The loss that `name:key=value,key=value` stands for; the name may be a dotted path, `module:Name`."""
     parts = text.split(":")
     name = parts[0] if parts[0] in LOSSES or len(parts) == 1 else ":".join(parts[:2])
@@ -52,24 +59,42 @@ def parse(text: str) -> TokenLoss:
         except (ValueError, SyntaxError) as error:
             raise ValueError(f"{text!r}: the value of {key} must be a number, not {value!r}") from error
     try:
-        loss = resolve_loss(name, arguments)
+        return resolve_loss(name, arguments)
     except ValueError as error:
         raise ValueError(f"{text!r}: {error}") from error
-    if not callable(loss) or hasattr(loss, "token_loss"):
-        loss = cast(Any, loss).token_loss()
-    return cast(TokenLoss, loss)
 
 
-def gradient_weights(loss: TokenLoss, ratios: torch.Tensor, advantage: float) -> torch.Tensor:
+def gradient_weights(loss: AnyLoss, ratios: torch.Tensor, advantage: float) -> torch.Tensor:
     """F at each importance ratio, for advantage +1 or -1, by differentiating the loss at log-probs of -1."""
     logprobs = torch.full_like(ratios, -1.0).requires_grad_()
     advantages = torch.full_like(ratios, advantage)
-    values = loss(logprobs, logprobs.detach() - ratios.log(), advantages)
+    old: torch.Tensor = logprobs.detach() - ratios.log()
+    of_advantage = advantages
+    token_loss = loss.token_loss() if isinstance(loss, SequenceLoss | BatchLoss) else loss
+    if isinstance(loss, BatchLoss):
+        rows = [_alone(*token) for token in zip(old, advantages, strict=True)]
+        rewritten = [loss.rewrite([row], [logprobs.detach()[:1]], Alone(), salt=0)[0] for row in rows]
+        old = torch.cat([cast(torch.Tensor, row.old_logprobs) for row in rewritten])
+        of_advantage = torch.cat([cast(torch.Tensor, row.advantages) for row in rewritten])
+    values = token_loss(logprobs, old, of_advantage)
     (slope,) = torch.autograd.grad(values.sum(), logprobs)
     return -slope / advantage
 
 
-def print_table(losses: dict[str, TokenLoss], console: Console) -> None:
+def _alone(old: torch.Tensor, advantage: torch.Tensor) -> PackedBatch:
+    """A row of one trained token."""
+    return PackedBatch(
+        tokens=torch.zeros(1, dtype=torch.int64),
+        targets=torch.zeros(1, dtype=torch.int64),
+        weights=torch.ones(1),
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        advantages=advantage[None],
+        old_logprobs=old[None],
+        sample_numbers=(0,),
+    )
+
+
+def print_table(losses: dict[str, AnyLoss], console: Console) -> None:
     """One row a ratio, two columns a loss."""
     ratios = torch.tensor(RATIOS, dtype=torch.float64)
     table = Table(title="gradient weight F,  d loss / d logp = -F A", title_justify="left")
@@ -84,7 +109,7 @@ def print_table(losses: dict[str, TokenLoss], console: Console) -> None:
     console.print(table)
 
 
-def plot(losses: dict[str, TokenLoss], path: Path) -> None:
+def plot(losses: dict[str, AnyLoss], path: Path) -> None:
     """Two panels, one a sign of the advantage, F against the ratio on logarithmic axes."""
     import matplotlib
 

@@ -17,8 +17,8 @@ from pydantic import Field, PositiveInt, create_model, model_validator
 from megatron_klear.config.base import RunConfig, Settings
 from megatron_klear.config.rollout import LocalRolloutConfig, Rollout
 from megatron_klear.rl.advantages import Advantage
-from megatron_klear.rl.losses import GPPO, LOSSES, SequenceLoss, resolve_loss
-from megatron_klear.types import KLEstimator, TokenLoss
+from megatron_klear.rl.losses import GPPO, LOSSES, AnyLoss, resolve_loss
+from megatron_klear.types import KLEstimator
 
 
 def _table(loss: Any) -> type[Settings]:
@@ -48,7 +48,7 @@ _LOSS_OF = {table: loss for loss, table in _TABLES.items()}
 Loss: Any = Annotated[functools.reduce(operator.or_, _TABLES.values(), CustomLoss), Field(discriminator="kind")]
 
 
-def build_loss(table: Settings) -> TokenLoss | SequenceLoss:
+def build_loss(table: Settings) -> AnyLoss:
     """The loss that a `[loss]` table describes.
 
     Raises ValueError where its constants contradict each other or its path cannot be resolved.

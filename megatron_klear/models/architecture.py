@@ -1,8 +1,8 @@
 """The model's shape, read from a Hugging Face `config.json` and never typed in by hand.
 
-Dense decoder families are those of `families.py`: Qwen3, Qwen2/2.5 and Llama (SmolLM2 and the R1 distillations are among
-them). What a config asks for and this project does not compute (sliding windows, experts, attention biases of Llama) is
-an error, not an approximation.
+Dense decoder families are those of `families.py`: Qwen3, Qwen2/2.5 and Llama (SmolLM2 and the R1 distillations are
+among them). What a config asks for and this project does not compute (sliding windows, experts, attention biases of
+Llama) is an error, not an approximation.
 """
 
 from __future__ import annotations

@@ -2,6 +2,4 @@
 
 from megatron_klear.models.family import Family, without_attention_bias
 
-QWEN3 = Family(
-    model_type="qwen3", causal_lm="Qwen3ForCausalLM", qk_norm=True, why_refused=without_attention_bias
-)
+QWEN3 = Family(model_type="qwen3", causal_lm="Qwen3ForCausalLM", qk_norm=True, why_refused=without_attention_bias)

@@ -6,7 +6,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_klear.models.architecture import Architecture, ArchitectureError, architecture_from_config, read_architecture
+from megatron_klear.models.architecture import (
+    Architecture,
+    ArchitectureError,
+    architecture_from_config,
+    read_architecture,
+)
 
 SHAPES = Path(__file__).resolve().parent / "configs"
 

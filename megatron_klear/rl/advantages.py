@@ -25,6 +25,7 @@ Advantage = Literal[
 ]
 Values = npt.NDArray[np.float64]
 _STD_FLOOR = 1e-6
+_VARIANCE_FLOOR = 1e-8
 
 
 class RewardValueError(UserError, ValueError):
@@ -65,9 +66,9 @@ def advantages_of(
 ) -> list[Values]:
     """Advantages of every group's samples, from their rewards and the lengths of their responses, one array a group."""
     if kind == "reinforce_plus_plus":
-        return normalised(rewards)
+        return normalised(rewards, lengths)
     if kind == "reinforce_plus_plus_baseline":
-        return normalised([group_advantages(values, "mean") for values in rewards])
+        return normalised([group_advantages(values, "mean") for values in rewards], lengths)
     return [
         group_advantages(values, kind, lengths=of_group, pass_k=pass_k)
         for values, of_group in zip(rewards, lengths, strict=True)
@@ -130,16 +131,20 @@ def pass_at_k_advantages(rewards: npt.ArrayLike, k: int) -> Values:
     return np.asarray(np.where(right, 1 - chance, failed) / spread, dtype=np.float64)
 
 
-def normalised(values: Sequence[Values]) -> list[Values]:
-    """Values of all groups less their common mean, over their standard deviation (REINFORCE++, arXiv 2501.03262).
+def normalised(values: Sequence[Values], lengths: Sequence[npt.NDArray[np.int64]]) -> list[Values]:
+    """Values of all groups less their mean over all tokens, over their deviation (REINFORCE++, arXiv 2501.03262).
 
-    With rewards this is REINFORCE++; with rewards less their group's mean its variant with a baseline.
+    Every token has the value of its response, of `lengths` tokens, as in verl's and OpenRLHF's code. With rewards this
+    is REINFORCE++; with rewards less their group's mean its variant with a baseline.
     """
     whole = np.concatenate([*values, np.zeros(0)])
-    if len(whole) < 2:
+    tokens = np.concatenate([*lengths, np.zeros(0)])
+    total = tokens.sum()
+    if len(whole) < 2 or total < 2:
         return list(values)
-    mean, spread = whole.mean(), whole.std(ddof=1)
-    return [(of_group - mean) / (spread + _STD_FLOOR) for of_group in values]
+    mean = (tokens * whole).sum() / total
+    variance = (tokens * (whole - mean) ** 2).sum() / (total - 1)
+    return [(of_group - mean) / np.sqrt(variance + _VARIANCE_FLOOR) for of_group in values]
 
 
 def is_uninformative(rewards: npt.ArrayLike) -> bool:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_klear.config.checks import check_resume
 from megatron_klear.config.base import RunConfig
+from megatron_klear.config.checks import check_resume
+from megatron_klear.config.read import SettingsError
 from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError, tell
 from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import Topology
-from megatron_klear.config.read import SettingsError
 from megatron_klear.runs.owner import owned
 
 _ALL_ENDED_SECONDS = 10.0

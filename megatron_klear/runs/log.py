@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, TextIO
 
-from megatron_klear.models.architecture import Architecture
 from megatron_klear.config.base import RunConfig
+from megatron_klear.models.architecture import Architecture
 from megatron_klear.runs.metrics_file import MetricsFile, Values
 from megatron_klear.runs.mfu import peak_tflops, utilisation
 from megatron_klear.runs.progress import open_progress

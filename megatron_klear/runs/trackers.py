@@ -6,8 +6,8 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_klear.errors import UserError
 from megatron_klear.config.files import write_text_atomically
+from megatron_klear.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_klear.runs.metrics_file import Values

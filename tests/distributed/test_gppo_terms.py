@@ -42,7 +42,7 @@ def test_entropy_bonus_raises_the_entropy(ranks, model):
     assert bonus.stats[-1].metrics["entropy"] > plain.stats[-1].metrics["entropy"]
 
 
-@pytest.mark.parametrize("kind", ["gppo", "ppo", "cispo", "capped_cispo", "reinforce", "gspo", "nll"])
+@pytest.mark.parametrize("kind", ["gppo", "ppo", "cispo", "capped_cispo", "reinforce", "gspo", "gmpo", "nll"])
 def test_every_kind_of_loss_takes_a_step(ranks, model, kind: str):
     outcome = outcome_of(ranks, model, {"prompts_per_update": 2}, loss={"kind": kind})
     assert len(outcome.stats) == 2
@@ -50,6 +50,29 @@ def test_every_kind_of_loss_takes_a_step(ranks, model, kind: str):
         assert np.isfinite(stats.loss)
         assert stats.grad_norm > 0
         assert not stats.skipped
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"kind": "gmpo", "clip_low": 1e-3, "clip_high": 1e-3},
+        {"kind": "clip_cov", "share": 0.05, "cov_low": 0.0},
+        {"kind": "kl_cov", "share": 0.05},
+    ],
+    ids=lambda loss: loss["kind"],
+)
+def test_losses_over_a_whole_update_are_the_same_in_other_layouts(ranks, model, loss):
+    """The second update is off-policy; which tokens are chosen does not depend on the rows they lie in."""
+    tables = {"algorithm": {"prompts_per_update": 2, "nll_coefficient": 0.0, "correction": "none"}, "loss": loss}
+    alone = ranks(1, take_step, gppo_config(model, tables), fixed_groups())[0]
+    split = {"parallel": {"context": 2}, "train": {"tokens_per_microbatch": 64}}
+    for found in ranks(4, take_step, gppo_config(model, tables | split), fixed_groups()):
+        for one, other in zip(found.stats, alone.stats, strict=True):
+            assert one.loss == pytest.approx(other.loss, rel=1e-4, abs=1e-7)
+            assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+    plain = {"kind": "gspo"} if loss["kind"] == "gmpo" else {"kind": "ppo"}
+    other = ranks(1, take_step, gppo_config(model, tables | {"loss": plain}), fixed_groups())[0]
+    assert other.stats[1].grad_norm != pytest.approx(alone.stats[1].grad_norm, rel=1e-3), "it changes nothing"
 
 
 def long_group() -> Group:

@@ -19,6 +19,7 @@ from megatron_klear.rl.advantages import (
     overlong_penalties,
     pass_at_k_advantages,
     penalise_overlong,
+    response_lengths,
 )
 from megatron_klear.types import Group, Prompt, Sample, Score, Verdict
 
@@ -162,11 +163,16 @@ def test_pass_at_k_where_every_set_succeeds_or_rewards_are_no_pass() -> None:
 
 def test_estimators_over_the_whole_step() -> None:
     groups = [group([1.0, 0.0, 0.0], name="a"), group([1.0, 1.0, 0.0], name="b"), group([0.5, 0.0], name="c")]
+    lengths = np.concatenate([response_lengths(of) for of in groups])
+
+    def over_tokens(values: np.ndarray) -> np.ndarray:
+        tokens = np.repeat(values, lengths)
+        return (values - tokens.mean()) / np.sqrt(tokens.var(ddof=1) + 1e-8)
+
     whole = np.concatenate(advantages(groups, "reinforce_plus_plus"))
-    rewards_of = np.array([1, 0, 0, 1, 1, 0, 0.5, 0])
-    np.testing.assert_allclose(whole, (rewards_of - rewards_of.mean()) / (rewards_of.std(ddof=1) + 1e-6))
+    np.testing.assert_allclose(whole, over_tokens(np.array([1, 0, 0, 1, 1, 0, 0.5, 0])))
     based = advantages(groups, "reinforce_plus_plus_baseline")
     centred = np.concatenate([of.rewards - of.rewards.mean() for of in groups])
-    np.testing.assert_allclose(np.concatenate(based), centred / (centred.std(ddof=1) + 1e-6), atol=1e-12)
+    np.testing.assert_allclose(np.concatenate(based), over_tokens(centred), atol=1e-12)
     assert [len(of) for of in based] == [3, 3, 2]
-    assert normalised([np.array([2.0])])[0].tolist() == [2.0]
+    assert normalised([np.array([2.0])], [np.array([7])])[0].tolist() == [2.0]

@@ -37,3 +37,21 @@ def test_names_what_it_cannot_read(argument, capsys):
         tool.main([argument])
     assert stopped.value.code == 2
     assert argument in capsys.readouterr().err
+
+
+def test_losses_of_responses_and_updates_are_shown_for_a_token_alone():
+    ratios = torch.tensor([0.5, 1.0, 1.4, 3.0], dtype=torch.float64)
+    expected = {
+        "gspo:clip_low=0.2,clip_high=0.2": [0.5, 1.0, 0.0, 0.0],
+        "gmpo:clip_low=0.4,clip_high=0.4": [0.5, 1.0, 1.4, 0.0],
+        "clip_cov": [0.5, 1.0, 0.0, 0.0],
+        "kl_cov:kl_coefficient=0.25": [0.75, 1.0, 1.15, 2.75],
+    }
+    for name, weights in expected.items():
+        found = tool.gradient_weights(tool.parse(name), ratios, 1.0)
+        torch.testing.assert_close(found, torch.tensor(weights, dtype=torch.float64), msg=name)
+
+
+def test_all_losses_are_shown_without_arguments():
+    shown = {text.partition(":")[0] for text in tool.DEFAULT}
+    assert shown == set(tool.LOSSES) - {"nll"}, "NLL has no advantage to be multiplied"
