@@ -11,9 +11,10 @@ STANDIN = Path(__file__).resolve().parent / "standin"
 
 
 def write_standin_python(path: Path) -> Path:
-    """Write the program to give as `rollout.server.python`."""
+    """Write the program to give as `rollout.server.python`; beside it a server has `drawing.PID` while it draws."""
     path.write_text(
-        f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(STANDIN))}:$PYTHONPATH exec {shlex.quote(sys.executable)} "$@"\n'
+        f"#!/bin/sh\nexport KLEAR_STANDIN_DRAWING={shlex.quote(str(path.parent))}\n"
+        f'PYTHONPATH={shlex.quote(str(STANDIN))}:$PYTHONPATH exec {shlex.quote(sys.executable)} "$@"\n'
     )
     path.chmod(0o755)
     return path

@@ -25,6 +25,7 @@ class BackgroundLocal:
         self._local, self.is_submitter = local, rank == 0
         self._waiting, self._taken = [], 0
         self.needs_weights, self.loads = False, 0
+        self._restart_at = 7
 
     def __getattr__(self, name: str):
         return getattr(self._local, name)
@@ -48,12 +49,17 @@ class BackgroundLocal:
     def take(self, timeout_seconds: float) -> list[FinishedGroup]:
         assert self.is_submitter
         finished = []
+        # It goes while somebody waits for it, and draws nothing more before it has the weights: no step's own update
+        # can come between.
+        if self.fault == "restarted" and self._waiting and timeout_seconds and self._taken >= self._restart_at:
+            self._restart_at += 7
+            self.needs_weights = True
+        if self.needs_weights:
+            return []
         while self._waiting and len(finished) < 2:
             self._taken += 1
             if self.fault == "gone" and self._taken > 10:
                 raise UserError("no server is left")
-            if self.fault == "restarted" and self._taken % 7 == 0:
-                self.needs_weights = True
             request = self._waiting.pop()
             groups = self._local._sample([request.prompt], request.sampling, request.seed)
             dropped = self.fault == "dropped" and self._taken % 9 == 0

@@ -82,6 +82,26 @@ def wait_until_busy(server: int, seconds: float = 5.0) -> None:
         before = now
 
 
+def kill_while_drawing(folder: Path, server: int, seconds: float = 5.0) -> bool:
+    """Kill a stand-in while a response is under way: it is stopped, so that what it says of itself stays true.
+
+    False where it has ended by itself or draws nothing for so long.
+    """
+    drawing, deadline = folder / f"drawing.{server}", time.monotonic() + seconds
+    with contextlib.suppress(OSError):
+        while time.monotonic() < deadline:
+            if drawing.exists():
+                os.kill(server, signal.SIGSTOP)
+                while Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[0] not in "TZX":
+                    pass
+                if drawing.exists():
+                    os.kill(server, signal.SIGKILL)
+                    return True
+                os.kill(server, signal.SIGCONT)
+            time.sleep(0.01)
+    return False
+
+
 def cpu_seconds(leader: int) -> float | None:
     """Processor time of a process and of all others of its group, None where it is gone."""
     try:
@@ -96,7 +116,7 @@ def cpu_seconds(leader: int) -> float | None:
 
 
 def kill_until_done(
-    folder: Path, toml: Path, server_kills: int, trainer_kills: int, seconds: float = 800
+    folder: Path, toml: Path, server_kills: int, trainer_kills: int, seconds: float = 800, *, standin: bool
 ) -> tuple[int, int]:
     """Kill servers and the trainer at random moments, start the trainer again; how often each was killed."""
     chance, log = random.Random(0), folder / "log.txt"
@@ -110,6 +130,9 @@ def kill_until_done(
         # Spread over the run, and never while servers start for the first time: that ends a run, with a message.
         if done > before and living and servers < server_kills and done >= servers * STEPS // (server_kills + 2):
             victim = chance.choice(living)
+            if standin:
+                servers += kill_while_drawing(folder, victim)
+                continue
             wait_until_busy(victim)
             with contextlib.suppress(ProcessLookupError):  # it ended by itself, which is no kill
                 os.kill(victim, signal.SIGKILL)
@@ -127,7 +150,7 @@ def kill_until_done(
 @pytest.mark.parametrize(("mode", "kills"), [("asynchronous", (20, 5)), ("synchronous", (5, 1))])
 def test_killed_servers_and_trainers_cost_no_prompt(tmp_path, mode: str, kills: tuple[int, int]):
     toml = write_settings(tmp_path, mode, write_standin_python(tmp_path / "python"))
-    assert kill_until_done(tmp_path, toml, *kills) == kills
+    assert kill_until_done(tmp_path, toml, *kills, standin=True) == kills
     assert_nothing_was_lost(tmp_path, mode, met=True)
 
 
@@ -138,7 +161,7 @@ def test_killed_vllm_servers_and_trainers_cost_no_prompt(tmp_path):
     assert python is not None
     toml, before = write_settings(tmp_path, "asynchronous", python), processes_with("VLLM::")
     kills = (20, 5) if os.environ.get("KLEAR_KILL_VLLM") == "1" else (3, 1)
-    assert kill_until_done(tmp_path, toml, *kills, seconds=3500) == kills
+    assert kill_until_done(tmp_path, toml, *kills, seconds=3500, standin=False) == kills
     assert_nothing_was_lost(tmp_path, "asynchronous", met=kills[0] >= 20)
     assert set(processes_with("VLLM::")) <= set(before), "engines that outlived their server"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,8 @@ class Scheduler:
         self._stale = False
         self.lock = threading.Condition()
         self.paused = False
+        folder = os.environ.get("KLEAR_STANDIN_DRAWING")
+        self._drawing = Path(folder) / f"drawing.{os.getpid()}" if folder else None
         threading.Thread(target=self._work, daemon=True).start()
 
     def submit(self, request: Request) -> None:
@@ -96,6 +100,8 @@ class Scheduler:
             request = self._waiting.pop(0)
             request.row = self._free.pop()
             self._running.append(request)
+        if self._drawing and self._running:
+            self._drawing.touch()
         for request in self._running:
             if request.row not in self._logits:
                 read = torch.tensor(request.prompt + request.tokens)
@@ -130,6 +136,8 @@ class Scheduler:
 
     def _end(self, request: Request, reason: str) -> None:
         self._running.remove(request)
+        if self._drawing and not self._running:
+            self._drawing.unlink(missing_ok=True)  # before the answer can leave
         self._logits.pop(request.row, None)
         self._free.append(request.row)
         request.done.set_result(reason)
