@@ -41,17 +41,37 @@ def exit_on_error() -> Iterator[None]:
     except SystemExit:
         raise
     except BaseException as error:
+        shown, code = getattr(error, "_told", False), _exit_code(error)
         tell(error)
-        code = _exit_code(error)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            if code is None:
+            if code is None and not shown:
                 traceback.print_exc()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code or 1)
-        if code is None:
+        if code is None and not shown:
             raise
-        raise SystemExit(code) from None
+        raise SystemExit(code or 1) from None
+
+
+@contextmanager
+def told_at_once() -> Iterator[None]:
+    """Print what ends the block before anything round it is closed, which may take long or wait for other ranks.
+
+    The sentence of an error that has one, the traceback of others; `exit_on_error` does not print it again.
+    """
+    try:
+        yield
+    except SystemExit:
+        raise
+    except BaseException as error:
+        tell(error)
+        if _exit_code(error) is None and not getattr(error, "_told", False):
+            error._told = True  # type: ignore[attr-defined]
+            print(f"error (rank {os.environ.get('RANK', '0')}):", file=sys.stderr)
+            traceback.print_exception(error)
+            sys.stderr.flush()
+        raise
 
 
 def configure_logging() -> None:

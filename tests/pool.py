@@ -336,3 +336,4 @@ if __name__ == "__main__":
     # Cases refer to this module by its importable name; here it runs as __main__.
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     importlib.import_module("pool")._serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    os._exit(0)  # taking torch and Megatron apart would cost seconds

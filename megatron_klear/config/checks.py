@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_klear.config.base import RunConfig, SFTConfig
 from megatron_klear.config.read import differences
 from megatron_klear.data.sources import file_problem, find_files, nothing_found
+from megatron_klear.errors import UserError
 from megatron_klear.models.architecture import Architecture
 
 if TYPE_CHECKING:
     from megatron_klear.config.rl import GPPOConfig
+    from megatron_klear.types import Prompt
 
 Importable = Callable[[str], bool]
 
@@ -70,6 +72,32 @@ def check_launch(environ: Mapping[str, str]) -> list[str]:
         for launcher, count in counts.items()
         if count is not None and count.isdigit() and int(count) > 1
     ][:1]
+
+
+def check_stop_tokens(config: GPPOConfig, architecture: Architecture) -> list[str]:
+    """Whether every token that ends a response is one that the model can write."""
+    asked = {"sampling.stop_token_ids": config.sampling.stop_token_ids}
+    if config.validation.sources:
+        asked["validation.sampling.stop_token_ids"] = config.validation.sampling.stop_token_ids
+    return [
+        f"{key} names token {token}, and the model's vocab_size is {architecture.vocab_size}: it never writes that "
+        f"token; name one below it"
+        for key, tokens in asked.items()
+        for token in tokens
+        if token >= architecture.vocab_size
+    ]
+
+
+def check_prompt_tokens(config: GPPOConfig, architecture: Architecture, prompts: Sequence[Prompt]) -> None:
+    """Raise UserError, the same on every rank, where a prompt holds a token that the model's embedding lacks."""
+    for prompt in prompts:
+        largest = int(prompt.tokens.max(initial=0))
+        if largest >= architecture.vocab_size:
+            raise UserError(
+                f"{prompt.place or prompt.id}: the prompt holds token id {largest}, and config.json of model.path "
+                f"{config.model.path} has vocab_size {architecture.vocab_size}: tokenizer and model do not belong "
+                "together; use the tokenizer that the model was trained with"
+            )
 
 
 def warn_rl_run(config: GPPOConfig, architecture: Architecture) -> list[str]:

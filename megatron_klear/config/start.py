@@ -21,6 +21,7 @@ from megatron_klear.config.checks import (
     check_packages,
     check_plan,
     check_prompt_files,
+    check_stop_tokens,
     warn_rl_run,
     warn_run,
 )
@@ -130,7 +131,7 @@ def start_gppo(argv: Sequence[str] | None = None, *, description: str = "") -> G
     config = command.config
     world_size = command.planned_processes or int(os.environ.get("WORLD_SIZE", "1"))
     architecture, note = _model_of(command)
-    planning = check_layout(config, architecture, world_size)
+    planning = [*check_layout(config, architecture, world_size), *check_stop_tokens(config, architecture)]
     gpu_bytes = smallest_gpu_bytes()
     rollout = check_rollout(config, architecture, world_size, gpu_bytes=gpu_bytes)
     problems = [*check_packages(config, lambda module: True), *rollout, *check_launch(os.environ)]

@@ -13,7 +13,7 @@ from megatron_klear.config.base import RunConfig
 from megatron_klear.config.checks import check_resume
 from megatron_klear.config.read import SettingsError
 from megatron_klear.distributed import exchange
-from megatron_klear.errors import UserError, tell
+from megatron_klear.errors import UserError, told_at_once
 from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import Topology
@@ -68,9 +68,9 @@ def publishing(engine: Engine) -> Iterator[None]:
     of them, and the others may wait in another collective.
     """
     try:
-        yield
-    except BaseException as error:
-        tell(error)
+        with told_at_once():
+            yield
+    except BaseException:
         if _all_ended(engine.topology):
             with suppress(Exception):  # the error that ended the run is the one to know
                 engine.close()

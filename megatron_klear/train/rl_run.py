@@ -6,12 +6,14 @@ from contextlib import ExitStack, closing
 
 import torch
 
+from megatron_klear.config.checks import check_prompt_tokens
 from megatron_klear.config.read import write_resolved
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.config.start import GPPOStart
 from megatron_klear.data.prompts import PromptStream
 from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_klear.errors import told_at_once
 from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.mcore.checkpoints.save import latest_valid
 from megatron_klear.mcore.compare_logits import compare_with_transformers
@@ -49,6 +51,7 @@ def run(start: GPPOStart) -> None:
         prompts = _prompts(config, tokenizer, validator)
         asked = [*prompts.all, *validator.prompts]
         check_prompts(config.reward, asked)
+        check_prompt_tokens(config, architecture, asked)
         updates = config.algorithm.prompts_per_step // config.algorithm.prompts_per_update
         stop = stop_tokens_of(config.model.path, tokenizer)
         engine = Engine(
@@ -69,11 +72,13 @@ def run(start: GPPOStart) -> None:
         with (
             publishing(engine),
             closing(build_rollouts(config, architecture, tokenizer, topology)) as rollouts,
+            told_at_once(),  # ending servers takes its time: the error is told before it
             Grader(config.reward, asked, topology.rank) as grader,
             open_log(
                 config, rank=topology.rank, resume_step=first, total_steps=config.train.steps, throughput=throughput
             ) as log,
             ExitStack() as writers,
+            told_at_once(),
         ):
             for writer in (kept, validator.kept):
                 if writer is not None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,28 @@ def test_fewer_prompts_than_a_step_takes_are_told(toml, tmp_path, ranks):
     told = ranks(1, planted, config, tmp_path, tmp_path / "run")[0]
     assert "prompts.sources hold 3 prompts" in told
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2]
+
+
+def test_tokens_that_the_model_lacks_are_told_before_anything_is_opened(toml, tmp_path, ranks, capsys):
+    """The tokenizer has 512 tokens; stop tokens are known in a dry run already."""
+    folder = tmp_path / "model"
+    shutil.copytree(toml.parent / "model", folder)
+    shape = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(shape | {"vocab_size": 64}))
+    small = ("--model.path", str(folder), "--output", str(tmp_path / "run"))
+    with pytest.raises(SystemExit) as refused:
+        start(toml, *small, "--sampling.stop_token_ids", "64", "--dry-run")
+    assert refused.value.code == 2
+    assert "sampling.stop_token_ids names token 64, and the model's vocab_size is 64" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"the prompt holds token id \d+, .* has vocab_size 64: tokenizer and model"):
+        ranks(1, with_nothing_opened, toml, *small)
+
+
+def with_nothing_opened(toml: Path, *flags: str) -> None:
+    from megatron_klear.train import rl_run
+
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("the model or the rollouts were opened")
+
+    rl_run.Engine = rl_run.build_rollouts = opened
+    train(start(toml, *flags))

@@ -12,6 +12,10 @@ import pytest
 import tiny_rl_run
 import tiny_run
 
+from megatron_klear.errors import RunLeft
+from megatron_klear.mcore import manifest
+from megatron_klear.mcore.compare_checkpoints import compare_checkpoints
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"sft": ("pretrain_sft.py", tiny_run), "gppo": ("train_gppo.py", tiny_rl_run)}
 DEADLINE_SECONDS = 150.0
@@ -68,3 +72,50 @@ def test_a_signal_saves_and_leaves_in_one_line(kind: str, ranks: int, sent: sign
     stopped = int(checkpoint.name.removeprefix("step-"))
     before = losses(tmp_path)
     assert max(before) == stopped
+
+
+def run_with(kind: str, toml: Path, output: Path, processes: int, event: str, *flags: str) -> None:
+    """The run in this rank; in the third training step it meets a signal, or an error."""
+    from megatron_klear.mcore.engine import Engine
+    from megatron_klear.train import rl_run, sft
+
+    step, calls = Engine.train_step, []
+
+    def meets(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3 and event == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if len(calls) == 3 and event == "error":
+            raise ZeroDivisionError("planted")
+        return step(self, *args, **kwargs)
+
+    Engine.train_step = meets
+    run = SCRIPTS[kind][1].start(toml, "--output", str(output), *flags, processes=processes)
+    (sft if kind == "sft" else rl_run).run(run)
+
+
+@pytest.mark.parametrize("kind", ["sft", "gppo"])
+def test_a_run_that_goes_on_after_a_signal_ends_with_the_same_bits(kind: str, tmp_path: Path, ranks):
+    toml = SCRIPTS[kind][1].write_run(tmp_path)
+    flags = ("--train.steps", "4", "--checkpoint.save_every", "0")
+    ranks(1, run_with, kind, toml, tmp_path / "whole", 1, "", *flags)
+    with pytest.raises(RunLeft, match="SIGTERM: stopped after step") as left:
+        ranks(1, run_with, kind, toml, tmp_path / "stopped", 1, "signal", *flags)
+    assert left.value.exit_code == 128 + signal.SIGTERM
+    (stopped,) = manifest.steps(tmp_path / "stopped/checkpoints")
+    assert stopped < 4
+    ranks(1, run_with, kind, toml, tmp_path / "stopped", 1, "", *flags)
+    last = [manifest.step_folder(tmp_path / name / "checkpoints", 4) for name in ("whole", "stopped")]
+    assert not compare_checkpoints(*last).unequal_tensors
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_publishes_the_checkpoint_that_is_being_written(processes: int, tmp_path: Path, ranks):
+    toml = tiny_run.write_run(tmp_path)
+    with pytest.raises(ZeroDivisionError) as error:
+        ranks(processes, run_with, "sft", toml, tmp_path / "run", processes, "error", "--checkpoint.save_every", "2")
+    assert "error (rank 0):" in "".join(error.value.__notes__)
+    checkpoints = tmp_path / "run/checkpoints"
+    assert manifest.steps(checkpoints) == [2]
+    assert not manifest.damage(manifest.step_folder(checkpoints, 2))
+    assert len(list(checkpoints.iterdir())) == 1, "nothing half written is left"
