@@ -30,6 +30,7 @@ from megatron_klear.mcore.reading import check_frequencies
 from megatron_klear.mcore.rows import LocalRow, empty_batch, local_row
 from megatron_klear.mcore.topology import Topology
 from megatron_klear.models.architecture import Architecture, read_architecture
+from megatron_klear.models.stop_tokens import Turns
 from megatron_klear.types import KLEstimator, PackedBatch, StepStats, TokenLoss
 
 device_shim.install()
@@ -56,13 +57,13 @@ class Engine:
         *,
         total_steps: int | None = None,
         architecture: Architecture | None = None,
-        turn_end: int | None = None,
+        turns: Turns | None = None,
     ) -> None:
         """Build the model, load its weights, and build its optimizer.
 
-        Folders saved with checkpoints name the token `turn_end` among the ends of a response.
+        Folders saved with checkpoints have the end of turn and the chat template of `turns`.
         """
-        self.turn_end = turn_end
+        self.turns = turns or Turns()
         self.run = run
         self.topology = topology
         self.total_steps = total_steps
@@ -210,7 +211,7 @@ class Engine:
                 step=self.step,
                 extra=extra or {},
                 files=files or {},
-                turn_end=self.turn_end,
+                turns=self.turns,
             ),
             self.topology,
             model_folder=self.run.model.path,

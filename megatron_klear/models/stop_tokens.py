@@ -91,6 +91,16 @@ def eos_ids(settings: Mapping[str, Any], source: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turns:
+    """How training wrote chats, for the folders that it leaves: who serves one writes them alike."""
+
+    end: int | None = None
+    """The token that ends a turn, to be named among the ends of a response; None where that is not known."""
+    template: str | None = None
+    """The chat template trained with, where it is not the model's own."""
+
+
 def name_turn_end(folder: Path, turn_end: int | None) -> None:
     """Have a model folder's generation_config.json and config.json name the end of turn, first among their ends.
 

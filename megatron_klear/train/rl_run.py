@@ -32,7 +32,7 @@ from megatron_klear.train.gppo import resume, train
 from megatron_klear.train.grading import Grader, check_prompts
 from megatron_klear.train.overlap import open_feed
 from megatron_klear.train.sampler import Sampler
-from megatron_klear.train.turn_end import export_folder, stop_tokens_of
+from megatron_klear.train.turn_end import export_folder, stop_tokens_of, turns_of
 from megatron_klear.train.validation import Validator
 from megatron_klear.train.weight_sync import send_weights
 from megatron_klear.types import Prompt
@@ -59,7 +59,7 @@ def run(start: GPPOStart) -> None:
             topology,
             total_steps=config.train.steps * updates,
             architecture=architecture,
-            turn_end=stop.turn_end,
+            turns=turns_of(stop, config.prompts.chat_template),
         )
         if config.algorithm.kl_coefficient:
             engine.keep_reference(config.algorithm.reference)

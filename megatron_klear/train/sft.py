@@ -29,7 +29,7 @@ from megatron_klear.runs.leave import Leaving
 from megatron_klear.runs.log import RunLog, Throughput, open_log
 from megatron_klear.train.guard import SkipGuard
 from megatron_klear.train.stores import open_for_all
-from megatron_klear.train.turn_end import export_folder, stop_tokens_of, training_notes
+from megatron_klear.train.turn_end import export_folder, stop_tokens_of, training_notes, turns_of
 from megatron_klear.types import PackedBatch
 
 
@@ -51,7 +51,8 @@ def run(start: Start) -> None:
         total_steps = stream.total_steps(config.train.epochs, config.train.steps)
         tokenizer = load_tokenizer(config.model.path, config.data.chat_template)
         stop = stop_tokens_of(config.model.path, tokenizer)
-        engine = Engine(config, topology, total_steps=total_steps, architecture=architecture, turn_end=stop.turn_end)
+        turns = turns_of(stop, config.data.chat_template)
+        engine = Engine(config, topology, total_steps=total_steps, architecture=architecture, turns=turns)
         checkpoint = latest_valid(checkpoints_of(config), topology)
         if checkpoint is not None:
             stream.load_state_dict(engine.load(checkpoint)["data"])

@@ -8,12 +8,18 @@ from pathlib import Path
 from megatron_klear.data.tokenizer import ChatTokenizer
 from megatron_klear.mcore.checkpoints.convert import export_hf
 from megatron_klear.mcore.engine import Engine
-from megatron_klear.models.stop_tokens import StopTokens, read_stop_tokens
+from megatron_klear.models.stop_tokens import StopTokens, Turns, read_stop_tokens
 
 
 def stop_tokens_of(model_folder: Path, tokenizer: ChatTokenizer) -> StopTokens:
     """The ends of a response of a model folder under the template of `tokenizer`."""
     return read_stop_tokens(model_folder, turn_end=tokenizer.turn_end, tokenizer_eos=tokenizer.eos)
+
+
+def turns_of(stop: StopTokens, chat_template: Path | None) -> Turns:
+    """What saved folders say of chats that were trained with these ends of a turn and this template, if it is another."""
+    template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
+    return Turns(end=stop.turn_end, template=template)
 
 
 def training_notes(tokenizer: ChatTokenizer, stop: StopTokens) -> Iterator[str]:
@@ -29,12 +35,12 @@ def training_notes(tokenizer: ChatTokenizer, stop: StopTokens) -> Iterator[str]:
 
 
 def export_folder(engine: Engine, out: Path) -> None:
-    """Write the trained model as a Hugging Face folder that names the end of turn among its ends. Collective."""
+    """Write the trained model as a Hugging Face folder that chats as it was trained. Collective."""
     export_hf(
         engine.hf_weights(),
         engine.architecture,
         engine.run.model.path,
         out,
         writer=engine.topology.rank == 0,
-        turn_end=engine.turn_end,
+        turns=engine.turns,
     )

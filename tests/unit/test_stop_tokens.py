@@ -10,8 +10,15 @@ from megatron_klear.data.rows import read_row
 from megatron_klear.data.tiny import tiny_config, write_tiny_model
 from megatron_klear.data.tokenizer import ChatTokenizer, load_spec, load_tokenizer
 from megatron_klear.mcore.checkpoints.manifest import copy_model_files
-from megatron_klear.models.stop_tokens import NamedToken, StopTokenError, name_turn_end, read_stop_tokens, stop_tokens
-from megatron_klear.train.turn_end import stop_tokens_of, training_notes
+from megatron_klear.models.stop_tokens import (
+    NamedToken,
+    StopTokenError,
+    Turns,
+    name_turn_end,
+    read_stop_tokens,
+    stop_tokens,
+)
+from megatron_klear.train.turn_end import stop_tokens_of, training_notes, turns_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny_tokenizer"
@@ -103,11 +110,22 @@ def test_a_base_model_is_told_and_its_saved_folder_names_both(base: Path, tmp_pa
     assert "<|im_end|> (509)" in note
     assert "<|endoftext|> (507)" in note
     before = {path.name: path.read_bytes() for path in base.iterdir()}
-    copy_model_files(base, tmp_path / "saved", found.turn_end)
+    copy_model_files(base, tmp_path / "saved", Turns(end=found.turn_end))
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
     assert eos_of(tmp_path / "saved") == [[509, 507], [509, 507]]
     again = stop_tokens_of(tmp_path / "saved", load_tokenizer(tmp_path / "saved"))
     assert (again.ids, again.note) == ((509, 507), "")
+
+
+def test_a_saved_folder_has_the_template_it_was_trained_with(base: Path, tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("{% for message in messages %}[{{ message.content }}]{% endfor %}")
+    copy_model_files(base, tmp_path / "saved", turns_of(stop_tokens_of(base, load_tokenizer(base, mine)), mine))
+    messages = [{"role": "user", "content": "hi"}]
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").apply_chat_template(messages, tokenize=False) == "[hi]"
+    assert load_tokenizer(tmp_path / "saved").template.name.startswith("the chat template of")
 
 
 def test_saved_folders_are_what_transformers_reads(base: Path):

@@ -34,6 +34,7 @@ from megatron_klear.models import safetensors_io
 from megatron_klear.models.architecture import Architecture, read_architecture
 from megatron_klear.models.names import expected_tensors
 from megatron_klear.models.safetensors_io import SafetensorsWriter, TensorSpec
+from megatron_klear.models.stop_tokens import Turns
 from megatron_klear.types import PackedBatch
 
 DtypeName = Literal["bf16", "fp32"]
@@ -149,12 +150,12 @@ def export_hf(
     out: Path,
     *,
     writer: bool,
-    turn_end: int | None = None,
+    turns: Turns | None = None,
 ) -> None:
     """Write a model's weights, drawn on every rank, as a Hugging Face folder at `out`, replacing what is there.
 
-    The rank that is the `writer` writes; config.json and tokenizer come from `model_folder`; the former and
-    generation_config.json name the token `turn_end` among the ends of a response.
+    The rank that is the `writer` writes; config.json and tokenizer come from `model_folder`, with the end of turn
+    and the chat template of `turns`.
     """
     name, first = next(weights)
     drawn = chain([(name, first)], weights)
@@ -164,7 +165,7 @@ def export_hf(
         return
     with safetensors_io.staged_folder(out, force=True) as staging:
         plan = expected_tensors(architecture, first.dtype)
-        _write_folder(staging, drawn, plan, model_folder, safetensors_io.DEFAULT_SHARD_BYTES, turn_end)
+        _write_folder(staging, drawn, plan, model_folder, safetensors_io.DEFAULT_SHARD_BYTES, turns)
 
 
 def _write_folder(
@@ -173,9 +174,9 @@ def _write_folder(
     plan: list[TensorSpec],
     model_folder: Path,
     max_shard_bytes: int,
-    turn_end: int | None = None,
+    turns: Turns | None = None,
 ) -> None:
-    manifest.copy_model_files(model_folder, staging, turn_end)
+    manifest.copy_model_files(model_folder, staging, turns)
     safetensors_io.state_dtype(staging, plan[0].dtype)
     with SafetensorsWriter(staging, plan, max_shard_bytes) as writer:
         for name, whole in weights:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_klear.errors import UserError
-from megatron_klear.models.stop_tokens import name_turn_end
+from megatron_klear.models.stop_tokens import Turns, name_turn_end
 
 MANIFEST = "manifest.json"
 TRAINING = "training.json"
 _STEP = re.compile(r"step-(\d{8,})")
+_TEMPLATE = "chat_template.jinja"
 _MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -27,7 +28,7 @@ _MODEL_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    _TEMPLATE,
     "chat_template.json",
     "LICENSE",
 )
@@ -63,10 +64,10 @@ def read_training(path: Path) -> dict[str, Any]:
     return training
 
 
-def copy_model_files(source: Path, target: Path, turn_end: int | None = None) -> None:
+def copy_model_files(source: Path, target: Path, turns: Turns | None = None) -> None:
     """Copy config.json and the tokenizer's files, so that a checkpoint can be converted by itself.
 
-    The copies name the token `turn_end` among the ends of a response.
+    The copies have the end of turn among the ends of a response, and the chat template, of `turns`.
     """
     target.mkdir(parents=True, exist_ok=True)
     for name in _MODEL_FILES:
@@ -74,7 +75,10 @@ def copy_model_files(source: Path, target: Path, turn_end: int | None = None) ->
             shutil.copyfile(source / name, target / name)
     if (source / _TEMPLATES).is_dir():
         shutil.copytree(source / _TEMPLATES, target / _TEMPLATES, dirs_exist_ok=True, copy_function=shutil.copyfile)
-    name_turn_end(target, turn_end)
+    turns = turns or Turns()
+    name_turn_end(target, turns.end)
+    if turns.template is not None:
+        (target / _TEMPLATE).write_text(turns.template, encoding="utf-8")  # hides the one of tokenizer_config.json
 
 
 def note_written(folder: Path, rank: int) -> None:

@@ -37,6 +37,7 @@ from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.mcore.checkpoints.manifest import CheckpointError
 from megatron_klear.mcore.model import PolicyModel
 from megatron_klear.mcore.topology import Topology
+from megatron_klear.models.stop_tokens import Turns
 
 device_shim.install()
 
@@ -67,8 +68,8 @@ class TrainingState:
     extra: dict[str, Any]
     files: Mapping[str, bytes] = field(default_factory=dict)
     """The caller's, by name, to lie beside Megatron's."""
-    turn_end: int | None = None
-    """A token that the model files kept with it are to name among the ends of a response."""
+    turns: Turns = field(default_factory=Turns)
+    """What the model files kept with it are to say of chats."""
 
 
 class Saver:
@@ -219,7 +220,7 @@ def _write(hidden: Path, state: TrainingState, topology: Topology, model_folder:
         hidden.joinpath("training.json").write_text(json.dumps(training, indent=1))
         for name, content in state.files.items():
             hidden.joinpath(name).write_bytes(content)
-        manifest.copy_model_files(model_folder, hidden / "hf", state.turn_end)
+        manifest.copy_model_files(model_folder, hidden / "hf", state.turns)
     return request
 
 
