@@ -217,14 +217,14 @@ def _for_choice(text: str) -> str:
 
 
 def _contradicts_itself(normalised: str) -> bool:
-    """Whether the text is an equation of constants that are not equal, `3=4`."""
+    """Whether the text equates constants that are not equal, `3=4` or `x=3=4`."""
     if "=" not in normalised or "." in normalised:
         return False
     try:
-        values = [exact_value(side) for side in normalised.split("=")]
+        values = {exact_value(side) for side in normalised.split("=")} - {None}
     except TooLargeError:
         return True
-    return None not in values and len(set(values)) > 1
+    return len(values) > 1
 
 
 def _same_quantity(gold: str, answer: str) -> bool | None:

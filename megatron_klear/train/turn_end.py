@@ -17,7 +17,7 @@ def stop_tokens_of(model_folder: Path, tokenizer: ChatTokenizer) -> StopTokens:
 
 
 def turns_of(stop: StopTokens, chat_template: Path | None) -> Turns:
-    """What saved folders say of chats that were trained with these ends of a turn and this template, if it is another."""
+    """What saved folders say of chats trained with these ends of a turn and, if not the model's own, this template."""
     template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
     return Turns(end=stop.turn_end, template=template)
 

@@ -67,12 +67,13 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
     f"torchrun --nproc-per-node 2 pretrain_sft.py --config {TINY} --output runs/tp2 --parallel.tensor 2": Runs(
         SHORT_SFT
     ),
+    # The same run in two processes but for a flag, which is read and checked here.
     f"torchrun --nproc-per-node 2 pretrain_sft.py --config {TINY} --parallel.tensor 2 --output runs/tp2": Runs(
-        SHORT_SFT
+        "--dry-run"
     ),
-    f"torchrun --nproc-per-node 2 -m megatron_klear.cli sft --config {TINY} --output runs/dp2": Runs(SHORT_SFT),
+    f"torchrun --nproc-per-node 2 -m megatron_klear.cli sft --config {TINY} --output runs/dp2": Runs("--dry-run"),
     f"torchrun --nproc-per-node 2 pretrain_sft.py --config {TINY} --optimizer.learning_rate 2e-3 "
-    "--output runs/faster": Runs(SHORT_SFT),
+    "--output runs/faster": Runs("--dry-run"),
     "python pretrain_sft.py --config examples/sft_32k.toml --dry-run=64": Runs(shows="this machine lacks"),
     "torchrun --nproc-per-node 8 pretrain_sft.py --config examples/sft_32k.toml": NO_8B,
     "python train_gppo.py --config examples/quickstart_gppo.toml --output runs/again": Runs(SHORT_GPPO),
@@ -100,7 +101,9 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
     "python tools/grade.py math --input runs/predictions.jsonl --output runs/graded.jsonl": Runs(shows="right"),
     # verification
     f"python tools/verify.py layouts --config {TINY}": Runs("--processes 1 --steps 1 --data.max_length 64"),
-    f"torchrun --nproc-per-node 2 tools/verify.py layouts --config {TINY}": Runs("--steps 1 --data.max_length 64"),
+    f"torchrun --nproc-per-node 2 tools/verify.py layouts --config {TINY}": Exempt(
+        "minutes; the line before runs it in one process, tests/distributed/test_layouts.py in all layouts"
+    ),
     f"python tools/verify.py resume --config {TINY} --kills 5 --steps 12 --processes 2": Exempt(
         "minutes; tests/end_to_end/test_verify.py runs it shorter"
     ),

@@ -26,13 +26,14 @@ def test_usual_names_run_as_they_are(source: str) -> None:
     assert resolve(source, RewardSettings(require_thinking=False))("\\boxed{5}", "5").verdict is Verdict.RIGHT
 
 
-@pytest.mark.parametrize("source", ["mathematica", "someone/mathematica", "openai/humaneval", "math/code", "agsm8k"])
+@pytest.mark.parametrize("source", ["mathematica", "someone/mathematica", "openai/humaneval", "agsm8k"])
 def test_other_names_get_no_reward_or_their_own(source: str) -> None:
-    if source == "math/code":
-        assert find(source) == find("math")  # as math_code: the name goes on with no letter
-        return
     with pytest.raises(RewardError, match=r"\[reward\.functions\]"):
         find(source)
+
+
+def test_a_name_may_go_on_after_a_built_in_s() -> None:
+    assert find("math/code") == find("math_code") == find("math")
 
 
 @pytest.mark.parametrize("value", ["math", "MATH", "gsm8k", "megatron_klear.rewards.math:MathReward"])
