@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import tiny_rl_run
 import tiny_run
-from megatron_klear.mcore.compare_checkpoints import compare_checkpoints
 
 from megatron_klear.errors import RunLeft
 from megatron_klear.mcore import manifest
+from megatron_klear.mcore.checkpoints.compare import compare_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"sft": ("pretrain_sft.py", tiny_run), "gppo": ("train_gppo.py", tiny_rl_run)}
