@@ -13,7 +13,7 @@ import tiny_rl_run
 import tiny_run
 
 from megatron_klear.errors import RunLeft
-from megatron_klear.mcore import manifest
+from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.mcore.checkpoints.compare import compare_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
