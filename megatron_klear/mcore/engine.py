@@ -283,7 +283,7 @@ class Engine:
         def forward(iterator: Iterator[LocalRow], chunk: Any) -> tuple[Tensor, Any]:
             row = next(iterator)
             model: PolicyModel = chunk.module
-            output = chunk(row.tokens, None, None, packed_seq_params=row.params)
+            output = chunk(row.tokens, None, None, packed_seq_params=row.params.with_angles())
             self._await_head(chunk)
             return output, partial(compute, model, row)
 

@@ -43,6 +43,8 @@ def trained(config: SFTConfig, layout, folder: Path) -> tuple[list[list], list[d
             return [*seen, *(tensor.clone() for _, tensor in engine.hf_weights())]
 
         awake = Engine(laid_out, topology)
+        for row in awake._rows(rows):  # all rows of a rollout step lie on the card at once: no table a token
+            assert row.params.cosine is None
         expected = result(awake, [awake.train_step(rows, NLL()).grad_norm for _ in range(3)])
         engine, norms, sizes, released = Engine(laid_out, topology), [], [], 0
         for step in range(3):
