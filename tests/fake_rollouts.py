@@ -67,6 +67,8 @@ class FakeRollouts:
     def counters(self) -> dict[str, float]:
         return {"server_retries": 1.0, "groups_dropped": 0.0}
 
+    shares_cards = False
+
     def sleep(self) -> None:
         assert not self._waiting, "asleep with requests under way"
 

@@ -21,6 +21,12 @@ LOSS_CHUNK_TOKENS = 4096
 
 GIB = 2**30
 
+PROCESS_BYTES = 3 * GIB
+"""Allowed for CUDA and NCCL in a process that has a card open."""
+
+CARD_BYTES = round(79.6 * GIB)
+"""Of the 80 GB cards that a plan made on a machine without any is for."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchPlan:
@@ -302,9 +308,38 @@ def describe_rl_plan(
         _row("rollout steps", f"{config.train.steps:,}"),
     ]
     whole = [*_model_lines(config, architecture, plan), "", *lines, "", *_memory_lines(config, plan)]
+    whole += _turns_lines(config, plan, device_memory_bytes)
     if device_memory_bytes is not None:
         whole.append(_row("the device has", f"{device_memory_bytes / GIB:.2f} GiB"))
     return "\n".join(whole)
+
+
+def turns_bytes(config: GPPOConfig, plan: Plan, device_memory_bytes: int) -> tuple[int, int] | None:
+    """Bytes reserved on the heaviest card that trainer and server share: (while training, while sampling).
+
+    None where they share no card. Each process has `PROCESS_BYTES` for CUDA and NCCL, asleep or not. A trainer asleep
+    keeps its weights; a server asleep keeps nothing else, and one awake takes its share of the card, CUDA included.
+    """
+    rollout = config.rollout
+    if rollout.kind != "vllm" or rollout.transfer != "cuda_ipc" or rollout.server is None:
+        return None
+    server = round(rollout.server.memory_share * device_memory_bytes)
+    training = max(memory.total for memory in plan.stage_memory) + 2 * PROCESS_BYTES
+    sampling = max(memory.parameters for memory in plan.stage_memory) + PROCESS_BYTES + server
+    return training, sampling
+
+
+def _turns_lines(config: GPPOConfig, plan: Plan, device_memory_bytes: int | None) -> list[str]:
+    assumed = device_memory_bytes or CARD_BYTES
+    turns = turns_bytes(config, plan, assumed)
+    if turns is None:
+        return []
+    of = "" if device_memory_bytes else f", a card of {CARD_BYTES / GIB:.1f} GiB assumed"
+    lines = ["", f"Reserved on a card in turns, CUDA and NCCL of both processes included{of}"]
+    for name, size in zip(("trainer awake, server asleep", "trainer asleep, server awake"), turns, strict=True):
+        verdict = "fits" if size < assumed else "DOES NOT FIT"
+        lines.append(_row(name, f"{size / GIB:.2f} GiB ({verdict})"))
+    return lines
 
 
 def _model_lines(config: RunConfig, architecture: Architecture, plan: Plan) -> list[str]:

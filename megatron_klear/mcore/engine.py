@@ -25,6 +25,7 @@ from megatron_klear.mcore import weights as hf
 from megatron_klear.mcore.checkpoints import save as checkpoint
 from megatron_klear.mcore.head import Head
 from megatron_klear.mcore.model import PolicyModel, build_chunks, inverse_frequencies
+from megatron_klear.mcore.offload import TrainingMemory
 from megatron_klear.mcore.optimizer import build_optimizer, guarded_step, learning_rate, set_rates
 from megatron_klear.mcore.reading import check_frequencies
 from megatron_klear.mcore.rows import LocalRow, empty_batch, local_row
@@ -75,6 +76,7 @@ class Engine:
         self.overlap = run.optimizer.overlap and topology.data_context.size > 1
         self.chunks = _wrap(self.models, run, self.overlap)
         self.optimizer = build_optimizer(run, self.chunks, self.overlap)
+        self._memory = TrainingMemory(self.chunks, self.optimizer, topology.device)
         self.head = Head(run.model, self.architecture, topology)
         self.inverse_frequencies = inverse_frequencies(self.architecture)[0].to(topology.device)
         self._reference: list[Tensor] | None = None
@@ -104,6 +106,7 @@ class Engine:
         present to old policy, fp32 on the CPU; 0 where a token has no weight. A step whose loss or gradient norm is
         not finite leaves weights and optimizer alone and says so in `skipped`.
         """
+        self.wake()
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -144,6 +147,18 @@ class Engine:
             skipped=not stepped,
             metrics=sums,
         )
+
+    def sleep(self) -> int:
+        """Give back what only training needs, for servers on the same cards; the bytes that left this rank's card.
+
+        Weights stay, so that they can be sent and `logprobs` works. What trains, saves or loads wakes the engine again;
+        servers must have given the cards back by then.
+        """
+        return self._memory.sleep()
+
+    def wake(self) -> None:
+        """Take back what `sleep` gave; nothing is changed by the two, bit by bit."""
+        self._memory.wake()
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch], *, temperature: float = 1.0) -> list[Tensor]:
@@ -202,6 +217,7 @@ class Engine:
         `extra` is kept with it, as JSON, and `files` by name in its folder, both those of rank 0. With
         `checkpoint.asynchronous` the writing goes on in the background; `finish_save` waits for it.
         """
+        self.wake()
         self._gather_parameters()
         self._saver.save(
             path,
@@ -223,6 +239,7 @@ class Engine:
 
     def load(self, path: Path) -> dict[str, Any]:
         """Continue from a checkpoint written in any layout; returns the `extra` it was saved with."""
+        self.wake()
         state = checkpoint.TrainingState(models=self.models, optimizer=self.optimizer, step=0, extra={})
         loaded = checkpoint.load(path, state, self.topology)
         self.step = loaded.step
@@ -268,7 +285,7 @@ class Engine:
         def forward(iterator: Iterator[LocalRow], chunk: Any) -> tuple[Tensor, Any]:
             row = next(iterator)
             model: PolicyModel = chunk.module
-            output = chunk(row.tokens, None, None, packed_seq_params=row.params)
+            output = chunk(row.tokens, None, None, packed_seq_params=row.params.with_angles())
             self._await_head(chunk)
             return output, partial(compute, model, row)
 

@@ -46,7 +46,7 @@ class PolicyModel(GPTModel):
 
     def run(self, row: LocalRow) -> Tensor:
         """One micro-batch through this chunk's layers."""
-        out: Tensor = self(row.tokens, None, None, packed_seq_params=row.params)
+        out: Tensor = self(row.tokens, None, None, packed_seq_params=row.params.with_angles())
         return out
 
     @property

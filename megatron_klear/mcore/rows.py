@@ -7,6 +7,7 @@ travel with the row, so every pipeline stage has them.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,9 @@ class RowParams(PackedSeqParams):
     run fields say the same in the form of the variable-length kernels.
     """
 
-    cosine: Tensor | None = None  # [T_local, head_dim] float32
+    positions: Tensor | None = None  # [T_local] int32, of each token in its sequence
+    inverse_frequencies: Tensor | None = None  # [head_dim / 2] of the rotary embedding, scaling included
+    cosine: Tensor | None = None  # [T_local, head_dim] float32; only in what `with_angles` returns
     sine: Tensor | None = None
     pieces: tuple[tuple[int, int, int, int], ...] = ()
     key_order: Tensor | None = None  # [T] place of each document position in the rank-major gather; None for cp 1
@@ -54,6 +57,20 @@ class RowParams(PackedSeqParams):
     cu_key_runs: Tensor | None = None  # [pieces + 1] int32
     max_query_run: int = 0
     max_key_run: int = 0
+
+    def with_angles(self) -> RowParams:
+        """A copy with the rotary tables of this row.
+
+        They take 30 times the rest of a row, so they live with the micro-batch that is under way and not with the row:
+        all rows of a rollout step lie on the card at once.
+        """
+        assert self.positions is not None
+        assert self.inverse_frequencies is not None
+        angles = self.positions.float()[:, None] * self.inverse_frequencies[None]
+        angles = torch.cat([angles, angles], dim=-1)
+        params = copy.copy(self)
+        params.cosine, params.sine = angles.cos(), angles.sin()
+        return params
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +95,6 @@ def local_row(batch: PackedBatch, topology: Topology, inverse_frequencies: Tenso
     positions = _positions(bounds)[mine]
     local_source = source[mine]
     device = topology.device
-    angles = positions.to(device, torch.float32)[:, None] * inverse_frequencies[None]
-    angles = torch.cat([angles, angles], dim=-1)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
     longest = max(b - a for a, b in pairwise(bounds))
     params = RowParams(
@@ -88,8 +103,8 @@ def local_row(batch: PackedBatch, topology: Topology, inverse_frequencies: Tenso
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        cosine=angles.cos(),
-        sine=angles.sin(),
+        positions=positions.to(device, torch.int32),
+        inverse_frequencies=inverse_frequencies,
         key_order=torch.from_numpy(zigzag_order(bounds, cp)).to(device) if cp > 1 else None,
         **_runs(_pieces(bounds, cp, rank), device, gathered=cp > 1),
     )

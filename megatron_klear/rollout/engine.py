@@ -34,6 +34,11 @@ class RolloutEngine(Protocol):
         """Precision in which the engine holds the weights."""
         ...
 
+    @property
+    def shares_cards(self) -> bool:
+        """Whether it draws on the trainer's own cards, in turns with a trainer that gives its memory back first."""
+        ...
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Checksums:
         """Take the policy's weights under their Hugging Face names; `version` marks every token drawn from now on.
 

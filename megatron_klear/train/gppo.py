@@ -91,6 +91,7 @@ def train_steps(
             with log.time("validation", outside_step=True):
                 sampler.sync(number + 1)
                 validator.report(sampler, grader, log, step=number + 1)
+                sampler.sleep()  # saving takes the optimizer's state back onto shared cards
         with log.time("save", outside_step=True):
             engine.finish_save(blocking=False)
             if last or (config.checkpoint.save_every and (number + 1) % config.checkpoint.save_every == 0):

@@ -32,6 +32,8 @@ def send_weights(engine: Engine, rollouts: RolloutEngine, version: int, *, toler
     with something else, its log-probs of a fixed row with the engine's; `tolerance` in nats is for that mean
     difference and goes by precision unless given. Collective. Raises WeightsNotArrived, naming server and tensors.
     """
+    if rollouts.shares_cards:
+        engine.sleep()  # before any server wakes: the card does not hold both
     sent: dict[str, str] = {}
     held = rollouts.load_weights(_noted(engine.hf_weights(), sent, rollouts.dtype), version)
     for holder, checksums in held.items():

@@ -104,3 +104,16 @@ def test_rotation_compiles_to_the_same_numbers_for_any_length():
         for direction in (1, -1):
             expected = _turn(x, angles.cos(), angles.sin(), direction)
             torch.testing.assert_close(compiled(x, angles.cos(), angles.sin(), direction), expected)
+
+
+def test_rotary_tables_live_with_a_micro_batch_and_not_with_its_row():
+    """The row keeps 4 bytes a token for them; what attention gets is made of positions, bit by bit."""
+    positions = torch.cat([torch.arange(7), torch.arange(5)])
+    frequencies = 1e4 ** -(torch.arange(4) / 4)
+    row = RowParams(positions=positions.int(), inverse_frequencies=frequencies)
+    made = row.with_angles()
+    angles = torch.cat([positions.float()[:, None] * frequencies[None]] * 2, dim=-1)
+    assert torch.equal(made.cosine, angles.cos())
+    assert torch.equal(made.sine, angles.sin())
+    assert row.cosine is None
+    assert row.sine is None

@@ -60,6 +60,9 @@ def test_the_recipes_are_planned_without_their_models(start, toml, processes, tm
     assert caught.value.code == 0
     assert "comes with this package" in shown.out
     assert "8,190,735,360" in shown.out
+    if start is start_gppo:  # 44.82 + 2 x 3; weights 3.81 + 3 + 0.6 x 79.6
+        assert "trainer awake, server asleep         50.82 GiB (fits)" in shown.out
+        assert "trainer asleep, server awake         54.57 GiB (fits)" in shown.out
     assert "this machine lacks" in shown.out
     with pytest.raises(SystemExit) as caught:
         start(["--config", str(EXAMPLES / toml), f"--dry-run={processes}", "--parallel.tensor", "3"])

@@ -87,6 +87,11 @@ class LocalEngine:
         """Nothing is retried or dropped here."""
         return {"server_retries": 0.0, "groups_dropped": 0.0}
 
+    @property
+    def shares_cards(self) -> bool:
+        """False: it draws within the trainer's process, whose allocator both use."""
+        return False
+
     def sleep(self) -> None:
         """Give back the fused copies of the weights."""
         self._decoder.free()

@@ -184,6 +184,11 @@ class VLLMEngine:
             return {"server_retries": 0.0, "groups_dropped": 0.0}
         return self._control.on_loop(self._dispatcher.take_counters)
 
+    @property
+    def shares_cards(self) -> bool:
+        """Whether servers run on the trainer's own cards."""
+        return self._transport.needs_shared_device
+
     def sleep(self) -> None:
         """Have servers on the trainer's own cards give back weights and cache; others go on.
 
