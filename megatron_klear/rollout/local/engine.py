@@ -137,10 +137,11 @@ class _Batch:
         logits = self._admit(None)
         while self._active:
             tokens, logprobs = self._draw(logits)
+            drawn, their_logprobs = tokens.tolist(), logprobs.tolist()  # two waits for the device, not two a sequence
             kept: list[int] = []
             for place, (row, sequence) in enumerate(self._active):
-                sequence.tokens.append(int(tokens[place]))
-                sequence.logprobs.append(float(logprobs[place]))
+                sequence.tokens.append(drawn[place])
+                sequence.logprobs.append(their_logprobs[place])
                 if sequence.tokens[-1] in stop:
                     yield sequence, "stop"
                 elif len(sequence.tokens) == self._sampling.max_tokens:
