@@ -125,6 +125,37 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
 }
 
 
+NAMED = Exempt("a name, not a command to be typed as it stands")
+INLINE: dict[str, Runs | Refused | Exempt] = {
+    "pip install": NAMED,
+    "klear sft": NAMED,
+    "pytest -m gpu": Exempt("needs a CUDA device"),
+    "python tools/prepare_data.py": Runs("--help"),
+    "python tools/losses.py": Runs(shows="clip_cov"),
+    "python tools/gain.py RUN": Runs(swap=("RUN", "examples/results/gppo_smollm2_arithmetic")),
+    "python tools/gain.py examples/results/gppo_smollm2_arithmetic": Runs(),
+    "python tools/verify.py weights --config run.toml": Exempt("tests/end_to_end/test_verify_rollouts.py runs it"),
+    "KLEAR_KILL_VLLM=1 bash tests/run.sh -k killed_vllm": Exempt("minutes of real servers, in the run that this is in"),
+    'python -c "from megatron_klear.kernels import available; print(available())"': Runs(shows="built=True"),
+    "python tools/document_config.py": Runs("--check"),
+    "bash examples/sft_tiny_cpu.sh --train.epochs 5 --output runs/short": Runs(SHORT_SFT),
+    "bash examples/quickstart.sh": COMMANDS["bash examples/quickstart.sh"],
+    "bash examples/gppo_smollm2_arithmetic.sh": Exempt("an hour, and a model to download"),
+    "python tools/benchmark/rollout_modes.py --train.steps 30 --algorithm.prompts_per_update 8 --validation.every 0": (
+        Exempt("most of an hour; says what examples/results holds")
+    ),
+}
+"""Commands inside sentences."""
+
+
+def inline_commands_of(page: str) -> list[str]:
+    """The commands of a page's sentences, in order, one a line."""
+    sentences = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+    spans = (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", sentences))
+    starts = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|bash|sh|pytest|klear|pip|srun|sbatch) ")
+    return [span for span in spans if starts.match(span)]
+
+
 def commands_of(page: str) -> list[str]:
     """The commands of a page's fenced bash blocks in order, one a line, without comments."""
     blocks = re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
@@ -191,23 +222,35 @@ def test_the_commands_of_a_page_run_in_order(clone: Path, seen: set[str], page: 
         if command.startswith("export "):
             preamble += f"{command}; "
             continue
-        check = COMMANDS[command]
-        if isinstance(check, Exempt):
-            continue
-        asked = command.replace(*check.swap) + (f" {check.extra}" if isinstance(check, Runs) else "")
-        if asked in seen and not preamble:
-            continue
-        seen.add(asked)
-        ran = run(preamble + asked, clone)
-        shown = ran.stdout + ran.stderr
-        if isinstance(check, Runs):
-            assert ran.returncode == 0, f"{asked}\n{shown}"
-            assert check.shows in shown, f"{asked}\n{shown}"
-        else:
-            assert ran.returncode != 0, f"{asked}\n{shown}"
-            told = [line for line in shown.splitlines() if check.told in line]
-            assert len(told) == 1, f"{asked}\n{shown}"
-            assert f'File "{clone}' not in shown, f"a traceback of ours: {asked}\n{shown}"
+        check_command(command, COMMANDS[command], clone, seen, preamble)
+
+
+def check_command(
+    command: str, check: Runs | Refused | Exempt, clone: Path, seen: set[str], preamble: str = ""
+) -> None:
+    """Run a command as its check says, unless it was run by then."""
+    if isinstance(check, Exempt):
+        return
+    asked = command.replace(*check.swap) + (f" {check.extra}" if isinstance(check, Runs) else "")
+    if asked in seen and not preamble:
+        return
+    seen.add(asked)
+    ran = run(preamble + asked, clone)
+    shown = ran.stdout + ran.stderr
+    if isinstance(check, Runs):
+        assert ran.returncode == 0, f"{asked}\n{shown}"
+        assert check.shows in shown, f"{asked}\n{shown}"
+    else:
+        assert ran.returncode != 0, f"{asked}\n{shown}"
+        told = [line for line in shown.splitlines() if check.told in line]
+        assert len(told) == 1, f"{asked}\n{shown}"
+        assert f'File "{clone}' not in shown, f"a traceback of ours: {asked}\n{shown}"
+
+
+@pytest.mark.slow
+def test_commands_inside_sentences_run(clone: Path, seen: set[str]):
+    for command, check in INLINE.items():
+        check_command(command, check, clone, seen)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -217,8 +260,9 @@ def test_every_command_is_listed(page: str):
 
 
 def test_every_listed_command_is_shown():
-    shown = {command for page in PAGES for command in commands_of((ROOT / page).read_text())}
-    assert set(COMMANDS) - shown == set()
+    texts = [(ROOT / page).read_text() for page in PAGES]
+    assert set(COMMANDS) - {command for text in texts for command in commands_of(text)} == set()
+    assert set(INLINE) == {command for text in texts for command in inline_commands_of(text)}
 
 
 @pytest.mark.parametrize("page", PAGES)
