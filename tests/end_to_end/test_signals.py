@@ -119,3 +119,23 @@ def test_an_error_publishes_the_checkpoint_that_is_being_written(processes: int,
     assert manifest.steps(checkpoints) == [2]
     assert not manifest.damage(manifest.step_folder(checkpoints, 2))
     assert len(list(checkpoints.iterdir())) == 1, "nothing half written is left"
+
+
+PRESSED_TWICE = """
+import os, signal
+from megatron_klear.runs import leave
+leave._SAME_PRESS_SECONDS = 0.0  # two presses, without a wait between them
+with leave.Leaving(None):
+    os.kill(os.getpid(), signal.SIGINT)
+    print("the step goes on", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("never")
+"""
+
+
+def test_ctrl_c_pressed_again_ends_at_once():
+    command = [sys.executable, "-c", PRESSED_TWICE]
+    ran = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=DEADLINE_SECONDS)
+    assert ran.returncode == 130
+    assert ran.stdout == "the step goes on\n"
+    assert "interrupted again: ended without saving" in ran.stderr
