@@ -83,9 +83,12 @@ def gather_first(value: Result) -> list[Result]:
     """The values of all ranks in their order, on rank 0; empty on the others."""
     if size() == 1:
         return [value]
-    values: list[Any] | None = [None] * size() if is_first() else None
-    dist.gather_object(value, values, dst=0, group=_group)
-    return values or []
+    # Not torch's gather_object, which pads every message to the longest: where one rank of each replica has something
+    # to tell, rank 0 would receive it once for every rank of the world.
+    if not is_first():
+        _send(pickle.dumps(value, pickle.HIGHEST_PROTOCOL), 0)
+        return []
+    return [value, *(pickle.loads(_receive(sender)) for sender in range(1, size()))]
 
 
 def give_each(parts: Sequence[Result], receivers: Sequence[Sequence[int]]) -> Result:
