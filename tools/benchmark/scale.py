@@ -14,6 +14,7 @@ Sockets are counted in /proc of real gloo processes; those of a world on NCCL fo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -54,6 +55,7 @@ STEPS = {"16.8M": 128, "134M": 1024}  # prompts, of 8 samples of 16K tokens on a
 SAMPLES, PROMPT_TOKENS, CAP_TOKENS, MEAN_TOKENS = 8, 256, 32768, 16384
 LAYOUTS = {8: (4, 1, 1), 64: (4, 2, 1), 256: (8, 2, 1), 1024: (8, 4, 1)}  # ranks: tensor, context, pipeline
 RANKS_OF_NODE = 8
+TRANSFER_BYTES = 32 << 20
 TEXT_BYTES = 4  # of a token
 Report = dict[str, Any]
 
@@ -126,7 +128,7 @@ def simulate(groups: list[Group], ranks: int, gloo_rate: float) -> Report:
     clock.append(time.perf_counter())
     samples = [sample for group in groups for sample in group.samples]
     parts: list[int] = []
-    own: bytes = b""
+    own = b""
     for data_rank in range(data_size):
         chosen = [number for plan in plans for number in plan.numbers_of(data_rank)]
         part = pickle.dumps(TokenArrays.of({number: samples[number] for number in chosen}), pickle.HIGHEST_PROTOCOL)
@@ -146,6 +148,9 @@ def simulate(groups: list[Group], ranks: int, gloo_rate: float) -> Report:
     # Rank 0 sends every other part once, and its own at most twice.
     leaving = sum(parts) - parts[0] + min(2, replica - 1) * parts[0]
     seconds["transfer_computed"] = leaving / gloo_rate
+    # A part goes on within its replica along a chain that doubles, and every place sends it twice, one after the other.
+    seconds["replica_computed"] = 2 * (replica.bit_length() - 1) * max(parts) / gloo_rate
+    seconds["ratios_computed"] = gathered / gloo_rate
     control = told + 2 * mismatch  # a ring receives an all-reduce's values at most twice
     return {
         "ranks": ranks,
@@ -200,13 +205,17 @@ def _in_process(rank: int, size: int, port: int, lazy: bool, what: str, answers:
         return
     dist.init_process_group("gloo")
     if what == "transfer":
-        part = TokenArrays.of({0: _group(np.random.default_rng(0), 0, [1 << 22]).samples[0]}) if rank == 0 else None
-        dist.barrier()
-        start = time.perf_counter()
-        exchange.give_each([part] * size, [[member] for member in range(size)])
-        dist.barrier()
+        # As the exchange sends, without the pickling, which is timed where parts are made and read.
+        message = torch.ones(TRANSFER_BYTES, dtype=torch.uint8)
+        rates = []
+        for _ in range(5):
+            dist.barrier()
+            start = time.perf_counter()
+            exchange._send(message, 1) if rank == 0 else exchange._receive(0)
+            dist.barrier()
+            rates.append(TRANSFER_BYTES / (time.perf_counter() - start))
         if rank == 0:
-            answers.put(("rate", (size - 1) * size_of(part) / (time.perf_counter() - start)))
+            answers.put(("rate", sorted(rates)[2]))
     else:
         exchange.tell_all("x")
         exchange.gather_all(rank)
@@ -242,7 +251,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scale.json")
     arguments = parser.parse_args()
     (rate,) = among_processes(2, "transfer")
-    print(f"gloo between two local processes, pickling included: {rate / 1e6:.0f} MB/s")
+    print(f"gloo between two local processes, median of five: {rate / 1e6:.0f} MB/s")
     report: Report = {"benchmark": "scale", "device": cpu_name(), "gloo_bytes_a_second": rate, "steps": {}}
     met = True
     for name in arguments.steps:
@@ -260,16 +269,14 @@ def main() -> int:
         report["steps"][name] = {"tokens": tokens, "former_bytes_of_a_rank": former, "worlds": worlds, "files": files}
         if name == "16.8M":
             met = all(one["control_bytes_of_a_rank"] < 1e6 and one["wait_seconds"] < 1 for one in worlds)
-    report["sockets"] = [
-        {"ranks": size, "what": what, "lazy": lazy, "of_ranks": among_processes(size, what, lazy=lazy)}
-        for size in arguments.sockets
-        for what in ("one_group", "megatron")
-        for lazy in (False, True)
-    ]
-    for one in report["sockets"]:
-        print(f"  sockets {one['what']:<10} {one['ranks']} ranks, lazy {one['lazy']!s:<5}: {one['of_ranks']}")
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     report["gloo_peers_on_nccl_counted_in_structure"] = {ranks: ranks - 1 for ranks in LAYOUTS}
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    report["sockets"] = []
+    for size, what, lazy in itertools.product(arguments.sockets, ("one_group", "megatron"), (False, True)):
+        found = among_processes(size, what, lazy=lazy)
+        report["sockets"].append({"ranks": size, "what": what, "lazy": lazy, "of_ranks": found})
+        print(f"  sockets {what:<10} {size} ranks, lazy {lazy!s:<5}: {found}", flush=True)
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print("at 16.8M tokens: wait < 1 s, < 1 MB a rank plus own rows:", "met" if met else "MISSED")
     return 0 if met else 1
 
