@@ -9,6 +9,7 @@ Errors cross as words: a UserError arrives as one, anything else as RuntimeError
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -83,9 +84,12 @@ def gather_first(value: Result) -> list[Result]:
     """The values of all ranks in their order, on rank 0; empty on the others."""
     if size() == 1:
         return [value]
-    values: list[Any] | None = [None] * size() if is_first() else None
-    dist.gather_object(value, values, dst=0, group=_group)
-    return values or []
+    # Not torch's gather_object, which pads every message to the longest: where one rank of each replica has something
+    # to tell, rank 0 would receive it once for every rank of the world.
+    if not is_first():
+        _send(_pickled(value), 0)
+        return []
+    return [value, *(_unpickled(_receive(sender)) for sender in range(1, size()))]
 
 
 def give_each(parts: Sequence[Result], receivers: Sequence[Sequence[int]]) -> Result:
@@ -97,12 +101,12 @@ def give_each(parts: Sequence[Result], receivers: Sequence[Sequence[int]]) -> Re
     if size() == 1:
         return parts[0]
     own = next(part for part, ranks in enumerate(receivers) if rank() in ranks)
-    message: bytes | None = None
+    message: torch.Tensor | None = None
     if is_first():
-        message = pickle.dumps(parts[own], pickle.HIGHEST_PROTOCOL)
+        message = _pickled(parts[own])
         for part, ranks in enumerate(receivers):
             if part != own:
-                _send(pickle.dumps(parts[part], pickle.HIGHEST_PROTOCOL), ranks[0])
+                _send(_pickled(parts[part]), ranks[0])
     # In its own chain rank 0, where it is in it, comes first, for it has the part.
     chain = sorted(receivers[own], key=lambda member: member != 0)
     place = chain.index(rank())
@@ -111,7 +115,7 @@ def give_each(parts: Sequence[Result], receivers: Sequence[Sequence[int]]) -> Re
     for child in (2 * place + 1, 2 * place + 2):
         if child < len(chain):
             _send(message, chain[child])
-    result: Result = pickle.loads(message)
+    result: Result = _unpickled(message)
     return result
 
 
@@ -184,18 +188,29 @@ def _of_first(function: Callable[[], Result], *, everywhere: bool) -> Any:
     return told if everywhere else result
 
 
-def _send(message: bytes, to: int) -> None:
-    # Of gloo's own tensors: a length, then the bytes, so that nothing is padded to the longest part.
+def _pickled(value: Any) -> torch.Tensor:
+    # Into a buffer that torch may share: `pickle.dumps` gives bytes, which are copied once more before they are sent.
+    buffer = io.BytesIO()
+    pickle.dump(value, buffer, pickle.HIGHEST_PROTOCOL)
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+
+
+def _unpickled(message: torch.Tensor) -> Any:
+    return pickle.loads(memoryview(message.numpy()))
+
+
+def _send(message: torch.Tensor, to: int) -> None:
+    # A length, then the bytes, so that nothing is padded to the longest part.
     dist.send(torch.tensor([len(message)]), to, group=_group)
-    dist.send(torch.frombuffer(bytearray(message), dtype=torch.uint8), to, group=_group)
+    dist.send(message, to, group=_group)
 
 
-def _receive(sender: int) -> bytes:
+def _receive(sender: int) -> torch.Tensor:
     length = torch.zeros(1, dtype=torch.int64)
     dist.recv(length, sender, group=_group)
     content = torch.empty(int(length), dtype=torch.uint8)
     dist.recv(content, sender, group=_group)
-    return content.numpy().tobytes()
+    return content
 
 
 def _told(error: Exception) -> tuple[bool, str]:

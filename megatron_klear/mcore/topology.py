@@ -206,6 +206,9 @@ def _start(target: torch.device, parallel: ParallelConfig) -> None:
     if on_gpu:
         # A backend for both kinds of tensors would be inherited by each of Megatron's groups, and gloo connects every
         # pair of a group's ranks: thousands of sockets a rank at a thousand GPUs. One group of gloo is enough.
+        # And that one connects a pair when it first talks: collectives need few pairs, so that ranks other than the
+        # first stay far below the 1,024 open files that most nodes allow. A user's own value stands.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         exchange.use_group(dist.new_group(backend="gloo", timeout=timeout_of(parallel)))
 
 

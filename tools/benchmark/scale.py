@@ -1,0 +1,294 @@
+"""What the control plane of a rollout step costs at 8 to 1,024 ranks, without a cluster.
+
+    python tools/benchmark/scale.py
+
+A step of made-up groups (8 samples a prompt, log-normal lengths up to 32K) is planned, cut into parts and pickled as
+`distributed.exchange` sends it, for each stated layout; every byte counted is a byte that was serialised. Beside it is
+the former way on the same step: all groups pickled to every rank, once drawn and once graded, and four floats a token.
+Seconds are measured here, but for the transfer: bytes a second over gloo are measured between local processes, and the
+seconds of a simulated world are computed from them, with one stream out of rank 0. That is a loopback figure of one
+machine, not of a network. The rollout file is written for real, of the first groups of the step.
+Sockets are counted in /proc of real gloo processes; those of a world on NCCL follow from its one gloo group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_klear.cli.environment import enter_environment
+
+enter_environment()
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_klear.config.base import ParallelConfig
+from megatron_klear.config.rl import AlgorithmConfig
+from megatron_klear.data.packing import RowSettings, sequence_work
+from megatron_klear.distributed import exchange
+from megatron_klear.mcore.topology import world
+from megatron_klear.models.architecture import architecture_from_config
+from megatron_klear.rl.advantages import advantages_of
+from megatron_klear.rl.mismatch import MismatchSums
+from megatron_klear.runs.rollout_files import RolloutWriter, rollout_file
+from megatron_klear.train.step_numbers import StepNumbers, TokenArrays
+from megatron_klear.train.updates import UpdatePlan, cut_into_updates, pack_rows, plan_update
+from megatron_klear.types import Group, Prompt, Sample, Score, Verdict
+from tools.benchmark.device import cpu_name
+from tools.benchmark.packing import QWEN3_8B
+
+STEPS = {"16.8M": 128, "134M": 1024}  # prompts, of 8 samples of 16K tokens on average
+SAMPLES, PROMPT_TOKENS, CAP_TOKENS, MEAN_TOKENS = 8, 256, 32768, 16384
+LAYOUTS = {8: (4, 1, 1), 64: (4, 2, 1), 256: (8, 2, 1), 1024: (8, 4, 1)}  # ranks: tensor, context, pipeline
+RANKS_OF_NODE = 8
+TRANSFER_BYTES = 32 << 20
+TEXT_BYTES = 4  # of a token
+Report = dict[str, Any]
+
+
+def made_up_groups(prompts: int, seed: int = 0) -> list[Group]:
+    """Graded groups whose samples have `MEAN_TOKENS` tokens on average, to a rounding and the cap."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.lognormal(0.0, 0.6, (prompts, SAMPLES))
+    for _ in range(8):  # the cap takes some off, so that the mean is approached in rounds
+        lengths = np.clip(lengths * (MEAN_TOKENS / lengths.mean()), PROMPT_TOKENS + 16, CAP_TOKENS)
+    return [_group(generator, index, of_group.astype(int).tolist()) for index, of_group in enumerate(lengths)]
+
+
+def _group(generator: np.random.Generator, index: int, lengths: list[int]) -> Group:
+    prompt = generator.integers(0, 151_000, PROMPT_TOKENS, dtype=np.int32)
+    samples = []
+    for length in lengths:
+        tokens = generator.integers(0, 151_000, length, dtype=np.int32)
+        tokens[:PROMPT_TOKENS] = prompt
+        trained = np.arange(length) >= PROMPT_TOKENS
+        logprobs = np.where(trained, -generator.random(length, dtype=np.float32), np.float32(0))
+        finish = "length" if length >= CAP_TOKENS else "stop"
+        samples.append(Sample(tokens=tokens, trained=trained, logprobs=logprobs, finish=finish))
+    right = generator.random(SAMPLES) < 0.5
+    return Group(
+        prompt=Prompt(id=f"p{index}", data_source="math", tokens=prompt, text="x" * 1024, ground_truth="42"),
+        samples=samples,
+        texts=["y" * (TEXT_BYTES * length) for length in lengths],
+        scores=[Score(reward=float(r), verdict=Verdict.RIGHT if r else Verdict.WRONG) for r in right],
+    )
+
+
+def size_of(value: Any) -> int:
+    """Bytes of a value as the exchange sends it."""
+    return len(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+
+
+def former_bytes(groups: list[Group], tokens: int) -> int:
+    """What every rank received the former way: groups drawn, groups graded, four doubles and a ratio a token."""
+    # One group at a time, so that no pickle of the whole step lies in memory beside it.
+    drawn = sum(size_of(Group(prompt=g.prompt, samples=g.samples, texts=g.texts)) for g in groups)
+    graded = sum(size_of(g) for g in groups)
+    metrics = len(pickle.dumps(np.zeros(1 << 16), pickle.HIGHEST_PROTOCOL)) / (1 << 16)
+    return drawn + graded + round(tokens * (2 * metrics + 4))
+
+
+def plans_of(numbers: StepNumbers, data_size: int) -> list[UpdatePlan]:
+    """The plans that every rank makes from the numbers, as a rollout step does."""
+    algorithm = AlgorithmConfig(prompts_per_step=len(numbers.sizes), prompts_per_update=len(numbers.sizes) // 2)
+    rewards, trained = numbers.by_group(numbers.rewards), numbers.by_group(numbers.trained.astype(np.int64))
+    values = advantages_of(rewards, trained, algorithm.advantage, pass_k=algorithm.pass_k)
+    rows = RowSettings(tokens_per_row=CAP_TOKENS + 64, segment_multiple=64, rows_per_step=1)
+    work = sequence_work(architecture_from_config(QWEN3_8B))
+    return [
+        plan_update(update, algorithm, rows, work, longest_response=CAP_TOKENS, data_size=data_size)
+        for update in cut_into_updates(numbers, values, algorithm.prompts_per_update)
+    ]
+
+
+def simulate(groups: list[Group], ranks: int, gloo_rate: float) -> Report:
+    """Bytes and seconds of one step's control plane in a world of `ranks`."""
+    tensor, context, pipeline = LAYOUTS[ranks]
+    data_size = ranks // (tensor * context * pipeline)
+    replica = ranks // data_size
+    clock = [time.perf_counter()]
+    numbers = StepNumbers.of(groups)
+    told = size_of((numbers, None))
+    clock.append(time.perf_counter())
+    plans = plans_of(numbers, data_size)
+    clock.append(time.perf_counter())
+    samples = [sample for group in groups for sample in group.samples]
+    parts: list[int] = []
+    own = b""
+    for data_rank in range(data_size):
+        chosen = [number for plan in plans for number in plan.numbers_of(data_rank)]
+        part = pickle.dumps(TokenArrays.of({number: samples[number] for number in chosen}), pickle.HIGHEST_PROTOCOL)
+        parts.append(len(part))
+        if len(part) == max(parts):
+            own, largest = part, data_rank
+    clock.append(time.perf_counter())
+    received = pickle.loads(own).samples()
+    batches = [batch for plan in plans for batch in pack_rows(plan, largest, received)]
+    clock.append(time.perf_counter())
+    values = torch.zeros(1)
+    sums = MismatchSums.of(values, values, values.exp(), values, "none")
+    mismatch = 8 * (len(sums.sums) + len(sums.histogram) + 1)
+    ratios = {n: [np.ones(len(sample.tokens), np.float32)] for n, sample in received.items()}
+    gathered = size_of(ratios) * data_size
+    seconds = dict(zip(("numbers", "plan", "parts", "unpack_and_pack"), np.diff(clock).tolist(), strict=True))
+    # Rank 0 sends every other part once, and its own at most twice.
+    leaving = sum(parts) - parts[0] + min(2, replica - 1) * parts[0]
+    seconds["transfer_computed"] = leaving / gloo_rate
+    # A part goes on within its replica along a chain that doubles, and every place sends it twice, one after the other.
+    seconds["replica_computed"] = 2 * (replica.bit_length() - 1) * max(parts) / gloo_rate
+    seconds["ratios_computed"] = gathered / gloo_rate
+    control = told + 2 * mismatch  # a ring receives an all-reduce's values at most twice
+    return {
+        "ranks": ranks,
+        "data_ranks": data_size,
+        "rows_of_fullest_data_rank": len(batches),
+        "control_bytes_of_a_rank": control,
+        "own_rows_bytes_of_a_rank": max(parts),
+        "bytes_of_a_node": min(ranks, RANKS_OF_NODE) * (control + max(parts)),
+        "parts_bytes_leaving_rank_0": leaving,
+        "ratios_bytes_received_by_rank_0": gathered,
+        "ratios_bytes_with_padded_gather": size_of(ratios) * ranks,
+        "seconds": seconds,
+        "wait_seconds": sum(seconds.values()),
+    }
+
+
+def write_rollouts(groups: list[Group]) -> Report:
+    """A real rollout file of the first groups."""
+    with tempfile.TemporaryDirectory() as folder:
+        writer = RolloutWriter(Path(folder), form="parquet")
+        start = time.perf_counter()
+        writer.write(1, groups)
+        handed = time.perf_counter() - start
+        writer.close()
+        seconds = time.perf_counter() - start
+        size = rollout_file(Path(folder), 1).stat().st_size
+    tokens = sum(len(sample.tokens) for group in groups for sample in group.samples)
+    return {"tokens": tokens, "bytes_a_token": size / tokens, "caller_waits": handed, "writer_seconds": seconds}
+
+
+def count_sockets() -> int:
+    """Open sockets of this process."""
+    links = []
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            links.append(os.readlink(entry))
+        except FileNotFoundError:  # the descriptor that listed the folder
+            continue
+    return sum(link.startswith("socket:") for link in links)
+
+
+def _in_process(rank: int, size: int, port: int, lazy: bool, what: str, answers: Any) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCH_GLOO_LAZY_INIT"] = str(int(lazy))
+    torch.set_num_threads(1)
+    if what == "megatron":
+        with world(ParallelConfig(device="cpu", tensor=2 if size > 2 else 1)):
+            exchange.tell_all("x")
+            exchange.gather_all(rank)
+            answers.put(("sockets", count_sockets()))
+            dist.barrier()
+        return
+    dist.init_process_group("gloo")
+    if what == "transfer":
+        # As the exchange sends, without the pickling, which is timed where parts are made and read.
+        message = torch.ones(TRANSFER_BYTES, dtype=torch.uint8)
+        rates = []
+        for _ in range(5):
+            dist.barrier()
+            start = time.perf_counter()
+            exchange._send(message, 1) if rank == 0 else exchange._receive(0)
+            dist.barrier()
+            rates.append(TRANSFER_BYTES / (time.perf_counter() - start))
+        if rank == 0:
+            answers.put(("rate", sorted(rates)[2]))
+    else:
+        exchange.tell_all("x")
+        exchange.gather_all(rank)
+        dist.all_reduce(torch.zeros(2048))
+        answers.put(("sockets", count_sockets()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def among_processes(size: int, what: str, *, lazy: bool = False) -> list[float]:
+    """What the processes of a gloo world of `size` answer, sorted."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    processes = [
+        context.Process(target=_in_process, args=(rank, size, port, lazy, what, answers)) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=120)[1] for _ in range(1 if what == "transfer" else size)]
+    for process in processes:
+        process.join()
+    return sorted(found)
+
+
+def main() -> int:
+    """Run every part and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--sockets", nargs="*", type=int, default=[2, 4, 8], help="sizes of real gloo worlds")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scale.json")
+    arguments = parser.parse_args()
+    (rate,) = among_processes(2, "transfer")
+    print(f"gloo between two local processes, median of five: {rate / 1e6:.0f} MB/s")
+    report: Report = {"benchmark": "scale", "device": cpu_name(), "gloo_bytes_a_second": rate, "steps": {}}
+    met = True
+    for name in arguments.steps:
+        groups = made_up_groups(STEPS[name])
+        tokens = sum(len(sample.tokens) for group in groups for sample in group.samples)
+        former = former_bytes(groups, tokens)
+        print(f"{name}: {tokens:,} tokens; the former way {former / 1e6:,.0f} MB to every rank")
+        worlds = [simulate(groups, ranks, rate) for ranks in LAYOUTS]
+        for one in worlds:
+            print(_line(one), flush=True)
+        files = write_rollouts(groups[:16])
+        print(
+            f"  rollout file, 16 groups: {files['bytes_a_token']:.2f} B a token, {files['writer_seconds']:.2f} s behind"
+        )
+        report["steps"][name] = {"tokens": tokens, "former_bytes_of_a_rank": former, "worlds": worlds, "files": files}
+        if name == "16.8M":
+            met = all(one["control_bytes_of_a_rank"] < 1e6 and one["wait_seconds"] < 1 for one in worlds)
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    report["gloo_peers_on_nccl_counted_in_structure"] = {ranks: ranks - 1 for ranks in LAYOUTS}
+    report["sockets"] = []
+    for size, what, lazy in itertools.product(arguments.sockets, ("one_group", "megatron"), (False, True)):
+        found = among_processes(size, what, lazy=lazy)
+        report["sockets"].append({"ranks": size, "what": what, "lazy": lazy, "of_ranks": found})
+        print(f"  sockets {what:<10} {size} ranks, lazy {lazy!s:<5}: {found}", flush=True)
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print("at 16.8M tokens: wait < 1 s, < 1 MB a rank plus own rows:", "met" if met else "MISSED")
+    return 0 if met else 1
+
+
+def _line(one: Report) -> str:
+    parts = "  ".join(f"{name} {seconds:.3f}" for name, seconds in one["seconds"].items())
+    return (
+        f"  {one['ranks']:>5} ranks, dp {one['data_ranks']:>3}: control {one['control_bytes_of_a_rank'] / 1e3:.0f} kB, "
+        f"rows {one['own_rows_bytes_of_a_rank'] / 1e6:.1f} MB, wait {one['wait_seconds']:.2f} s ({parts}), "
+        f"ratios to rank 0 {one['ratios_bytes_received_by_rank_0'] / 1e6:.0f} MB"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
