@@ -120,6 +120,9 @@ class RewardConfig(Settings):
     """Grading processes on a node; 0 is one per core."""
     max_error_share: float = Field(default=0.05, ge=0, le=1)
     """The run stops when more than this share of a step's samples end as timeout or error."""
+    environment: tuple[str, ...] = ()
+    """Names of environment variables that rewards of your own need: grading processes get those that Python and caches
+    need (`rewards.pool.ENVIRONMENT`), and no token or key unless it is named here."""
     functions: dict[str, str] = Field(default_factory=dict)
     """Rewards by data_source: your own by dotted path, `"my_task" = "my_module:reward"`, or a built-in by its name,
     `"my/set" = "math"`."""

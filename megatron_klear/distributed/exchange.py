@@ -196,7 +196,7 @@ def _pickled(value: Any) -> torch.Tensor:
 
 
 def _unpickled(message: torch.Tensor) -> Any:
-    return pickle.loads(memoryview(message.numpy()))
+    return pickle.loads(message.numpy().data)
 
 
 def _send(message: torch.Tensor, to: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import selectors
 import signal
 import subprocess
@@ -19,13 +18,31 @@ from typing import Any
 from megatron_klear.types import Score, Verdict
 
 from .base import SCHEMES, RewardError, RewardSettings, check_sources
-from .worker import LENGTH, READY, TIMED_OUT, Request, WorkerJob, pack
+from .worker import (
+    LENGTH,
+    MAX_ANSWER_BYTES,
+    READY,
+    TIMED_OUT,
+    Answer,
+    NoAnswerError,
+    Refused,
+    Request,
+    WorkerJob,
+    pack,
+    read_answer,
+)
 
 _KILL_AFTER_SECONDS = 0.5  # past the limit: first the worker may stop by itself, which is quicker than a new one
 _START_SECONDS = 120.0  # imports on a busy machine
 _EXIT_SECONDS = 2.0
 _MAX_FAILED_STARTS = 3
 _READ_BYTES = 1 << 16
+ENVIRONMENT = (
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TZ", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE"),
+    *("LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHASHSEED", "PYTHONUTF8", "XDG_CACHE_HOME"),
+    *("HF_HOME", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "NLTK_DATA", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"),
+)
+"""Names of environment variables that grading processes get; none holds a secret."""
 MEMORY_BYTES = 8 << 30
 """Address space of one worker; imports alone reserve some of it."""
 
@@ -47,8 +64,12 @@ class GradingPool:
         workers: int = 0,
         memory_bytes: int = MEMORY_BYTES,
         trials: Sequence[Request] = (),
+        environment: Sequence[str] = (),
     ) -> None:
         """Start the workers. Raises RewardError where a data source has no reward.
+
+        They get the variables of `ENVIRONMENT` and those that `environment` names, and no others: no token of a hub, a
+        tracker or a rollout server comes near to what a model wrote.
 
         `trials` are made-up responses that each worker judges before it is ready: `wait_until_ready` raises where a
         reward fails on one.
@@ -63,6 +84,7 @@ class GradingPool:
             memory_bytes=memory_bytes,
             trials=tuple(trials),
         )
+        self._environment = tuple(environment)
         self.restarts = 0
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
@@ -124,29 +146,38 @@ class GradingPool:
                     worker.write()
                     self._watch(worker)
                 if events & selectors.EVENT_READ:
-                    for message in worker.read():
-                        self._take(worker, message, done)
+                    for number, answer in worker.read():
+                        self._take(worker, number, answer, done)
             except (EOFError, OSError):
                 self._bury(worker, done)
+            except NoAnswerError as error:  # not what a worker says: a reward wrote among the answers
+                self._forged(worker, str(error), done)
         now = time.monotonic()
         for worker in [w for w in self._workers if w.deadline is not None and w.deadline <= now]:
             self._overdue(worker, done)
 
-    def _take(self, worker: _Worker, message: object, done: dict[int, Score]) -> None:
-        if isinstance(message, RewardError):
-            self.close()
-            raise message
-        if message == READY and worker.task is None:
+    def _take(self, worker: _Worker, number: int, message: Answer, done: dict[int, Score]) -> None:
+        if number != worker.number or (worker.ready and worker.task is None):
+            raise NoAnswerError("a grading process answered what it was not asked")
+        if not worker.ready:
+            if message != READY:
+                self.close()
+                raise RewardError(message.words if isinstance(message, Refused) else str(message))
             worker.ready, worker.deadline, self._failed_starts = True, None, 0
             return
-        if worker.task is None:
-            return
+        assert worker.task is not None
         if isinstance(message, Score):
             done[worker.task] = message
         else:
             failed = self.failure(Verdict.ERROR, str(message))
             done[worker.task] = self._timed_out() if message == TIMED_OUT else failed
         worker.task = worker.deadline = None
+
+    def _forged(self, worker: _Worker, words: str, done: dict[int, Score]) -> None:
+        """Replace a worker that answers with what is none; the response it was at is an error."""
+        self._replace(worker)
+        if worker.task is not None:
+            done[worker.task] = self.failure(Verdict.ERROR, words)
 
     def _overdue(self, worker: _Worker, done: dict[int, Score]) -> None:
         """Replace a worker whose time is up."""
@@ -184,7 +215,7 @@ class GradingPool:
         return code
 
     def _start(self) -> None:
-        worker = _Worker(self._job)
+        worker = _Worker(self._job, self._environment)
         self._workers.append(worker)
         self._watch(worker)
 
@@ -215,10 +246,11 @@ def usable_cores() -> int:
 class _Worker:
     """A grading process, seen from its parent; its pipes never block."""
 
-    def __init__(self, job: WorkerJob) -> None:
+    def __init__(self, job: WorkerJob, names: Sequence[str]) -> None:
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), os.getcwd()]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        kept = {name: os.environ[name] for name in (*ENVIRONMENT, *names) if name in os.environ}
+        environment = {**kept, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", "from megatron_klear.rewards.worker import serve; serve()"],
             stdin=subprocess.PIPE,
@@ -232,6 +264,7 @@ class _Worker:
         os.set_blocking(self.stdin, False)
         os.set_blocking(self.stdout, False)
         self.ready = False
+        self.number = 0  # of what it was asked last; the job is the first
         self.task: int | None = None
         self.deadline: float | None = time.monotonic() + _START_SECONDS
         self.unwritten = memoryview(pack(job))
@@ -239,15 +272,18 @@ class _Worker:
 
     def begin(self, task: int, request: Request, seconds: float) -> None:
         """Give the worker something to do; its time runs from now."""
-        self.task, self.deadline = task, time.monotonic() + seconds
-        self.unwritten = memoryview(pack(request))
+        self.task, self.deadline, self.number = task, time.monotonic() + seconds, self.number + 1
+        self.unwritten = memoryview(pack((self.number, request)))
 
     def write(self) -> None:
         """Write what the pipe has room for. Raises BrokenPipeError where the process is gone."""
         self.unwritten = self.unwritten[os.write(self.stdin, self.unwritten) :]
 
-    def read(self) -> list[object]:
-        """The messages that are complete. Raises EOFError where the process is gone."""
+    def read(self) -> list[tuple[int, Answer]]:
+        """The answers that are complete, each with the number of what was asked.
+
+        Raises EOFError where the process is gone, NoAnswerError where it says what is none.
+        """
         content = os.read(self.stdout, _READ_BYTES)
         if not content:
             raise EOFError
@@ -255,10 +291,12 @@ class _Worker:
         messages = []
         while len(self._unread) >= LENGTH.size:
             (size,) = LENGTH.unpack_from(self._unread)
+            if size > MAX_ANSWER_BYTES:
+                raise NoAnswerError(f"a grading process announced an answer of {size} bytes")
             end = LENGTH.size + size
             if len(self._unread) < end:
                 break
-            messages.append(pickle.loads(bytes(self._unread[LENGTH.size : end])))
+            messages.append(read_answer(bytes(self._unread[LENGTH.size : end])))
             del self._unread[:end]
         return messages
 

@@ -1,11 +1,13 @@
 """The grading process: a fresh interpreter that reads requests from a pipe and answers each with a score.
 
-It imports neither torch nor the entry script. Messages are a length and a pickle.
+It imports neither torch nor the entry script. Messages are a length and their bytes: requests are pickles of its
+parent; answers are JSON, since code that a reward runs may write them itself, and a pickle would run in the parent.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import resource
@@ -48,6 +50,8 @@ class WorkerJob:
 
 
 READY = "ready"
+MAX_ANSWER_BYTES = 1 << 20
+_MAX_NOTE = 2000
 
 
 class _TimeIsUpError(BaseException):
@@ -55,15 +59,62 @@ class _TimeIsUpError(BaseException):
 
 
 def pack(value: object) -> bytes:
-    """A message as bytes."""
+    """A request as bytes."""
     content = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
     return LENGTH.pack(len(content)) + content
+
+
+class NoAnswerError(Exception):
+    """What came from a grading process is none of its answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A worker cannot begin, and why."""
+
+    words: str
+
+
+Answer = Score | Refused | str
+"""A score, READY, TIMED_OUT, or the words of what went wrong with a response."""
+
+
+def pack_answer(number: int, answer: Answer) -> bytes:
+    """An answer to the request of that number as bytes; 0 is the job itself."""
+    content: dict[str, Any] = {"number": number}
+    if isinstance(answer, Score):
+        told = {"reward": answer.reward, "verdict": answer.verdict.value, "note": answer.note[:_MAX_NOTE]}
+        content["score"] = told
+    elif isinstance(answer, Refused):
+        content["refused"] = answer.words
+    else:
+        content["words"] = answer
+    encoded = json.dumps(content).encode()
+    return LENGTH.pack(len(encoded)) + encoded
+
+
+def read_answer(content: bytes) -> tuple[int, Answer]:
+    """An answer and the number it is for, from bytes whoever wrote them. Raises NoAnswerError where they are none."""
+    try:
+        told = json.loads(content)
+        number = int(told.pop("number"))
+        ((kind, value),) = told.items()
+        if kind == "score":
+            score = Score(reward=float(value["reward"]), verdict=Verdict(value["verdict"]), note=str(value["note"]))
+            return number, score
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise NoAnswerError(f"no answer of a grading process: {error}") from None
+    if kind == "refused":
+        return number, Refused(str(value))
+    if kind == "words":
+        return number, str(value)
+    raise NoAnswerError(f"no answer of a grading process: {kind!r}")
 
 
 def serve() -> None:
     """Read a job, then requests, from standard input until it closes; answer on standard output.
 
-    The first answer is READY, or the RewardError that a reward could not be imported for.
+    The first answer is READY, or why a reward could not be imported or tried.
     """
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a reward prints must not fall among the answers
@@ -75,22 +126,22 @@ def serve() -> None:
             for data_source in job.data_sources:
                 rewards[data_source] = resolve(data_source, job.settings)
         except RewardError as error:
-            _send(answers, error)
+            _send(answers, 0, Refused(str(error)))
             return
         limit_memory(job.memory_bytes)
         for trial in job.trials:
             words = _grade_in_time(trial, rewards, job)
             if isinstance(words, str) and words != TIMED_OUT:  # the first call may be slow
-                _send(answers, _failed_trial(trial, words))
+                _send(answers, 0, _failed_trial(trial, words))
                 return
-        _send(answers, READY)
+        _send(answers, 0, READY)
         while True:
-            request: Request = _receive(requests)
-            _send(answers, _grade_in_time(request, rewards, job))
+            number, request = _receive(requests)
+            _send(answers, number, _grade_in_time(request, rewards, job))
 
 
-def _failed_trial(trial: Request, words: str) -> RewardError:
-    return RewardError(
+def _failed_trial(trial: Request, words: str) -> Refused:
+    return Refused(
         f"the reward of data_source {trial.data_source!r} failed on a made-up response, {trial.response!r}, to a "
         f"problem with the ground truth {str(trial.ground_truth)[:80]!r}: {words}; a reward must judge any text: mend "
         "it, or the row that it cannot use"
@@ -149,8 +200,8 @@ def _grade(request: Request, rewards: dict[str, Reward], settings: RewardSetting
         return f"{type(error).__name__}: {error}"[:500]
 
 
-def _send(stream: IO[bytes], value: object) -> None:
-    stream.write(pack(value))
+def _send(stream: IO[bytes], number: int, answer: Answer) -> None:
+    stream.write(pack_answer(number, answer))
     stream.flush()
 
 

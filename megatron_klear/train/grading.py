@@ -47,6 +47,7 @@ class Grader:
                 settings,
                 timeout_seconds=config.timeout_seconds,
                 workers=config.workers,
+                environment=config.environment,
                 trials=[
                     Request(name, prompt.ground_truth, complete(prompt.text, _MADE_UP), prompt.extra_info)
                     for name, prompt in first.items()

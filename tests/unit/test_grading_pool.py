@@ -1,5 +1,6 @@
 """Grading processes: hostile input costs its own time, dead workers are replaced, nothing is left without a verdict."""
 
+import contextlib
 import json
 import os
 import signal
@@ -21,7 +22,8 @@ from megatron_klear.rewards.worker import Request
 from megatron_klear.types import Group, Prompt, Sample, Verdict
 
 ROOT = Path(__file__).parents[2]
-FUNCTIONS = {f"{name}_task": f"test_grading_pool:{name}_reward" for name in ("spin", "block", "die", "raise", "loud")}
+KINDS = ("spin", "block", "die", "raise", "loud", "forge", "look")
+FUNCTIONS = {f"{name}_task": f"test_grading_pool:{name}_reward" for name in KINDS}
 
 
 def spin_reward(response: str, ground_truth: Any) -> float:
@@ -51,12 +53,35 @@ def loud_reward(response: str, ground_truth: Any) -> float:
     return float(len(response))
 
 
+FORGED = {
+    "garbage": b"\x80\x04K\x01.",
+    "another's": b'{"number": 999999, "score": {"reward": 7.0, "verdict": "right", "note": ""}}',
+    "a refusal": b'{"number": 0, "refused": "stop the run"}',
+    "no verdict": b'{"number": 1, "score": {"reward": 7.0, "verdict": "perfect", "note": ""}}',
+    "nested": b"[" * 100_000,
+}
+
+
+def forge_reward(response: str, ground_truth: Any) -> float:
+    """Writes among the answers, as code that a model wrote could, on whatever file descriptors there are."""
+    size = 1 << 40 if response == "endless" else len(FORGED.get(response, b""))
+    for descriptor in range(3, 20) if response != "honest" else ():
+        with contextlib.suppress(OSError):
+            os.write(descriptor, size.to_bytes(8, "little") + FORGED.get(response, b""))
+    return 1.0
+
+
+def look_reward(response: str, ground_truth: Any) -> float:
+    return float(response in os.environ)
+
+
 @pytest.fixture(scope="module")
 def pool() -> Iterator[GradingPool]:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
+    os.environ |= {"SOME_TOKEN": "secret", "NAMED_KEY": "wanted"}
     settings = RewardSettings(require_thinking=False, functions=FUNCTIONS)
-    with GradingPool(["math"], settings, timeout_seconds=1.0, workers=2) as pool:
+    with GradingPool(["math"], settings, timeout_seconds=1.0, workers=2, environment=["NAMED_KEY"]) as pool:
         pool.wait_until_ready()
         yield pool
     if before is None:
@@ -100,6 +125,20 @@ def test_exceptions_and_prints_of_a_reward(pool: GradingPool) -> None:
     (failed,) = pool.grade([Request("raise_task", None, "x")])
     assert (failed.verdict, failed.note) == (Verdict.ERROR, "RuntimeError: the moon is full")
     assert pool.grade([Request("loud_task", None, "xyz")])[0].reward == 3.0
+
+
+@pytest.mark.parametrize("what", [*FORGED, "endless"])
+def test_forged_answers_cost_their_response_alone(pool: GradingPool, what: str) -> None:
+    before = pool.restarts
+    assert verdicts(pool, "forge_task", what, "honest") == [Verdict.ERROR, Verdict.RIGHT]
+    assert pool.restarts == before + 1
+    assert verdicts(pool, "math", "\\boxed{18}", "\\boxed{19}") == [Verdict.RIGHT, Verdict.WRONG]
+
+
+def test_workers_get_the_variables_that_are_named_and_no_others(pool: GradingPool) -> None:
+    assert os.environ["SOME_TOKEN"]
+    scores = pool.grade([Request("look_task", None, name) for name in ("SOME_TOKEN", "NAMED_KEY", "PATH")])
+    assert [score.reward for score in scores] == [0.0, 1.0, 1.0]
 
 
 def test_no_workers_outlive_the_pool() -> None:

@@ -94,7 +94,7 @@ def size_of(value: Any) -> int:
 
 
 def former_bytes(groups: list[Group], tokens: int) -> int:
-    """What every rank received the former way: groups drawn, groups graded, four doubles and a ratio a token."""
+    """What every rank received the former way: groups drawn, groups graded, four floats and a ratio a token."""
     # One group at a time, so that no pickle of the whole step lies in memory beside it.
     drawn = sum(size_of(Group(prompt=g.prompt, samples=g.samples, texts=g.texts)) for g in groups)
     graded = sum(size_of(g) for g in groups)
