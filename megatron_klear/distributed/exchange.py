@@ -9,7 +9,6 @@ Errors cross as words: a UserError arrives as one, anything else as RuntimeError
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -189,10 +188,7 @@ def _of_first(function: Callable[[], Result], *, everywhere: bool) -> Any:
 
 
 def _pickled(value: Any) -> torch.Tensor:
-    # Into a buffer that torch may share: `pickle.dumps` gives bytes, which are copied once more before they are sent.
-    buffer = io.BytesIO()
-    pickle.dump(value, buffer, pickle.HIGHEST_PROTOCOL)
-    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(pickle.dumps(value, pickle.HIGHEST_PROTOCOL)), dtype=torch.uint8)
 
 
 def _unpickled(message: torch.Tensor) -> Any:
