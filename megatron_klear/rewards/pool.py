@@ -32,7 +32,7 @@ from .worker import (
     read_answer,
 )
 
-_KILL_AFTER_SECONDS = 0.5  # past the limit: first the worker may stop by itself, which is quicker than a new one
+_KILL_AFTER_SECONDS = 2.0  # past the limit: first the worker may stop by itself, which is quicker than a new one
 _START_SECONDS = 120.0  # imports on a busy machine
 _EXIT_SECONDS = 2.0
 _MAX_FAILED_STARTS = 3

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,7 @@ from megatron_klear.data.sft import SampleStore
 from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.mcore.engine import Engine
-from megatron_klear.mcore.topology import world
+from megatron_klear.mcore.topology import Topology, seed_everything, world
 from megatron_klear.rl.losses import GPPO, NLL
 from megatron_klear.types import PackedBatch, Sample, TokenLoss
 
@@ -159,9 +160,26 @@ def measure(
     config: SFTConfig, layout: Layout, samples: Sequence[Sample], steps: int, loss_name: LossName = "nll"
 ) -> LayoutResult:
     """Run the samples in a layout: to be called on each of its processes."""
+    return measure_losses(config, layout, samples, steps, [loss_name])[loss_name]
+
+
+def measure_losses(
+    config: SFTConfig, layout: Layout, samples: Sequence[Sample], steps: int, loss_names: Sequence[LossName]
+) -> dict[LossName, LayoutResult]:
+    """`measure` of several losses, each from the same start, in one set of process groups."""
     laid_out = layout.apply(config)
+    found: dict[LossName, LayoutResult] = {}
     with world(laid_out.parallel, laid_out.seed) as topology:
-        engine = Engine(laid_out, topology)
+        for loss_name in loss_names:
+            seed_everything(laid_out.seed)
+            found[loss_name] = _measure(laid_out, layout, topology, samples, steps, loss_name)
+    return found
+
+
+def _measure(
+    config: SFTConfig, layout: Layout, topology: Topology, samples: Sequence[Sample], steps: int, loss_name: LossName
+) -> LayoutResult:
+    with closing(Engine(config, topology)) as engine:
         rows = _rows(samples, layout.sequences_per_row, config.data.tokens_per_microbatch)
         mine = range(topology.data.rank, len(rows), topology.data.size)
         batches = _batches(samples, [rows[index] for index in mine], loss_name)
@@ -171,7 +189,6 @@ def measure(
         loss: TokenLoss = GPPO() if loss_name == "gppo" else NLL()
         stats = [engine.train_step(batches, loss) for _ in range(steps)]
         shares = exchange.gather_all(_by_sample(samples, [rows[index] for index in mine], logprobs))
-        engine.close()
     whole = {index: values for share in shares for index, values in share.items()}
     return LayoutResult(
         losses=[step.loss for step in stats],

@@ -3,12 +3,23 @@
 import io
 import logging
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from megatron_klear import errors
 from megatron_klear.errors import UserError, configure_logging, exit_on_error, told_at_once
+
+
+@pytest.fixture(autouse=True)
+def logger_as_before() -> Iterator[None]:
+    """Errors configure the package's logger for the rank that a test says it is."""
+    package = logging.getLogger(errors.__package__)
+    level, handlers = package.level, list(package.handlers)
+    yield
+    package.setLevel(level)
+    package.handlers[:] = handlers
 
 
 @pytest.mark.parametrize("error", [UserError, ZeroDivisionError])

@@ -81,7 +81,7 @@ def pool() -> Iterator[GradingPool]:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), before]))
     os.environ |= {"SOME_TOKEN": "secret", "NAMED_KEY": "wanted"}
     settings = RewardSettings(require_thinking=False, functions=FUNCTIONS)
-    with GradingPool(["math"], settings, timeout_seconds=1.0, workers=2, environment=["NAMED_KEY"]) as pool:
+    with GradingPool(["math"], settings, timeout_seconds=3.0, workers=2, environment=["NAMED_KEY"]) as pool:
         pool.wait_until_ready()
         yield pool
     if before is None:

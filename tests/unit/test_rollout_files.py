@@ -21,7 +21,7 @@ def test_ratios_find_the_tokens_of_their_samples():
     updates = updates_of(groups)
     found = {}
     for update in updates:
-        for batches in rows_of(update, algorithm(), data_size=3):
+        for batches in rows_of(groups, update, algorithm(), data_size=3):
             # A ratio that tells its token: what the entry predicts.
             found |= ratios_by_sample(batches, [batch.targets.float() for batch in batches])
     assert sorted(found) == list(range(len(samples)))
@@ -31,8 +31,10 @@ def test_ratios_find_the_tokens_of_their_samples():
 
 
 def test_tokens_without_a_weight_have_no_ratio():
-    (update,) = updates_of(fixed_groups(groups=1))
-    batches = [replace(batch, weights=batch.weights * 0) for rank in rows_of(update, algorithm()) for batch in rank]
+    groups = fixed_groups(groups=1)
+    (update,) = updates_of(groups)
+    rows = rows_of(groups, update, algorithm())
+    batches = [replace(batch, weights=batch.weights * 0) for rank in rows for batch in rank]
     found = ratios_by_sample(batches, [torch.ones(batch.num_tokens) for batch in batches])
     assert all(np.isnan(ratios).all() for ratios in found.values())
 
