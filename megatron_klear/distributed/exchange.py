@@ -95,7 +95,7 @@ def give_each(parts: Sequence[Result], receivers: Sequence[Sequence[int]]) -> Re
     """To every rank the part that is meant for it: part i of rank 0's goes to the ranks of `receivers[i]`.
 
     Every rank passes the same `receivers`, which name each rank once; `parts` is rank 0's alone. A part leaves rank 0
-    once, for the first of its receivers, and goes on from there along a chain that doubles: no rank receives another's.
+    once, for the first of its receivers, and goes on from there along a binary tree: no rank receives another's.
     """
     if size() == 1:
         return parts[0]
@@ -106,14 +106,14 @@ def give_each(parts: Sequence[Result], receivers: Sequence[Sequence[int]]) -> Re
         for part, ranks in enumerate(receivers):
             if part != own:
                 _send(_pickled(parts[part]), ranks[0])
-    # In its own chain rank 0, where it is in it, comes first, for it has the part.
-    chain = sorted(receivers[own], key=lambda member: member != 0)
-    place = chain.index(rank())
+    # Rank 0, where it is among them, is the root, for it has the part.
+    tree = sorted(receivers[own], key=lambda member: member != 0)
+    place = tree.index(rank())
     if message is None:
-        message = _receive(chain[(place - 1) // 2] if place else 0)
+        message = _receive(tree[(place - 1) // 2] if place else 0)
     for child in (2 * place + 1, 2 * place + 2):
-        if child < len(chain):
-            _send(message, chain[child])
+        if child < len(tree):
+            _send(message, tree[child])
     result: Result = _unpickled(message)
     return result
 

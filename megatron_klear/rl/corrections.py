@@ -158,6 +158,8 @@ class Mismatch:
 def measure_mismatch(logprobs: Tensor, sampler_logprobs: Tensor, trained: Tensor) -> Mismatch:
     """Statistics over the tokens where `trained` [T] is true; all zero (ratios one) where there are none.
 
+    Of tokens that lie in one process; training adds up `mismatch.MismatchSums` over ranks, which is tested against it.
+
     A log-prob that is not finite shows as an infinite or NaN statistic: nothing is left out.
     """
     if not logprobs.shape == sampler_logprobs.shape == trained.shape:

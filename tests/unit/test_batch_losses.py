@@ -1,5 +1,7 @@
 """Losses over a whole update choose the same tokens however they lie in rows and ranks."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -44,25 +46,24 @@ def joined(rows: list[PackedBatch]) -> PackedBatch:
     return PackedBatch(**tensors, cu_seqlens=torch.tensor(ends, dtype=torch.int32), sample_numbers=numbers)
 
 
-class Two:
-    """The other of two ranks has `rows`, seen through a loss that calls both alike."""
+class Rank:
+    """DataRanks of one of several threads, which meet at every call."""
 
-    def __init__(self) -> None:
-        self.sums: list[list[float]] = []
-        self.arrays: list[np.ndarray] = []
-        self.recording = True
+    def __init__(self, number: int, met: threading.Barrier, said: list) -> None:
+        self._number, self._met, self._said = number, met, said
 
     def sum(self, values: list[float]) -> list[float]:
-        if self.recording:
-            self.sums.append(values)
-            return values
-        return [a + b for a, b in zip(values, self.sums.pop(0), strict=True)]
+        return np.sum(self._all(values), axis=0).tolist()
 
     def gather(self, values: np.ndarray) -> list[np.ndarray]:
-        if self.recording:
-            self.arrays.append(values)
-            return [values]
-        return [self.arrays.pop(0), values]
+        return self._all(values)
+
+    def _all(self, values) -> list:
+        self._said[self._number] = values
+        self._met.wait(60)
+        found = list(self._said)
+        self._met.wait(60)
+        return found
 
 
 def present(rows: list[PackedBatch]) -> list[torch.Tensor]:
@@ -94,15 +95,33 @@ def test_packing_changes_no_choice(loss):
     assert any(apart[number] != before[number] for number in before)
 
 
-@pytest.mark.parametrize("loss", [L.ClipCov(share=0.2, cov_low=0.0, cov_high=9.0), L.KLCov(share=0.2)])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.kind)
 def test_ranks_choose_together(loss):
-    """With means and gathered keys of both, a rank takes out what one process with all rows would."""
+    """Three ranks with some of the rows each, one of them none, rewrite them as one process with all rows does."""
     rows = pieces()
     alone = by_sample(loss.rewrite(rows, present(rows), Alone(), salt=3))
-    trained = sum(int((row.weights != 0).sum()) for row in rows)
-    changed = {n for n, (advantages, _) in alone.items() if advantages != rows[n].advantages.tolist()}
-    count = sum(int((torch.tensor(alone[n][0]) != rows[n].advantages).sum()) for n in changed)
-    assert 0 < count <= int(0.2 * trained)
+    shares = [[rows[0], rows[3], rows[4]], [rows[1], rows[2], rows[5]], []]
+    met, said = threading.Barrier(len(shares)), [None] * len(shares)
+
+    def rewritten(number: int) -> list[PackedBatch]:
+        mine = shares[number]
+        return loss.rewrite(mine, present(mine), Rank(number, met, said), salt=3)
+
+    with ThreadPoolExecutor(len(shares)) as threads:
+        together = [row for of_rank in threads.map(rewritten, range(len(shares))) for row in of_rank]
+    for number, (advantages, old) in by_sample(together).items():
+        np.testing.assert_allclose(advantages, alone[number][0], rtol=1e-6)
+        np.testing.assert_allclose(old, alone[number][1], rtol=1e-6)
+    assert len(together) == len(rows)
+
+
+def test_the_share_is_of_all_trained_tokens():
+    rows, loss = pieces(), L.ClipCov(share=0.2, cov_low=0.0, cov_high=9.0)
+    taken = sum(
+        int((before.advantages != after.advantages).sum())
+        for before, after in zip(rows, loss.rewrite(rows, present(rows), Alone(), salt=3), strict=True)
+    )
+    assert taken == int(0.2 * sum(int((row.weights != 0).sum()) for row in rows))
 
 
 def test_untrained_tokens_are_never_chosen():

@@ -7,7 +7,8 @@ A step of made-up groups (8 samples a prompt, log-normal lengths up to 32K) is p
 the former way on the same step: all groups pickled to every rank, once drawn and once graded, and four floats a token.
 Seconds are measured here, but for the transfer: bytes a second over gloo are measured between local processes, and the
 seconds of a simulated world are computed from them, with one stream out of rank 0. That is a loopback figure of one
-machine, not of a network. The rollout file is written for real, of the first groups of the step.
+machine, not of a network. The rollout file is written for real, of the first groups of the step; its size says
+little, as texts are one repeated letter (tests/unit/test_rollout_files.py has the bound on real ones).
 Sockets are counted in /proc of real gloo processes; those of a world on NCCL follow from its one gloo group.
 """
 
@@ -148,7 +149,7 @@ def simulate(groups: list[Group], ranks: int, gloo_rate: float) -> Report:
     # Rank 0 sends every other part once, and its own at most twice.
     leaving = sum(parts) - parts[0] + min(2, replica - 1) * parts[0]
     seconds["transfer_computed"] = leaving / gloo_rate
-    # A part goes on within its replica along a chain that doubles, and every place sends it twice, one after the other.
+    # A part goes on within its replica along a binary tree, and every place sends it twice, one after the other.
     seconds["replica_computed"] = 2 * (replica.bit_length() - 1) * max(parts) / gloo_rate
     seconds["ratios_computed"] = gathered / gloo_rate
     control = told + 2 * mismatch  # a ring receives an all-reduce's values at most twice
@@ -264,7 +265,8 @@ def main() -> int:
             print(_line(one), flush=True)
         files = write_rollouts(groups[:16])
         print(
-            f"  rollout file, 16 groups: {files['bytes_a_token']:.2f} B a token, {files['writer_seconds']:.2f} s behind"
+            f"  rollout file, 16 groups: {files['writer_seconds']:.2f} s behind; {files['bytes_a_token']:.2f} B a "
+            "token without the texts, which are one letter"
         )
         report["steps"][name] = {"tokens": tokens, "former_bytes_of_a_rank": former, "worlds": worlds, "files": files}
         if name == "16.8M":
