@@ -54,7 +54,7 @@ fingerprint() {
 }
 
 up_to_date() {
-    [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(fingerprint)" ] && compgen -G "$ROOT/megatron_klear/_policy_loss*.so" \
+    [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(fingerprint)" ] && compgen -G "$ROOT/megatron_klear/kernels/_policy_loss*.so" \
         >/dev/null && "$VENV_PYTHON" -c '' 2>/dev/null
 }
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,10 @@ def test_bad_build_settings_are_named(tmp_path: Path, environment: dict[str, str
     done = build(tmp_path, **environment)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
+
+
+def test_the_environment_is_up_to_date_by_the_kernel_that_is_built() -> None:
+    """examples/setup_env.sh looks for the file that setup.py makes; elsewhere it would install at every call."""
+    (pattern,) = re.findall(r'compgen -G "\$ROOT/(\S+)"', (ROOT / "examples" / "setup_env.sh").read_text())
+    (name,) = re.findall(r'Extension\("(\S+)"', (ROOT / "setup.py").read_text())
+    assert fnmatch(name.replace(".", "/") + ".cpython-311-x86_64-linux-gnu.so", pattern)
