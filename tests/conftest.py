@@ -1,8 +1,10 @@
 """Fixtures shared by all tests."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -17,9 +19,10 @@ hypothesis.settings.load_profile("klear")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip by name what this machine lacks, and leave the slow tests for the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip by name what this machine lacks; the slow tests come last, or first where workers share them out."""
+    shared_out = hasattr(config, "workerinput")
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None) != shared_out)
     absent = {}
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
@@ -32,6 +35,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in absent.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# Files whose tests share the session's vLLM server, and long ones that workers share out by what they are about.
+_ON_ONE_SERVER = re.compile(r"test_vllm_(server|weights)\.py|test_graded_text\.py.*\[vllm")
+_SHARED_OUT = re.compile(r"(.*/test_(?:rollout_kills|layouts)\.py).*?(\[\w+|_vllm_)")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker of `pytest -n` whole files, in the order of collection, but for the two kinds above."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            if _ON_ONE_SERVER.search(nodeid):
+                return "vLLM server"
+            shared_out = _SHARED_OUT.match(nodeid)
+            return "".join(shared_out.groups()) if shared_out else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
