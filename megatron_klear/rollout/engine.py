@@ -1,4 +1,4 @@
-"""What a rollout engine is: a few collective verbs. Groups are rank 0's alone, who has them graded.
+"""What a rollout engine is: a few verbs. It lives in the orchestrator, and its weights in the trainer.
 
 The sampler's log-probs are those of the distribution really sampled from: after temperature, top-k and top-p.
 """
@@ -6,7 +6,7 @@ The sampler's log-probs are those of the distribution really sampled from: after
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,9 +16,6 @@ import numpy.typing as npt
 from megatron_klear.types import Group, Prompt, Sample
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from megatron_klear.config.rl import SamplingConfig
 
 
@@ -30,21 +27,15 @@ class RolloutEngine(Protocol):
     """Draws responses from the policy whose weights it was given last."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Precision in which the engine holds the weights."""
-        ...
-
-    @property
     def shares_cards(self) -> bool:
         """Whether it draws on the trainer's own cards, in turns with a trainer that gives its memory back first."""
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Checksums:
-        """Take the policy's weights under their Hugging Face names; `version` marks every token drawn from now on.
+    def load_weights(self, version: int) -> Checksums:
+        """Have the trainer give its present weights; `version` marks every token drawn from now on.
 
-        Goes through `weights` once and keeps no tensor of it. Returns, for every holder of weights (a server, or a
-        worker of one), a checksum by name of what it holds, or where it repacks tensors, of what it loaded; for the
-        trainer to compare. Responses under way go on with the new weights.
+        Returns what says, for every holder of weights (a server, or a worker of one), what it holds; its keys name
+        them. Responses under way go on with the new weights.
         """
         ...
 
@@ -58,10 +49,9 @@ class RolloutEngine(Protocol):
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
         """Draw `samples_per_prompt` responses to each prompt.
 
-        Every rank passes the same prompts; rank 0 gets the groups, in order, and the others none. A sample depends on
-        the weights, its prompt and a generator seeded by (`seed`, prompt id, number of the sample), not on what else is
-        in the batch or on the number of ranks; with servers, up to rounding of their batched arithmetic. They leave out
-        groups that it could not get within the deadline, and counts them in `counters`.
+        A sample depends on the weights, its prompt and a generator seeded by (`seed`, prompt id, number of the sample),
+        not on what else is in the batch or on the number of ranks; with servers, up to rounding of their batched
+        arithmetic. They leave out groups that they could not get within the deadline, and count them in `counters`.
         """
         ...
 
@@ -99,15 +89,9 @@ class FinishedGroup:
 class BackgroundRollouts(RolloutEngine, Protocol):
     """A rollout engine that draws while the caller does other work.
 
-    `submit` and `take` are for the one rank that talks to servers (rank 0, where `is_submitter` is true), from one
-    thread; `load_weights` stays collective and may be called with requests under way: their tokens before and after
-    it are told apart by `version_spans`.
+    All from one thread. `load_weights` may be called with requests under way: their tokens before and after it are
+    told apart by `version_spans`.
     """
-
-    @property
-    def is_submitter(self) -> bool:
-        """Whether this rank submits and takes."""
-        ...
 
     def submit(self, requests: Sequence[GroupRequest]) -> None:
         """Queue requests and return at once."""
@@ -126,7 +110,7 @@ class BackgroundRollouts(RolloutEngine, Protocol):
         ...
 
     def notices(self) -> list[str]:
-        """What happened to the run's own servers since the last call, in words; the submitting rank's."""
+        """What happened to the run's own servers since the last call, in words."""
         ...
 
     @property

@@ -100,6 +100,10 @@ class RunLog:
             self._phases[phase] += seconds
             self._outside += seconds if outside_step else 0.0
 
+    def add(self, phase: str, seconds: float) -> None:
+        """Count time of a phase that was measured elsewhere."""
+        self._phases[phase] += seconds
+
     def seconds(self, phase: str) -> float:
         """Time spent in a phase since the last step was reported."""
         return self._phases.get(phase, 0.0)

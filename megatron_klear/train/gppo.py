@@ -1,7 +1,7 @@
 """Reinforcement learning with GPPO: sample, grade, weigh, train.
 
-`train` is the loop, one rollout step an iteration, and `Step` is what an iteration does. Rank 0 holds the groups; every
-rank holds a few numbers of each sample and plans alike, and gets the tokens of the rows it trains on.
+`train` is the loop, one rollout step an iteration, and `Step` is what an iteration does. The orchestrator has the
+groups; every rank has a few numbers of each sample and plans alike, and gets the tokens of the rows it trains on.
 """
 
 from __future__ import annotations
@@ -9,101 +9,75 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_klear.config.rl import GPPOConfig
+from megatron_klear.distributed import exchange
 from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.runs.folder import checkpoints_of
 from megatron_klear.runs.leave import Leaving
 from megatron_klear.runs.log import RunLog
-from megatron_klear.runs.rollout_files import RolloutWriter
-from megatron_klear.train.feed import Feed
-from megatron_klear.train.grading import Grader
 from megatron_klear.train.guard import SkipGuard
-from megatron_klear.train.sampler import Sampler
+from megatron_klear.train.rollouts import Rollouts
 from megatron_klear.train.step import Step
-from megatron_klear.train.validation import Validator
 
 
-def train(
-    config: GPPOConfig,
-    engine: Engine,
-    sampler: Sampler,
-    feed: Feed,
-    validator: Validator,
-    grader: Grader,
-    log: RunLog,
-    *,
-    start: int = 0,
-    kept: RolloutWriter | None = None,
-) -> None:
+def train(config: GPPOConfig, engine: Engine, rollouts: Rollouts, log: RunLog, *, start: int = 0) -> None:
     """`train_steps` that SIGTERM and Ctrl-C end after a step, with a checkpoint. Raises RunLeft then."""
     with Leaving(engine.topology) as leaving:
-        train_steps(config, engine, sampler, feed, validator, grader, log, leaving, start=start, kept=kept)
+        train_steps(config, engine, rollouts, log, leaving, start=start)
 
 
 def train_steps(
-    config: GPPOConfig,
-    engine: Engine,
-    sampler: Sampler,
-    feed: Feed,
-    validator: Validator,
-    grader: Grader,
-    log: RunLog,
-    leaving: Leaving,
-    *,
-    start: int = 0,
-    kept: RolloutWriter | None = None,
+    config: GPPOConfig, engine: Engine, rollouts: Rollouts, log: RunLog, leaving: Leaving, *, start: int = 0
 ) -> None:
-    """Run rollout steps `start` to `config.train.steps`. Weights have the number of steps trained as their version.
-
-    `kept`, given on rank 0 where samples are kept, writes them.
-    """
+    """Run rollout steps `start` to `config.train.steps`. Weights have the number of steps trained as their version."""
     guard = SkipGuard(config.output / "skipped", config.train.max_skipped_steps, engine.topology.rank)
     if start == 0:
-        sampler.sync(0)
-        validator.report(sampler, grader, log, step=0)
+        rollouts.sync(0)
+        _validate(rollouts, log, 0)
     log.start()
     for number in range(start, config.train.steps):
         step = Step(config, engine, number)
         with log.time("sync"):
-            sampler.sync(number)
-        groups = step.collect(feed, log)
+            rollouts.sync(number)
+        numbers = step.collect(rollouts, log)
         with log.time("old_logprobs"):
-            updates = step.prepare(groups)
+            updates = step.prepare(numbers, rollouts.arrays)
         stats = []
         for batches in updates:
             with log.time("train"):
                 stats.append(step.update(batches))
-            feed.work()
             guard.observe(stats[-1], batches, log)
         if config.train.keep_rollouts:
-            ratios = step.ratios_of(groups)
-            if kept is not None:
-                kept.write(number + 1, step.all_groups, step.advantage_of, ratios)
+            rollouts.keep(number + 1, step.advantages, step.ratios())
         log.step(step.summary(stats, sync_seconds=log.seconds("sync")))
         last = number + 1 == config.train.steps
         if leaving.asked() and not last:
             engine.finish_save()
-            if kept is not None:
-                kept.flush()
-            save(config, engine, feed, number + 1, blocking=True)
+            rollouts.flush()
+            save(config, engine, rollouts, number + 1, blocking=True)
             raise leaving.left(number + 1, manifest.step_folder(checkpoints_of(config), number + 1))
         if last or (config.validation.every and (number + 1) % config.validation.every == 0):
             with log.time("validation", outside_step=True):
-                sampler.sync(number + 1)
-                validator.report(sampler, grader, log, step=number + 1)
-                sampler.sleep()  # saving takes the optimizer's state back onto shared cards
+                rollouts.sync(number + 1)
+                _validate(rollouts, log, number + 1)
+                rollouts.sleep()  # saving takes the optimizer's state back onto shared cards
         with log.time("save", outside_step=True):
             engine.finish_save(blocking=False)
             if last or (config.checkpoint.save_every and (number + 1) % config.checkpoint.save_every == 0):
-                if kept is not None:
-                    kept.flush()  # a run that resumes from here does not make this step's samples again
-                save(config, engine, feed, number + 1, blocking=last)
+                rollouts.flush()  # a run that resumes from here does not make this step's samples again
+                save(config, engine, rollouts, number + 1, blocking=last)
 
 
-def save(config: GPPOConfig, engine: Engine, feed: Feed, rollout_step: int, *, blocking: bool) -> None:
+def _validate(rollouts: Rollouts, log: RunLog, step: int) -> None:
+    found = rollouts.validate(step)
+    if found is not None:
+        log.validation(step, found)
+
+
+def save(config: GPPOConfig, engine: Engine, rollouts: Rollouts, rollout_step: int, *, blocking: bool) -> None:
     """Write a checkpoint after a rollout step and let the oldest go."""
     checkpoints = checkpoints_of(config)
-    state, files = feed.state_dict(), feed.files()
+    state, files = rollouts.state()
     extra = {"rollout_step": rollout_step, "feed": state, "files": sorted(files)}
     engine.save(manifest.step_folder(checkpoints, rollout_step), extra, files)
     if blocking:
@@ -112,8 +86,9 @@ def save(config: GPPOConfig, engine: Engine, feed: Feed, rollout_step: int, *, b
         manifest.retire(checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
 
 
-def resume(engine: Engine, feed: Feed, checkpoint: Path) -> int:
+def resume(engine: Engine, rollouts: Rollouts, checkpoint: Path) -> int:
     """Go on from a checkpoint that `save` wrote; the number of rollout steps done."""
     extra = engine.load(checkpoint)
-    feed.load_state_dict(extra["feed"], {name: (checkpoint / name).read_bytes() for name in extra["files"]})
+    files = {name: (checkpoint / name).read_bytes() for name in extra["files"]} if exchange.is_first() else {}
+    rollouts.load_state(extra["feed"], files)
     return int(extra["rollout_step"])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -20,24 +19,25 @@ from megatron_klear.data.packing import RowSettings, sequence_work
 from megatron_klear.distributed import exchange
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import Topology
+from megatron_klear.orchestrator.step_numbers import StepNumbers, TokenArrays
 from megatron_klear.rl.advantages import advantages_of
 from megatron_klear.rl.corrections import importance_weights, log_ratios
 from megatron_klear.rl.losses import BatchLoss, SequenceLoss
 from megatron_klear.rl.mismatch import MismatchSums
-from megatron_klear.rl.versions import version_lag
 from megatron_klear.runs.log import RunLog
-from megatron_klear.train.feed import Feed, StepGroups
-from megatron_klear.train.step_numbers import StepNumbers, TokenArrays
+from megatron_klear.train.rollouts import Rollouts
 from megatron_klear.train.token_ratios import SampleRatios, ratios_by_sample
 from megatron_klear.train.updates import UpdatePlan, cut_into_updates, pack_rows, plan_update
-from megatron_klear.types import Group, PackedBatch, Sample, StepStats, TokenLoss, Verdict
+from megatron_klear.types import PackedBatch, Sample, StepStats, TokenLoss
+
+GiveArrays = Callable[[Sequence[Sequence[int]]], list[TokenArrays]]
 
 
 @dataclass
 class Step:
     """One rollout step: what was sampled, what of it is trained on, and the numbers to report.
 
-    Groups are rank 0's; the other ranks have their numbers, and the tokens of the rows they train.
+    Every rank has the samples' numbers, and the tokens of the rows it trains; the rest is the orchestrator's.
     """
 
     config: GPPOConfig
@@ -45,34 +45,36 @@ class Step:
     number: int
 
     def __post_init__(self) -> None:
-        self.all_groups: list[Group] = []
-        self.advantage_of: dict[int, npt.NDArray[np.float64]] = {}  # by the identity of the group
+        self.advantages: list[npt.NDArray[np.float64]] = []  # [samples] of each group trained on
         self.sampled: dict[str, float] = {}
         self.mismatch: dict[str, float] = {}
         self.updates = 0
         self.own_ratios: SampleRatios = {}  # of this data rank's samples, in the count of all updates
 
-    def collect(self, feed: Feed, log: RunLog) -> list[Group]:
-        """The graded groups to train on."""
-        given = feed.next_step(self.number)
-        self.all_groups = given.graded
-        self.sampled = exchange.from_first_rank(lambda: sampled_metrics(given, self.number))
-        if exchange.is_first() and not given.chosen:
+    def collect(self, rollouts: Rollouts, log: RunLog) -> StepNumbers:
+        """The numbers of the samples to train on."""
+        start = time.perf_counter()
+        numbers, self.sampled, seconds = rollouts.next_step(self.number)
+        waited = time.perf_counter() - start
+        for phase, spent in {**seconds, "orchestrator": max(0.0, waited - sum(seconds.values()))}.items():
+            log.add(phase, spent)
+        if exchange.is_first() and not len(numbers.sizes):
             log.say(f"step {self.number + 1}: every group has equal rewards, there is nothing to learn from; no update")
-        return given.chosen
+        return numbers
 
-    def prepare(self, groups: Sequence[Group]) -> list[list[PackedBatch]]:
-        """This rank's rows of every update, with the old log-probs and the correction of what the sampler saw."""
+    def prepare(self, numbers: StepNumbers, arrays: GiveArrays) -> list[list[PackedBatch]]:
+        """This rank's rows of every update, with the old log-probs and the correction of what the sampler saw.
+
+        `arrays` gives rank 0 the samples of several lists of numbers; collective as `Rollouts.arrays` is.
+        """
         config, topology = self.config, self.engine.topology
-        numbers = exchange.from_first_rank(lambda: StepNumbers.of(groups))
         of_groups = advantages_of(
             numbers.by_group(numbers.rewards),
             numbers.by_group(numbers.trained.astype(np.int64)),
             config.algorithm.advantage,
             pass_k=config.algorithm.pass_k,
         )
-        if exchange.is_first():
-            self.advantage_of = {id(group): values for group, values in zip(groups, of_groups, strict=True)}
+        self.advantages = of_groups
         plans = [
             plan_update(
                 update,
@@ -90,7 +92,7 @@ class Step:
         ]
         if not plans:
             return []
-        samples = _give_samples(plans, groups, topology)
+        samples = _give_samples(plans, arrays, topology)
         updates = [pack_rows(plan, topology.data.rank, samples) for plan in plans]
         scored = iter(self._with_logprobs([batch for update in updates for batch in update]))
         return [[next(scored) for _ in update] for update in updates]
@@ -128,12 +130,10 @@ class Step:
             return loss.rewrite(batches, present, _DataRanks(self.engine.topology), salt)
         return [_against_sequence(loss, batch, values) for batch, values in zip(batches, present, strict=True)]
 
-    def ratios_of(self, groups: Sequence[Group]) -> dict[int, list[npt.NDArray[np.float32]]]:
-        """Rank 0: ratios of the tokens, as the loss had them, by the identity of its trained groups. Collective."""
+    def ratios(self) -> dict[int, npt.NDArray[np.float32]]:
+        """Rank 0: ratios of the tokens, as the loss had them, by the number of their sample. Collective."""
         own = self.own_ratios if self.engine.topology.leads_replica else {}
-        of_all = {number: ratios for share in exchange.gather_first(own) for number, ratios in share.items()}
-        numbers = count()
-        return {id(group): [of_all[next(numbers)] for _ in group.samples] for group in groups}
+        return {number: ratios for share in exchange.gather_first(own) for number, ratios in share.items()}
 
     def summary(self, stats: Sequence[StepStats], *, sync_seconds: float) -> StepStats:
         """The rollout step's record: means over its updates, and what was sampled."""
@@ -233,34 +233,11 @@ def _factors(batch: PackedBatch, old_logprobs: Tensor, algorithm: AlgorithmConfi
     )
 
 
-def sampled_metrics(given: StepGroups, step: int) -> dict[str, float]:
-    """What a rollout step's record says of the groups that were drawn for it."""
-    samples = [sample for group in given.graded for sample in group.samples]
-    lengths = [int(sample.trained.sum()) for sample in samples]
-    rewards = np.concatenate([group.rewards for group in given.graded])
-    verdicts = Counter(score.verdict for group in given.graded for score in group.scores or ())
-    return {
-        "reward_mean": float(rewards.mean()),
-        "accuracy": verdicts[Verdict.RIGHT] / max(verdicts.total(), 1),
-        "response_length_mean": float(np.mean(lengths)),
-        "response_length_max": float(max(lengths)),
-        "cut_off_share": float(np.mean([sample.finish == "length" for sample in samples])),
-        "zero_advantage_share": 1 - given.num_informative / len(given.graded),
-        "rollout_tokens": float(sum(lengths)),
-        **{f"verdict/{verdict.value}": float(verdicts[verdict]) for verdict in Verdict},
-        **version_lag(given.chosen, step),
-        **given.counters,
-    }
-
-
-def _give_samples(plans: Sequence[UpdatePlan], groups: Sequence[Group], topology: Topology) -> dict[int, Sample]:
+def _give_samples(plans: Sequence[UpdatePlan], arrays: GiveArrays, topology: Topology) -> dict[int, Sample]:
     """The samples that this data rank trains, from rank 0, by their numbers in the count of all updates."""
-    parts: list[TokenArrays] = []
-    if exchange.is_first():
-        samples = [sample for group in groups for sample in group.samples]
-        for data_rank in range(topology.data.size):
-            numbers = [number for plan in plans for number in plan.numbers_of(data_rank)]
-            parts.append(TokenArrays.of({number: samples[number] for number in numbers}))
+    parts = arrays(
+        [[number for plan in plans for number in plan.numbers_of(rank)] for rank in range(topology.data.size)]
+    )
     return exchange.give_each(parts, topology.replicas).samples()
 
 

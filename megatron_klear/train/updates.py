@@ -15,8 +15,8 @@ import numpy.typing as npt
 from megatron_klear.config.rl import AlgorithmConfig
 from megatron_klear.data.pack import pack
 from megatron_klear.data.packing import NO_ROW, EpochPlan, RowSettings, Work, assign_rows, plan_epoch
+from megatron_klear.orchestrator.step_numbers import StepNumbers
 from megatron_klear.rl.weights import aggregate, drop_overlong, nll_weights
-from megatron_klear.train.step_numbers import StepNumbers
 from megatron_klear.types import PackedBatch, Sample
 
 

@@ -1,50 +1,213 @@
-"""Weights on their way to the rollout engine, with proof that every tensor arrived."""
+"""The policy on its way into rollouts: weights to servers, with proof that they arrived, or samples drawn here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_klear.config.rl import GPPOConfig
+from megatron_klear.config.rollout import LocalRolloutConfig, VLLMRolloutConfig
 from megatron_klear.data.pack import pack
+from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.mcore.engine import Engine
-from megatron_klear.mcore.model import DTYPES
-from megatron_klear.rollout.engine import RolloutEngine
+from megatron_klear.mcore.model import DTYPES, inverse_frequencies
+from megatron_klear.orchestrator.trainer import Delivery, probe_row
+from megatron_klear.rollout.engine import Checksums
+from megatron_klear.rollout.local.decoder import Decoder
+from megatron_klear.rollout.local.engine import LocalEngine
+from megatron_klear.rollout.vllm.client import Portal, ServerClient, ServerError, open_session
+from megatron_klear.rollout.weights.base import open_transport
 from megatron_klear.rollout.weights.checksum import checksum
-from megatron_klear.types import Sample
+from megatron_klear.rollout.weights.update import TransferFailed
+from megatron_klear.types import Prompt, Sample
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
+    from megatron_klear.config.rl import SamplingConfig
+    from megatron_klear.rollout.vllm.open import Access
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Mean difference of log-probs in nats that rounding alone does not reach, by the coarser of the two precisions."""
-PROBE_TOKENS = 64
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_ATTACH_SECONDS = 180.0
 
 
 class WeightsNotArrived(UserError):
     """The rollout engine holds other weights than it was sent."""
 
 
-def send_weights(engine: Engine, rollouts: RolloutEngine, version: int, *, tolerance: float | None = None) -> None:
-    """Give the engine's weights to the rollout engine and prove that they are in use there.
+class OwnSampler:
+    """A Trainer whose processes draw themselves. Every method is collective."""
 
-    Checksums of every tensor are compared with those of what every server loaded, and where a server may still sample
-    with something else, its log-probs of a fixed row with the engine's; `tolerance` in nats is for that mean
-    difference and goes by precision unless given. Collective. Raises WeightsNotArrived, naming server and tensors.
-    """
-    if rollouts.shares_cards:
-        engine.sleep()  # before any server wakes: the card does not hold both
-    sent: dict[str, str] = {}
-    held = rollouts.load_weights(_noted(engine.hf_weights(), sent, rollouts.dtype), version)
-    for holder, checksums in held.items():
-        _compare(holder, checksums, sent, version)
-    _echo(engine, rollouts, version, tolerance)
+    def __init__(self, engine: Engine, sampler: LocalEngine) -> None:
+        self._engine, self._sampler = engine, sampler
+        self.held: Checksums = {}
+        """What the sampler held after the last sync, on rank 0."""
+
+    def connect(self, access: Access | None) -> None:
+        """There are no servers."""
+
+    def make_room(self) -> None:
+        """Nothing else is on the cards."""
+
+    def load(self, version: int) -> None:
+        """Give the present weights to the sampler and compare every tensor's checksum; see Trainer."""
+        sent: dict[str, str] = {}
+        self.held = self._sampler.load_weights(_noted(self._engine.hf_weights(), sent, self._sampler.dtype), version)
+        exchange.same_outcome(lambda: _compare(self.held, sent, version))
+
+    def draw(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[list[Sample]]:
+        """Draw, each rank its share of the prompts; see Trainer."""
+        return self._sampler.draw(prompts, sampling, seed)
+
+    def free(self) -> None:
+        """Give back the fused copies of the weights."""
+        self._sampler.sleep()
+
+    def deliver(self, version: int, urls: Sequence[str], gone: Sequence[str]) -> Delivery:
+        """There are no servers."""
+        raise RuntimeError("this run draws by itself and has no servers to send weights to")
+
+    def check_echo(self, version: int, answers: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        """There are no servers."""
+        raise RuntimeError("this run draws by itself and has no servers to compare with")
+
+    def close(self) -> None:
+        """Nothing was opened."""
 
 
-def probe_row(vocab_size: int) -> Sample:
-    """The fixed row that both sides score: tokens from all over the vocabulary."""
-    tokens = np.random.default_rng(20_250_811).integers(0, vocab_size, size=PROBE_TOKENS).astype(np.int32)
-    return Sample(tokens=tokens, trained=np.arange(PROBE_TOKENS) > 0)
+class ServersWeights:
+    """A Trainer that sends weights to servers. Every method is collective; rank 0 alone talks to servers."""
+
+    def __init__(self, engine: Engine, config: GPPOConfig, vocab_size: int) -> None:
+        """Open the transport. Raises UserError where it cannot work here."""
+        rollout = config.rollout
+        assert isinstance(rollout, VLLMRolloutConfig)
+        self._engine, self._config, self._vocab_size = engine, rollout, vocab_size
+        self._dtype = _DTYPES[config.model.dtype if rollout.server.dtype == "model" else rollout.server.dtype]
+        topology = engine.topology
+        self._transport = exchange.same_outcome(
+            lambda: open_transport(
+                rollout, dtype=self._dtype, device=topology.device, rank=topology.rank, world_size=topology.size
+            )
+        )
+        self._portal: Portal | None = None
+        self._session: ClientSession | None = None
+        self._clients: dict[str, ServerClient] = {}
+        self.held: Checksums = {}
+        """What each worker of a server held after the last sync, on rank 0."""
+
+    def connect(self, access: Access | None) -> None:
+        """Rank 0: remember where servers are; None on the others."""
+        if access is None:
+            return
+        self._portal = portal = Portal()
+
+        async def connected() -> None:
+            self._session = session = open_session(len(access.addresses))
+            for url in access.addresses:
+                self._clients[url] = ServerClient(
+                    url, session=session, api_key=access.api_key, vocab_size=self._vocab_size
+                )
+
+        portal.run(connected())
+
+    def make_room(self) -> None:
+        """Offload the engine; see Trainer."""
+        self._engine.sleep()
+
+    def deliver(self, version: int, urls: Sequence[str], gone: Sequence[str]) -> Delivery:
+        """Send the weights, and compare what every worker holds with what was sent; see Trainer."""
+        sent: dict[str, str] = {}
+        delivery = exchange.same_outcome(lambda: self._deliver(version, urls, gone, sent))
+        exchange.on_first_rank(lambda: _compare(self.held, sent, version))
+        return delivery
+
+    def check_echo(self, version: int, answers: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        """Compare every server's log-probs of the probe row with the engine's; see Trainer."""
+        tokens = probe_row(self._vocab_size)
+        row = Sample(tokens=tokens, trained=np.arange(len(tokens)) > 0)
+        own = self._engine.logprobs([pack([row], [1.0])])[0].cpu().numpy()[:-1]
+        tolerance = self._config.probe_tolerance
+        limit = tolerance or max(TOLERANCES[self._dtype], TOLERANCES[DTYPES[self._engine.run.model.dtype]])
+        for server, values in answers.items():
+            difference = float(np.abs(values - own).mean())
+            if not difference <= limit:
+                raise WeightsNotArrived(
+                    f"after sync {version} {server} loaded the trainer's tensors but does not sample with them: its "
+                    f"log-probs of the probe row differ by {difference:.3g} nats on average, limit {limit:g} "
+                    "(rollout.probe_tolerance). Some of its weights are stale"
+                )
+
+    def load(self, version: int) -> None:
+        """Servers draw."""
+        raise RuntimeError("this run draws from servers and has no sampler of its own")
+
+    def draw(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[list[Sample]]:
+        """Servers draw."""
+        raise RuntimeError("this run draws from servers and has no sampler of its own")
+
+    def free(self) -> None:
+        """Servers draw."""
+
+    def close(self) -> None:
+        """Give back files and connections."""
+        self._transport.close()
+        if self._portal is not None:
+            if self._session is not None:
+                self._portal.run(self._session.close(), 20)
+            self._portal.close()
+
+    def _deliver(self, version: int, urls: Sequence[str], gone: Sequence[str], sent: dict[str, str]) -> Delivery:
+        weights = self._engine.hf_weights()
+        if self._portal is None:
+            self._transport.send(weights, version, (), None)
+            return Delivery(holders=())
+        for url in gone:
+            self._transport.detach(url)
+        failures = self._attach(self._portal, urls)
+        servers = [self._clients[url] for url in urls if url not in failures]
+        try:
+            self.held = self._transport.send(_noted(weights, sent, self._dtype), version, servers, self._portal)
+        except TransferFailed as error:
+            self.held = error.checksums
+            failures |= error.failures
+        return Delivery(holders=tuple(self.held), failures=failures)
+
+    def _attach(self, portal: Portal, urls: Sequence[str]) -> dict[str, str]:
+        """Get to know the servers; why not, by the address of those that do not answer."""
+
+        async def together() -> list[BaseException | None]:
+            calls = (self._transport.attach([self._clients[url]]) for url in urls)
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        failures = {}
+        for url, outcome in zip(urls, portal.run(together(), _ATTACH_SECONDS), strict=True):
+            if isinstance(outcome, ServerError):
+                failures[url] = str(outcome)
+            elif outcome is not None:
+                raise outcome
+        return failures
+
+
+def open_trainer(engine: Engine, config: GPPOConfig, stop_token_ids: Sequence[int]) -> OwnSampler | ServersWeights:
+    """What grants the orchestrator's wishes under `[rollout]`. Raises UserError where it cannot work here."""
+    architecture = engine.architecture
+    if not isinstance(config.rollout, LocalRolloutConfig):
+        return ServersWeights(engine, config, architecture.vocab_size)
+    frequencies, scaling = inverse_frequencies(architecture)
+    dtype = torch.float32 if config.rollout.dtype == "fp32" else DTYPES[config.model.dtype]
+    decoder = Decoder(architecture, frequencies, scaling, dtype, engine.topology.device)
+    sampler = LocalEngine(decoder, stop_token_ids=stop_token_ids, max_sequences=config.rollout.max_sequences)
+    return OwnSampler(engine, sampler)
 
 
 def _noted(
@@ -56,30 +219,14 @@ def _noted(
         yield name, tensor
 
 
-def _compare(holder: str, held: dict[str, str], sent: dict[str, str], version: int) -> None:
-    missing = sorted(set(sent) ^ set(held))
-    wrong = [name for name in sorted(set(sent) & set(held)) if sent[name] != held[name]]
-    if missing or wrong:
-        named = ", ".join((wrong + missing)[:5])
-        raise WeightsNotArrived(
-            f"after sync {version} the rollout engine ({holder}) does not hold the trainer's weights: {len(wrong)} "
-            f"tensors differ and {len(missing)} are on one side only ({named}). Samples from it would not be of this "
-            "policy; python tools/verify.py weights --config RUN.toml looks closer"
-        )
-
-
-def _echo(engine: Engine, rollouts: RolloutEngine, version: int, tolerance: float | None) -> None:
-    row = probe_row(engine.architecture.vocab_size)
-    answers = rollouts.probe(row.tokens)
-    if not answers:
-        return
-    own = engine.logprobs([pack([row], [1.0])])[0].cpu().numpy()[:-1]
-    limit = tolerance or max(TOLERANCES[rollouts.dtype], TOLERANCES[DTYPES[engine.run.model.dtype]])
-    for server, values in answers.items():
-        difference = float(np.abs(values - own).mean())
-        if not difference <= limit:
+def _compare(held: Checksums, sent: Mapping[str, str], version: int) -> None:
+    for holder, checksums in held.items():
+        missing = sorted(set(sent) ^ set(checksums))
+        wrong = [name for name in sorted(set(sent) & set(checksums)) if sent[name] != checksums[name]]
+        if missing or wrong:
+            named = ", ".join((wrong + missing)[:5])
             raise WeightsNotArrived(
-                f"after sync {version} {server} loaded the trainer's tensors but does not sample with them: its "
-                f"log-probs of the probe row differ by {difference:.3g} nats on average, limit {limit:g} "
-                "(rollout.probe_tolerance). Some of its weights are stale"
+                f"after sync {version} the rollout engine ({holder}) does not hold the trainer's weights: {len(wrong)} "
+                f"tensors differ and {len(missing)} are on one side only ({named}). Samples from it would not be of "
+                "this policy; python tools/verify.py weights --config RUN.toml looks closer"
             )

@@ -6,8 +6,8 @@ Collective: every process of the run calls these together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +16,17 @@ from torch import Tensor
 
 from megatron_klear.config.start import GPPOStart
 from megatron_klear.data.pack import pack
-from megatron_klear.data.prompts import PromptStream
 from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_klear.distributed import exchange
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.model import DTYPES, inverse_frequencies
 from megatron_klear.mcore.topology import world
-from megatron_klear.rollout.engine import RolloutEngine
 from megatron_klear.rollout.local.decoder import Decoder
 from megatron_klear.rollout.weights.checksum import checksum
-from megatron_klear.train.rl_run import build_rollouts
-from megatron_klear.train.weight_sync import TOLERANCES, WeightsNotArrived, send_weights
-from megatron_klear.types import Group, Sample
+from megatron_klear.train.rollouts import Rollouts
+from megatron_klear.train.turn_end import stop_tokens_of
+from megatron_klear.train.weight_sync import TOLERANCES, OwnSampler, ServersWeights, WeightsNotArrived, open_trainer
+from megatron_klear.types import Sample
 from megatron_klear.verify.mismatch import Evidence, Finding, diagnose, mean_difference
 
 _TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
@@ -51,13 +50,14 @@ class RolloutReport:
 
 def verify_weights(start: GPPOStart, tolerance: float | None = None) -> RolloutReport:
     """Send the weights, compare checksums of every tensor, and let both sides score one sampled row."""
-    with _opened(start) as (engine, rollouts, tokenizer):
+    with _opened(start) as opened:
+        engine, rollouts = opened.engine, opened.rollouts
         try:
-            send_weights(engine, rollouts, version=_VERSION)
+            rollouts.sync(_VERSION)
             arrived = Finding(cause="weights", verdict="clear", detail=f"{_count(engine)} tensors have equal checksums")
         except WeightsNotArrived as error:
             arrived = Finding(cause="weights", verdict="found", detail=str(error))
-        samples = _samples(_generate(start, rollouts, tokenizer, prompts=1))[:1]
+        samples = rollouts.sample(1)[:1]
         mean = mean_difference([_response(s, s.logprobs) for s in samples], _rescore(engine, samples, _heat(start)))
         limit = _tolerance(start, tolerance)
         detail = f"a row of {len(samples[0].tokens)} tokens: mean difference of log-probs {mean:.2e}, limit {limit:g}"
@@ -67,10 +67,12 @@ def verify_weights(start: GPPOStart, tolerance: float | None = None) -> RolloutR
 
 def verify_mismatch(start: GPPOStart, prompts: int = 4, tolerance: float | None = None) -> RolloutReport:
     """Sample a few prompts with the run's settings and say what a mismatch comes from."""
-    with _opened(start) as (engine, rollouts, tokenizer):
-        held = rollouts.load_weights(engine.hf_weights(), _VERSION)
-        samples = _samples(_generate(start, rollouts, tokenizer, prompts))
-        evidence = gather(start, engine, samples, tokenizer, held)
+    with _opened(start) as opened:
+        with suppress(WeightsNotArrived):  # the evidence says which, and what follows from it
+            opened.rollouts.sync(_VERSION)
+        samples = opened.rollouts.sample(prompts)
+        held = exchange.tell_all(opened.trainer.held)
+        evidence = gather(start, opened.engine, samples, opened.tokenizer, held)
     limit = _tolerance(start, tolerance)
     mean = mean_difference(evidence.sampler, evidence.trainer)
     return RolloutReport(findings=diagnose(evidence, limit), mean=mean, tokens=_tokens(samples), tolerance=limit)
@@ -106,34 +108,29 @@ def gather(
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Opened:
+    engine: Engine
+    rollouts: Rollouts
+    trainer: OwnSampler | ServersWeights
+    tokenizer: ChatTokenizer
+
+
 @contextmanager
-def _opened(start: GPPOStart) -> Iterator[tuple[Engine, RolloutEngine, ChatTokenizer]]:
+def _opened(start: GPPOStart) -> Iterator[_Opened]:
+    train = start.config.train.model_copy(update={"keep_rollouts": False})  # the run itself may be going on
+    start = replace(start, config=start.config.model_copy(update={"train": train}))
     config = start.config
-    with world(config.parallel, config.seed) as topology:
+    with world(config.parallel, config.seed) as topology, Rollouts(start) as rollouts:
         tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
+        rollouts.read_prompts()
         engine = Engine(config, topology, architecture=start.architecture)
-        rollouts = build_rollouts(config, start.architecture, tokenizer, topology)
-        try:
-            yield engine, rollouts, tokenizer
-        finally:
+        with closing(open_trainer(engine, config, stop_tokens_of(config.model.path, tokenizer).ids)) as trainer:
+            rollouts.trainer = trainer
+            trainer.connect(rollouts.open())
+            yield _Opened(engine=engine, rollouts=rollouts, trainer=trainer, tokenizer=tokenizer)
             rollouts.close()
         engine.close()
-
-
-def _generate(start: GPPOStart, rollouts: RolloutEngine, tokenizer: ChatTokenizer, prompts: int) -> list[Group]:
-    config = start.config
-    stream = PromptStream(
-        config.prompts.sources,
-        tokenizer,
-        max_tokens=config.prompts.max_tokens,
-        seed=config.seed,
-        thinking=config.prompts.thinking,
-    )
-    return exchange.tell_all(rollouts.generate(stream.take(prompts), config.sampling, config.seed))
-
-
-def _samples(groups: Sequence[Group]) -> list[Sample]:
-    return [sample for group in groups for sample in group.samples]
 
 
 def _response(sample: Sample, values: npt.NDArray[np.generic] | None) -> npt.NDArray[np.float64]:

@@ -5,7 +5,7 @@ from rl_groups import fixed_groups
 from megatron_klear.config.rl import ValidationConfig
 from megatron_klear.rewards.scoring import Graded
 from megatron_klear.runs.rollout_files import RolloutWriter, read_samples, rollout_file
-from megatron_klear.train.validation import Validator
+from megatron_klear.orchestrator.validation import Validator
 
 
 class Stub:

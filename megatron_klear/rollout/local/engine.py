@@ -1,4 +1,4 @@
-"""Rollouts in the training process: every rank samples its share of the prompts from a whole copy of the policy.
+"""Sampling in the training processes: every rank draws its share of the prompts from a whole copy of the policy.
 
 The copy comes from `Engine.hf_weights`, tensor by tensor, so it does not matter how the trainer is laid out; the model
 must fit on one device. Larger ones want a server.
@@ -7,7 +7,7 @@ must fit on one device. Larger ones want a server.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from megatron_klear.config.rl import SamplingConfig
 from megatron_klear.distributed import exchange
-from megatron_klear.rollout.engine import Checksums, group_of, told_apart
+from megatron_klear.rollout.engine import Checksums
 from megatron_klear.rollout.local.decoder import Cache, Decoder
 from megatron_klear.rollout.local.draw import UniformStream, draw, log_distribution
 from megatron_klear.rollout.weights.checksum import checksum
-from megatron_klear.types import Group, Prompt, Sample
+from megatron_klear.types import Prompt, Sample
 
 _UNIFORMS = 256
 
@@ -38,21 +38,11 @@ class _Sequence:
 
 
 class LocalEngine:
-    """A RolloutEngine on this process's device; all ranks call it together."""
+    """Draws on this process's device; all ranks call it together."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        *,
-        decode: Callable[[Sequence[int]], str],
-        stop_token_ids: Iterable[int],
-        max_sequences: int,
-    ) -> None:
-        """`decode` turns token ids into text, special tokens included.
-
-        `stop_token_ids` end a response, besides those of the sampling.
-        """
-        self._decoder, self._decode = decoder, decode
+    def __init__(self, decoder: Decoder, *, stop_token_ids: Iterable[int], max_sequences: int) -> None:
+        """`stop_token_ids` end a response, besides those of the sampling."""
+        self._decoder = decoder
         self._stop = frozenset(stop_token_ids)
         self._rows = max_sequences
         self.version = -1
@@ -68,38 +58,25 @@ class LocalEngine:
         self.version = version
         return {"local": {name: checksum(tensor) for name, tensor in self._decoder.weights.items()}}
 
-    def probe(self, tokens: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.float32]]:
-        """Nothing to probe: checksums are those of the tensors that the decoder reads."""
-        return {}
+    def draw(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[list[Sample]]:
+        """`samples_per_prompt` samples of each prompt, in order, on rank 0; the prompts are dealt over all ranks.
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
-        """Draw the responses; prompts are dealt over all ranks, and rank 0 gets all groups."""
+        Every rank passes the same prompts, of which ids and tokens are read. A sample depends on the weights, its
+        prompt and a generator seeded by (`seed`, prompt id, number of the sample) alone.
+        """
         if self.version < 0:
             raise RuntimeError("the rollout engine has no weights yet: call load_weights first")
-        prompts = told_apart(prompts)
         mine = list(range(exchange.rank(), len(prompts), exchange.size()))
         finished = self._sample([prompts[index] for index in mine], sampling, seed)
         own = dict(zip(mine, finished, strict=True))
-        whole = {index: group for share in exchange.gather_first(own) for index, group in share.items()}
+        whole = {index: samples for share in exchange.gather_first(own) for index, samples in share.items()}
         return [whole[index] for index in range(len(prompts) if exchange.is_first() else 0)]
-
-    def counters(self) -> dict[str, float]:
-        """Nothing is retried or dropped here."""
-        return {"server_retries": 0.0, "groups_dropped": 0.0}
-
-    @property
-    def shares_cards(self) -> bool:
-        """False: it draws within the trainer's process, whose allocator both use."""
-        return False
 
     def sleep(self) -> None:
         """Give back the fused copies of the weights."""
         self._decoder.free()
 
-    def close(self) -> None:
-        """Nothing was started."""
-
-    def _sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
+    def _sample(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[list[Sample]]:
         if not prompts:
             return []
         count = sampling.samples_per_prompt
@@ -110,10 +87,7 @@ class LocalEngine:
             samples[sequence.prompt][sequence.number] = _as_sample(
                 prompts[sequence.prompt], sequence, finish, self.version
             )
-        groups = []
-        for prompt, drawn in zip(prompts, samples, strict=True):
-            groups.append(group_of(prompt, [sample for sample in drawn if sample is not None], self._decode, stop))
-        return groups
+        return [[sample for sample in drawn if sample is not None] for drawn in samples]
 
 
 class _Batch:

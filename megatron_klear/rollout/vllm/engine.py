@@ -1,4 +1,4 @@
-"""Rollouts from vLLM servers. This process imports no vLLM: rank 0 talks to the servers over HTTP."""
+"""Rollouts from vLLM servers, over HTTP: no vLLM, and no torch, in this process."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from megatron_klear.distributed.exchange import from_first_rank, on_first_rank, same_outcome
 from megatron_klear.errors import UserError
 from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest, group_of, told_apart
 from megatron_klear.rollout.vllm.client import Portal, ServerClient, open_session
 from megatron_klear.rollout.vllm.dispatch import Dispatcher, Drawn
 from megatron_klear.rollout.vllm.fleet import Fleet
-from megatron_klear.rollout.vllm.fleet_control import CONTROL_SECONDS, LOOK_SECONDS, SIGN_OF_LIFE_SECONDS, FleetControl
+from megatron_klear.rollout.vllm.fleet_control import CONTROL_SECONDS, LOOK_SECONDS, FleetControl
 from megatron_klear.rollout.vllm.member import Limits, ManagedServers, Member
+from megatron_klear.rollout.weights.update import TransferFailed
 from megatron_klear.types import Group, Prompt
 
 if TYPE_CHECKING:
     from megatron_klear.config.rl import SamplingConfig
     from megatron_klear.config.rollout import VLLMRolloutConfig
-    from megatron_klear.rollout.weights.base import WeightTransport
 
 _FRUITLESS_UPDATES = 5
 
@@ -37,20 +34,43 @@ class WeightsNeeded(UserError):
     """Servers answer, and none of them holds the present weights: they have to be sent again."""
 
 
+class Courier(Protocol):
+    """Brings the trainer's weights to servers; a WeightTransport as the engine sees it, whose weights are elsewhere."""
+
+    @property
+    def needs_shared_device(self) -> bool:
+        """Whether servers run on the trainer's own cards, in turns with it."""
+        ...
+
+    async def attach(self, servers: Sequence[ServerClient]) -> None:
+        """Get to know the servers that are new. Raises ServerError where one cannot be reached."""
+        ...
+
+    def detach(self, url: str) -> None:
+        """Forget a server that went away."""
+        ...
+
+    def send(self, version: int, servers: Sequence[ServerClient], portal: Portal) -> Checksums:
+        """Give the servers the trainer's weights; checksums of what they hold. Raises TransferFailed."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
 class VLLMEngine:
-    """BackgroundRollouts on vLLM servers; all ranks call it together but for `submit` and `take`."""
+    """BackgroundRollouts on vLLM servers."""
 
     def __init__(
         self,
         config: VLLMRolloutConfig,
         addresses: Sequence[str],
-        transport: WeightTransport,
+        courier: Courier,
         *,
         decode: Callable[[Sequence[int]], str],
         stop_token_ids: Iterable[int],
         vocab_size: int,
-        dtype: torch.dtype,
-        rank: int = 0,
         api_key: str | None = None,
         servers: ManagedServers | None = None,
         limits: Limits | None = None,
@@ -58,38 +78,25 @@ class VLLMEngine:
         """Connect to the servers at `addresses`, and watch over `servers` where the run started them itself.
 
         `decode` turns token ids into text, special tokens included; `stop_token_ids` end a response, besides those of
-        the sampling; `dtype` is the servers'; `api_key` is for requests to them. `addresses`, the key and `servers` are
-        rank 0's, and are taken over: `close` ends them.
+        the sampling; `api_key` is for requests to them. `servers` are taken over: `close` ends them.
         """
-        self._config, self._transport, self._servers = config, transport, servers
-        self._decode, self._dtype, self._rank = decode, dtype, rank
+        self._config, self._courier, self._servers = config, courier, servers
+        self._decode = decode
         self._stop = frozenset(stop_token_ids)
         self._finished: queue.SimpleQueue[Future[Drawn]] = queue.SimpleQueue()
         self._in_flight = self._fruitless = 0
         self._closed = False
-        self._portal: Portal | None = None
-        if rank == 0:
-            self._limits = limits or Limits(
-                request_seconds=config.request_seconds,
-                deadline_seconds=config.deadline_seconds,
-                requests_per_server=config.server.max_sequences,
-            )
-            self._portal = Portal()
-            self._fleet, self._dispatcher = self._portal.run(
-                self._connect(addresses, sorted(self._stop), vocab_size, api_key)
-            )
-            self._control = FleetControl(self._fleet, self._portal, servers)
+        self._limits = limits or Limits(
+            request_seconds=config.request_seconds,
+            deadline_seconds=config.deadline_seconds,
+            requests_per_server=config.server.max_sequences,
+        )
+        self._portal = Portal()
+        self._fleet, self._dispatcher = self._portal.run(
+            self._connect(addresses, sorted(self._stop), vocab_size, api_key)
+        )
+        self._control = FleetControl(self._fleet, self._portal, servers)
         atexit.register(self.close)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the servers' weights."""
-        return self._dtype
-
-    @property
-    def is_submitter(self) -> bool:
-        """Whether this rank submits and takes: the first does."""
-        return self._rank == 0
 
     @property
     def in_flight(self) -> int:
@@ -97,49 +104,48 @@ class VLLMEngine:
         return self._in_flight
 
     def notices(self) -> list[str]:
-        """What happened to servers that the run started since the last call, in words; rank 0's."""
+        """What happened to servers that the run started since the last call, in words."""
         return self._servers.notices() if self._servers is not None else []
 
     @property
     def last_progress(self) -> float:
-        """When a server was last seen to draw, by time.monotonic; rank 0 knows."""
-        return self._fleet.last_progress if self._portal is not None else 0.0
+        """When a server was last seen to draw, by time.monotonic."""
+        return self._fleet.last_progress
 
     @property
     def needs_weights(self) -> bool:
-        """Whether a server that answers is without the present weights; rank 0 knows, the others say no."""
-        return self._portal is not None and self._fleet.needs_weights
+        """Whether a server that answers is without the present weights."""
+        return self._fleet.needs_weights
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Checksums:
+    def load_weights(self, version: int) -> Checksums:
         """Send the weights to every server that answers; see RolloutEngine.
 
         A server that fails gets no requests until a later call, and `needs_weights` tells when it answers again. Where
-        none took them that is all of them, and the checksums are empty. Raises UserError on every rank where no server
-        answers within `deadline_seconds`, or none takes the weights time and again.
+        none took them that is all of them, and the checksums are empty. Raises UserError where no server answers within
+        `deadline_seconds`, or none takes the weights time and again.
         """
-        until = time.monotonic() + (self._limits.deadline_seconds if self._portal else 0)
-        members: list[Member] = []
-        while not from_first_rank(lambda: self._prepare(version, members, until)):
-            pass
-        checksums = same_outcome(lambda: self._send(weights, version, members))
-        return from_first_rank(lambda: checksums)
+        return self._send(version, self._prepare(version))
 
     def probe(self, tokens: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.float32]]:
         """Log-probs of the tokens from every server that holds the present weights."""
-        return from_first_rank(lambda: self._probe(tokens))
+        found: dict[str, npt.NDArray[np.float32]] = {}
+
+        async def ask(client: ServerClient) -> None:
+            found[client.url] = await client.prompt_logprobs(tokens, CONTROL_SECONDS)
+
+        self._control.each(self._fleet.holders(), ask)
+        return found
 
     def submit(self, requests: Sequence[GroupRequest]) -> None:
-        """Queue requests; rank 0's."""
-        portal = self._only_rank()
+        """Queue requests."""
         for request in requests:
-            portal.start(self._dispatcher.draw(request)).add_done_callback(self._finished.put)
+            self._portal.start(self._dispatcher.draw(request)).add_done_callback(self._finished.put)
             self._in_flight += 1
 
     def take(self, timeout_seconds: float) -> list[FinishedGroup]:
         """Requests that ended; see BackgroundRollouts. Raises UserError where no server has answered for
         `deadline_seconds`, or the run's own servers do not come up any more.
         """
-        self._only_rank()
         until = time.monotonic() + timeout_seconds
         found: list[FinishedGroup] = []
         while not found:
@@ -158,45 +164,41 @@ class VLLMEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
         """Draw the responses; see RolloutEngine. Requests submitted otherwise stay as they are.
 
-        Raises UserError on every rank where more than `max_dropped_share` of the groups were dropped, where no server
-        is left, and WeightsNeeded where none holds the present weights; `train.sampler.Sampler` sends them again.
+        Raises UserError where more than `max_dropped_share` of the groups were dropped, where no server is left, and
+        WeightsNeeded where none holds the present weights; `orchestrator.sampler.Sampler` sends them again.
         """
-        drawing: list[Future[Drawn]] = []
-        if self._portal is not None:
-            if self._fleet.version < 0:
-                raise RuntimeError("the rollout engine has no weights yet: call load_weights first")
-            requests = [GroupRequest(prompt=prompt, sampling=sampling, seed=seed) for prompt in told_apart(prompts)]
-            drawing = [self._portal.start(self._dispatcher.draw(request)) for request in requests]
+        if self._fleet.version < 0:
+            raise RuntimeError("the rollout engine has no weights yet: call load_weights first")
+        requests = [GroupRequest(prompt=prompt, sampling=sampling, seed=seed) for prompt in told_apart(prompts)]
+        drawing = [self._portal.start(self._dispatcher.draw(request)) for request in requests]
         try:
             while True:
-                state = from_first_rank(lambda: self._wait_for(drawing))
-                if state == "done":
-                    return on_first_rank(lambda: self._groups(drawing)) or []
-                if state == "weights":
+                self._control.look_after()
+                if not wait(drawing, timeout=LOOK_SECONDS).not_done:
+                    return self._groups(drawing)
+                if self._fleet.needs_weights and not self._fleet.can_draw:
                     raise WeightsNeeded("no rollout server holds the present weights: they have to be sent again")
         finally:
             for future in drawing:
                 future.cancel()
 
     def counters(self) -> dict[str, float]:
-        """Attempts that failed and groups that were dropped since the last call; 0 on other ranks than the first."""
-        if self._portal is None:
-            return {"server_retries": 0.0, "groups_dropped": 0.0}
+        """Attempts that failed and groups that were dropped since the last call."""
         return self._control.on_loop(self._dispatcher.take_counters)
 
     @property
     def shares_cards(self) -> bool:
         """Whether servers run on the trainer's own cards."""
-        return self._transport.needs_shared_device
+        return self._courier.needs_shared_device
 
     def sleep(self) -> None:
         """Have servers on the trainer's own cards give back weights and cache; others go on.
 
         Of the run's own servers, one that is starting is waited for, one that does not do it is ended, and one that
-        dies in its sleep is down until the next weights. Raises UserError on every rank where servers die for good.
+        dies in its sleep is down until the next weights. Raises UserError where servers die for good.
         """
-        if self._transport.needs_shared_device:
-            while not from_first_rank(lambda: self._control.fall_asleep()):
+        if self._courier.needs_shared_device:
+            while not self._control.fall_asleep():
                 pass
 
     def close(self) -> None:
@@ -206,11 +208,10 @@ class VLLMEngine:
         self._closed = True
         atexit.unregister(self.close)
         try:
-            if self._portal is not None:
-                with contextlib.suppress(TimeoutError):
-                    self._portal.run(self._disconnect(), 20)
-                self._portal.close()
-            self._transport.close()
+            with contextlib.suppress(TimeoutError):
+                self._portal.run(self._disconnect(), 20)
+            self._portal.close()
+            self._courier.close()
         finally:
             if self._servers is not None:
                 self._servers.close()
@@ -231,36 +232,25 @@ class VLLMEngine:
         self._fleet.stop()
         await self._session.close()
 
-    def _only_rank(self) -> Portal:
-        if self._portal is None:
-            raise RuntimeError("submit and take are for the rank where is_submitter is true")
-        return self._portal
-
-    def _prepare(self, version: int, members: list[Member], until: float) -> bool:
-        """Add to `members` who takes part in a sync; False where nobody is ready yet, for ranks to meet meanwhile."""
-        look_until = time.monotonic() + SIGN_OF_LIFE_SECONDS
+    def _prepare(self, version: int) -> list[Member]:
+        """Who takes part in a sync, as soon as somebody can."""
+        until = time.monotonic() + self._limits.deadline_seconds
         while True:
-            members += self._control.begin(version, self._transport)
+            members = self._control.begin(version, self._courier)
             if members:
-                return True
+                return members
             if time.monotonic() > until:
                 raise UserError(
                     f"no rollout server took part in sync {version} within rollout.deadline_seconds "
                     f"{self._limits.deadline_seconds:g}: {self._fleet.states()}"
                 )
-            if time.monotonic() > look_until:
-                return False
             time.sleep(LOOK_SECONDS)
 
-    def _send(self, weights: Iterable[tuple[str, Tensor]], version: int, members: Sequence[Member]) -> Checksums:
-        if self._portal is None:
-            return self._transport.send(weights, version, (), None)
-        from megatron_klear.rollout.weights.base import TransferFailed
-
+    def _send(self, version: int, members: Sequence[Member]) -> Checksums:
         checksums: Checksums = {}
         failure: TransferFailed | None = None
         try:
-            checksums = self._transport.send(weights, version, [member.client for member in members], self._portal)
+            checksums = self._courier.send(version, [member.client for member in members], self._portal)
         except TransferFailed as error:
             checksums, failure = error.checksums, error
         finally:
@@ -282,25 +272,6 @@ class VLLMEngine:
                 f"{self._fleet.states()}"
             )
         return checksums
-
-    def _probe(self, tokens: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.float32]]:
-        found: dict[str, npt.NDArray[np.float32]] = {}
-
-        async def ask(client: ServerClient) -> None:
-            found[client.url] = await client.prompt_logprobs(tokens, CONTROL_SECONDS)
-
-        self._control.each(self._fleet.holders(), ask)
-        return found
-
-    def _wait_for(self, drawing: Sequence[Future[Drawn]]) -> Literal["done", "weights", "wait"]:
-        until = time.monotonic() + SIGN_OF_LIFE_SECONDS
-        while time.monotonic() < until:
-            self._control.look_after()
-            if not wait(drawing, timeout=LOOK_SECONDS).not_done:
-                return "done"
-            if self._fleet.needs_weights and not self._fleet.can_draw:
-                return "weights"
-        return "wait"
 
     def _groups(self, drawing: Sequence[Future[Drawn]]) -> list[Group]:
         finished = [self._as_finished(future) for future in drawing]

@@ -1,4 +1,4 @@
-"""What the trainer has all servers do together, from its own thread: sleep, wake, pause, take part in a weight sync.
+"""What the trainer has all servers do together, from another thread: sleep, wake, pause, take part in a weight sync.
 
 A server that fails in any of it is put aside without weights, and the others go on.
 """
@@ -17,19 +17,18 @@ from megatron_klear.rollout.vllm.fleet import Fleet
 from megatron_klear.rollout.vllm.member import ManagedServers, Member
 
 if TYPE_CHECKING:
-    from megatron_klear.rollout.weights.base import WeightTransport
+    from megatron_klear.rollout.vllm.engine import Courier
 
 Result = TypeVar("Result")
 
 LOOK_SECONDS = 0.2
 CONTROL_SECONDS = 120.0
-# Other ranks wait for the first in a broadcast, which has a time limit of its own.
 SIGN_OF_LIFE_SECONDS = 20.0
 _RESUME_SECONDS = 20.0
 
 
 class FleetControl:
-    """The fleet as the trainer's thread sees it; rank 0's."""
+    """The fleet as the thread sees it that feeds run in."""
 
     def __init__(self, fleet: Fleet, portal: Portal, servers: ManagedServers | None) -> None:
         """`servers` where the run started them itself."""
@@ -56,7 +55,7 @@ class FleetControl:
                 f"{fleet.states()}"
             )
 
-    def begin(self, version: int, transport: WeightTransport) -> list[Member]:
+    def begin(self, version: int, courier: Courier) -> list[Member]:
         """Those who take part in the sync of `version`: awake enough for weights, paused, attached; perhaps none."""
         self.look_after()
         self.release()
@@ -64,10 +63,10 @@ class FleetControl:
         self._paused = members
         try:
             while self._fleet.restarted:
-                transport.detach(self._fleet.restarted.pop())
+                courier.detach(self._fleet.restarted.pop())
             members = self._wake(members, "weights")
             members = self.each(members, lambda client: client.pause("keep", CONTROL_SECONDS))
-            members = self.each(members, lambda client: transport.attach([client]))
+            members = self.each(members, lambda client: courier.attach([client]))
             self._portal.run(self._look_at_loads(members))
         except BaseException:
             self.end([])

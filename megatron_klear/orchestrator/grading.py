@@ -1,4 +1,4 @@
-"""Grading in a distributed run: rank 0, which holds the groups, grades them in its worker processes."""
+"""Grading in a run: groups in, groups with scores out, in worker processes, at once or in the background."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from threading import Lock
 from types import TracebackType
 
 from megatron_klear.config.rl import RewardConfig
-from megatron_klear.distributed import exchange
 from megatron_klear.rewards.base import RewardSettings, check_sources, check_truths
 from megatron_klear.rewards.format import complete
 from megatron_klear.rewards.pool import GradingPool
@@ -20,15 +19,15 @@ _MADE_UP = "<think>\nThis was made up to try the reward.\n</think>\n\nThe answer
 
 
 def check_prompts(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
-    """Raise RewardError, the same on every rank, where a prompt has no reward or a ground truth is no answer."""
+    """Raise RewardError where a prompt has no reward or a ground truth is no answer."""
     check_sources((prompt.data_source for prompt in prompts), config.functions)
     check_truths(((prompt.place, prompt.data_source, prompt.ground_truth) for prompt in prompts), config.functions)
 
 
 class Grader:
-    """Scores groups; a context, since it holds worker processes on rank 0."""
+    """Scores groups; a context, since it holds worker processes."""
 
-    def __init__(self, config: RewardConfig, prompts: Sequence[Prompt], rank: int) -> None:
+    def __init__(self, config: RewardConfig, prompts: Sequence[Prompt]) -> None:
         """Start the workers, which try every reward once on a made-up response to the first prompt of its kind.
 
         Raises RewardError where a prompt's data source has no reward.
@@ -37,42 +36,33 @@ class Grader:
         settings = RewardSettings(
             scheme=config.scheme, require_thinking=config.require_thinking, functions=config.functions
         )
-        self._pool: GradingPool | None = None
         self._in_use = Lock()  # the pool serves one caller at a time
         self._background: ThreadPoolExecutor | None = None
-        if rank == 0:
-            first = {prompt.data_source: prompt for prompt in reversed(prompts)}
-            self._pool = GradingPool(
-                first,
-                settings,
-                timeout_seconds=config.timeout_seconds,
-                workers=config.workers,
-                environment=config.environment,
-                trials=[
-                    Request(name, prompt.ground_truth, complete(prompt.text, _MADE_UP), prompt.extra_info)
-                    for name, prompt in first.items()
-                ],
-            )
+        first = {prompt.data_source: prompt for prompt in reversed(prompts)}
+        self._pool = GradingPool(
+            first,
+            settings,
+            timeout_seconds=config.timeout_seconds,
+            workers=config.workers,
+            environment=config.environment,
+            trials=[
+                Request(name, prompt.ground_truth, complete(prompt.text, _MADE_UP), prompt.extra_info)
+                for name, prompt in first.items()
+            ],
+        )
 
     def wait_until_ready(self) -> None:
-        """Return when the rewards are imported and tried. Raises RewardError on every rank where one cannot be used."""
-        exchange.on_first_rank(lambda: self._pool.wait_until_ready() if self._pool is not None else None)
+        """Return when the rewards are imported and tried. Raises RewardError where one cannot be used."""
+        self._pool.wait_until_ready()
 
     def grade(self, groups: Sequence[Group]) -> Graded:
-        """Rank 0: its groups with scores; the others get none.
-
-        Raises GradingAlarm on rank 0, UserError on the others, when too many could not be graded.
-        """
-
-        def scored() -> Graded:
-            graded = self._score(groups)
-            self._alarm.check(graded)
-            return graded
-
-        return exchange.on_first_rank(scored) or Graded(groups=[])
+        """The groups with scores. Raises GradingAlarm when too many could not be graded."""
+        graded = self._score(groups)
+        self._alarm.check(graded)
+        return graded
 
     def begin(self, groups: Sequence[Group]) -> Future[Graded]:
-        """Rank 0: grade in the background, without the alarm; `check` is for what came of it."""
+        """Grade in the background, without the alarm; `check` is for what came of it."""
         if self._background is None:
             self._background = ThreadPoolExecutor(1, thread_name_prefix="grading")
         return self._background.submit(self._score, list(groups))
@@ -82,7 +72,6 @@ class Grader:
         self._alarm.check(graded)
 
     def _score(self, groups: Sequence[Group]) -> Graded:
-        assert self._pool is not None
         with self._in_use:
             return score(groups, self._pool)
 
@@ -96,5 +85,4 @@ class Grader:
         """End the workers."""
         if self._background is not None:
             self._background.shutdown(cancel_futures=True)
-        if self._pool is not None:
-            self._pool.close()
+        self._pool.close()

@@ -8,25 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.data.prompts import PromptStream
-from megatron_klear.distributed import exchange
+from megatron_klear.orchestrator.grading import Grader
+from megatron_klear.orchestrator.sampler import Sampler
 from megatron_klear.rl.advantages import checked_rewards, is_uninformative, penalise_overlong
 from megatron_klear.runs.log import RunLog
-from megatron_klear.train.grading import Grader
-from megatron_klear.train.sampler import Sampler
 from megatron_klear.types import Group, Prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepGroups:
-    """What a rollout step is given: the groups to train on, and all that were graded for it, those among them.
-
-    Rank 0 has them; on the other ranks all is empty.
-    """
+    """What a rollout step is given: the groups to train on, and all that were graded for it, those among them."""
 
     chosen: list[Group] = field(default_factory=list)
     graded: list[Group] = field(default_factory=list)
@@ -37,22 +32,22 @@ class StepGroups:
 
 
 class Feed(Protocol):
-    """Hands out every prompt of the stream once an epoch. All ranks call together; rank 0 gets the groups."""
+    """Hands out every prompt of the stream once an epoch."""
 
     def next_step(self, number: int) -> StepGroups:
         """Graded groups of rollout step `number`, counted from 0; the weights of that version were just sent."""
         ...
 
     def work(self) -> None:
-        """Look after what is under way; called between optimizer steps, returns at once, no rank waits for another."""
+        """Look after what is under way; called while the step trains, returns at once."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the prompts and what is under way, as JSON; that of rank 0 counts."""
+        """The position in the prompts and what is under way, as JSON."""
         ...
 
     def files(self) -> dict[str, bytes]:
-        """What belongs to the state and is too large for JSON, by file name; that of rank 0 counts."""
+        """What belongs to the state and is too large for JSON, by file name."""
         ...
 
     def load_state_dict(self, state: dict[str, Any], files: Mapping[str, bytes]) -> None:
@@ -137,9 +132,9 @@ class SynchronousFeed:
                     taken, self._config.sampling, round_seed(self._config, number, round_number)
                 )
             with self._log.time("reward"):
-                graded.extend(exchange.on_first_rank(partial(self._penalised, self._grader.grade(groups).groups)) or [])
+                graded.extend(self._penalised(self._grader.grade(groups).groups))
             usable = [group for group in graded if self._judge.is_usable(group)]
-            if exchange.tell_all(len(usable) >= algorithm.prompts_per_step):
+            if len(usable) >= algorithm.prompts_per_step:
                 break
         self._sampler.sleep()
         return StepGroups(
@@ -151,7 +146,7 @@ class SynchronousFeed:
         )
 
     def _penalised(self, groups: Sequence[Group]) -> list[Group]:
-        """Rank 0: groups with rewards that can be used, long responses penalised."""
+        """Groups with rewards that can be used, long responses penalised."""
         for group in groups:
             checked_rewards(group)
         return [self._judge.penalised(group) for group in groups]

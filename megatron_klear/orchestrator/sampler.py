@@ -1,30 +1,21 @@
-"""The rollout engine as the loop sees it: weights go there, groups come back, and a server that dies is let in again.
-
-All ranks call together unless a method says otherwise. Rank 0, which alone talks to servers, has the groups; the others
-are told what it decided, so that all of them meet in the same collectives.
-"""
+"""The rollout engine as feeds see it: weights go there, groups come back, and a server that dies is let in again."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, cast
 
 from megatron_klear.config.rl import SamplingConfig
-from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.rollout.engine import BackgroundRollouts, FinishedGroup, GroupRequest, RolloutEngine, told_apart
 from megatron_klear.types import Group, Prompt
 
-HEARTBEAT_SECONDS = 10.0
-"""Longest time that ranks wait for news from rank 0: far below the limit of a collective."""
 POLL_SECONDS = 1.0
 _SHOWN = 3
 
 Result = TypeVar("Result")
-_News = Literal["waiting", "done", "weights"]
-"""What rank 0 tells the others."""
 
 
 class Sampler:
@@ -58,11 +49,6 @@ class Sampler:
         """The engine where it draws in the background, None where it does not."""
         return cast(BackgroundRollouts, self._rollouts) if hasattr(self._rollouts, "submit") else None
 
-    @property
-    def is_submitter(self) -> bool:
-        """Whether this rank may `submit` and `take`."""
-        return self.background is not None and self.background.is_submitter
-
     def sync(self, version: int) -> None:
         """Give the engine the trainer's weights; `version` is the number of rollout steps trained."""
         self._send(version)
@@ -71,16 +57,15 @@ class Sampler:
         self.version = version
 
     def draw(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
-        """Rank 0: groups of the prompts, in order; those that could not be had within the deadline are left out.
+        """Groups of the prompts, in order; those that could not be had within the deadline are left out.
 
-        The others get none. Raises UserError, on every rank, where too many could not be had.
+        Raises UserError where too many could not be had.
         """
         if self.background is None:
             return self._rollouts.generate(prompts, sampling, seed)
         requests = [GroupRequest(prompt=prompt, sampling=sampling, seed=seed) for prompt in told_apart(prompts)]
         ended: dict[tuple[str, int], FinishedGroup] = {}
-        if self.is_submitter:
-            self.submit(requests)
+        self.submit(requests)
 
         def advance() -> list[FinishedGroup] | None:
             wanted = {key_of(request) for request in requests}
@@ -94,42 +79,35 @@ class Sampler:
             self.check_lost()
             return None
 
-        def drawn() -> list[Group]:
-            self.check_dropped([one.failure for one in finished if one.group is None], len(finished))
-            return [one.group for one in finished if one.group is not None]
+        finished = self.until(advance)
+        self.check_dropped([one.failure for one in finished if one.group is None], len(finished))
+        return [one.group for one in finished if one.group is not None]
 
-        finished = self.until(advance) or []
-        return exchange.on_first_rank(drawn) or []
+    def until(self, advance: Callable[[], Result | None]) -> Result:
+        """Call `advance`, which may wait about a second at a time, until it returns something.
 
-    def until(self, advance: Callable[[], Result | None]) -> Result | None:
-        """Call `advance` on rank 0 until it returns something, which rank 0 gets; the others get None.
-
-        Meanwhile servers that come back are given the weights of the present version. `advance` may wait about a
-        second at a time. An error on rank 0 is raised on every rank.
+        Meanwhile servers that come back are given the weights of the present version.
         """
-        results: list[Result] = []
-        while True:
-            news = exchange.from_first_rank(lambda: self._rounds(advance, results))
-            if news == "done":
-                return results[0] if results else None
-            if news == "weights":
+        while (result := advance()) is None:
+            if self.background is not None and self.background.needs_weights:
                 self.sync(self.version)
+        return result
 
     def submit(self, requests: Sequence[GroupRequest]) -> None:
-        """Rank 0: queue requests of background drawing."""
+        """Queue requests of background drawing."""
         assert self.background is not None
         if not self.background.in_flight:
             self._last_news = time.monotonic()
         self.background.submit(requests)
 
     def take(self, timeout_seconds: float) -> list[FinishedGroup]:
-        """Rank 0: requests that ended since the last call, waiting at most so long for the first of them."""
+        """Requests that ended since the last call, waiting at most so long for the first of them."""
         finished, self._others = self._others, []
         return finished + self._ended(0.0 if finished else timeout_seconds)
 
     @property
     def in_flight(self) -> int:
-        """Rank 0: requests submitted and not taken yet."""
+        """Requests submitted and not taken yet."""
         return len(self._others) + (self.background.in_flight if self.background is not None else 0)
 
     def counters(self) -> dict[str, float]:
@@ -137,7 +115,6 @@ class Sampler:
         counters = dict(self._rollouts.counters())
         if self.background is not None:
             counters["groups_dropped"] = float(self._dropped)
-            counters = exchange.tell_all(counters)
         self._dropped = 0
         return counters
 
@@ -158,7 +135,7 @@ class Sampler:
         )
 
     def check_lost(self) -> None:
-        """Rank 0: raise UserError where the engine has nothing under way, for a caller that waits for something."""
+        """Raise UserError where the engine has nothing under way, for a caller that waits for something."""
         if not self.in_flight:
             raise UserError("the rollout engine ended fewer requests than it was given: some would never come")
 
@@ -178,17 +155,6 @@ class Sampler:
             )
         self._dropped += sum(one.group is None for one in finished)
         return finished
-
-    def _rounds(self, advance: Callable[[], Result | None], results: list[Result]) -> _News:
-        until = time.monotonic() + HEARTBEAT_SECONDS
-        while time.monotonic() < until:
-            result = advance()
-            if result is not None:
-                results.append(result)
-                return "done"
-            if self.background is not None and self.background.needs_weights:
-                return "weights"
-        return "waiting"
 
 
 def key_of(request: GroupRequest) -> tuple[str, int]:

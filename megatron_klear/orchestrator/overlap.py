@@ -1,8 +1,7 @@
 """Groups drawn while earlier steps are trained: one step ahead, or always.
 
-Rank 0 keeps the book of what is under way and decides; the other ranks hear when a step can begin. A group stays
-in the book from the moment its prompt is taken until a step has trained on it or reported it as dropped, and the book
-is what a checkpoint holds: no prompt is lost, and none is used twice.
+A book has what is under way. A group stays in it from the moment its prompt is taken until a step has trained on it or
+reported it as dropped, and the book is what a checkpoint holds: no prompt is lost, and none is used twice.
 """
 
 from __future__ import annotations
@@ -17,16 +16,15 @@ from typing import Any
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.data.prompts import PromptStream
-from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
+from megatron_klear.orchestrator.feed import Feed, Judge, PromptQueue, StepGroups, SynchronousFeed, redrawn, round_seed
+from megatron_klear.orchestrator.grading import Grader
+from megatron_klear.orchestrator.sampler import POLL_SECONDS, Sampler, key_of
 from megatron_klear.rewards.scoring import Graded
 from megatron_klear.rl.versions import oldest_version
 from megatron_klear.rollout.engine import GroupRequest, told_apart
 from megatron_klear.runs.group_file import dump_groups, load_groups
 from megatron_klear.runs.log import RunLog
-from megatron_klear.train.feed import Feed, Judge, PromptQueue, StepGroups, SynchronousFeed, redrawn, round_seed
-from megatron_klear.train.grading import Grader
-from megatron_klear.train.sampler import POLL_SECONDS, Sampler, key_of
 from megatron_klear.types import Group, Prompt
 
 GROUPS_FILE = "rollouts.npz"
@@ -69,7 +67,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Choice:
-    """What rank 0 gives a step."""
+    """What a step is given."""
 
     chosen: list[Group]
     graded: list[Group]
@@ -79,7 +77,7 @@ class _Choice:
 
 
 class OverlapFeed(ABC):
-    """A feed whose groups are drawn in the background. What follows the constructor's arguments is rank 0's alone."""
+    """A feed whose groups are drawn in the background."""
 
     mode: str
 
@@ -102,13 +100,13 @@ class OverlapFeed(ABC):
         with self._log.time("rollout"):
             choice = self._sampler.until(self._advance)
         counters = self._sampler.counters()
-        given = exchange.on_first_rank(lambda: self._checked(choice, counters))
+        given = self._checked(choice, counters)
         self._is_training = True
-        return given or StepGroups()
+        return given
 
     def work(self) -> None:
-        """Grade what was drawn meanwhile and ask for more; an error waits for the next step, where all ranks meet."""
-        if self._sampler.is_submitter and self._error is None:
+        """Grade what was drawn meanwhile and ask for more; an error waits for the next step."""
+        if self._error is None:
             try:
                 self._progress(0.0)
                 self._order()
@@ -147,8 +145,6 @@ class OverlapFeed(ABC):
         self._prompts.load_state_dict(state["prompts"])
         if state.get("mode") != self.mode:
             self._prompts.again += redrawn(self._prompts, state["requests"])
-            return
-        if not self._sampler.is_submitter:
             return
         self._failures, self._stale = list(state["failures"]), int(state["stale"])
         self._counts = Counter(state["counts"])
@@ -216,9 +212,8 @@ class OverlapFeed(ABC):
                 entry.group = self._judge.penalised(entry.grading.result().groups[0])
                 entry.grading = None
 
-    def _checked(self, choice: _Choice | None, counters: Mapping[str, float]) -> StepGroups:
-        """Rank 0: what the step is given, unless too much of it was dropped or could not be graded."""
-        assert choice is not None
+    def _checked(self, choice: _Choice, counters: Mapping[str, float]) -> StepGroups:
+        """What the step is given, unless too much of it was dropped or could not be graded."""
         self._sampler.check_dropped(choice.failures, len(choice.graded) + len(choice.failures))
         verdicts = Counter(score.verdict for group in choice.graded for score in group.scores or ())
         self._grader.check(Graded(groups=choice.graded, counts=verdicts))

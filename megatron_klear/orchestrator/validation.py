@@ -7,12 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_klear.config.rl import ValidationConfig
-from megatron_klear.distributed import exchange
-from megatron_klear.rewards.scoring import Graded
-from megatron_klear.runs.log import RunLog
+from megatron_klear.orchestrator.grading import Grader
+from megatron_klear.orchestrator.sampler import Sampler
 from megatron_klear.runs.rollout_files import RolloutWriter
-from megatron_klear.train.grading import Grader
-from megatron_klear.train.sampler import Sampler
 from megatron_klear.types import Prompt, Verdict
 
 _SEED = 20_250_811
@@ -27,28 +24,23 @@ class Validator:
     kept: RolloutWriter | None = None
     """Writes the samples of every validation, None to keep none."""
 
-    def report(self, sampler: Sampler, grader: Grader, log: RunLog, *, step: int) -> float | None:
-        """Log avg@k and pass@k (any of the k right) after rollout step `step`. Returns avg@k, None without problems."""
+    def measure(self, sampler: Sampler, grader: Grader, *, step: int) -> dict[str, float] | None:
+        """`accuracy` (avg@k), `pass_at_k` (any of the k right) and the like after rollout step `step`.
+
+        None where there are no problems.
+        """
         if not self.prompts:
             return None
         graded = grader.grade(sampler.draw(self.prompts, self.config.sampling, _SEED))
-        return exchange.from_first_rank(lambda: self._logged(graded, log, step))
-
-    def _logged(self, graded: Graded, log: RunLog, step: int) -> float:
         if self.kept is not None:
             self.kept.write(step, graded.groups)
             self.kept.flush()
         right = [[score.verdict is Verdict.RIGHT for score in group.scores or ()] for group in graded.groups]
-        accuracy = float(np.mean([np.mean(of_prompt) for of_prompt in right]))
         lengths = [int(sample.trained.sum()) for group in graded.groups for sample in group.samples]
-        log.validation(
-            step,
-            {
-                "accuracy": accuracy,
-                "pass_at_k": float(np.mean([any(of_prompt) for of_prompt in right])),
-                "samples_per_prompt": self.config.sampling.samples_per_prompt,
-                "num_prompts": len(graded.groups),
-                "response_length_mean": float(np.mean(lengths)),
-            },
-        )
-        return accuracy
+        return {
+            "accuracy": float(np.mean([np.mean(of_prompt) for of_prompt in right])),
+            "pass_at_k": float(np.mean([any(of_prompt) for of_prompt in right])),
+            "samples_per_prompt": self.config.sampling.samples_per_prompt,
+            "num_prompts": len(graded.groups),
+            "response_length_mean": float(np.mean(lengths)),
+        }
