@@ -1,13 +1,11 @@
-"""The vLLM engine on fake servers, with a transport that only sends versions."""
+"""The vLLM engine on fake servers, with a courier that only sends versions."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
-import torch
 from fake_vllm import STOP, VOCAB, FakeServer, response_to
-from torch import Tensor
 
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.errors import UserError
@@ -30,7 +28,7 @@ FAST = Limits(
 )
 
 
-class FakeTransport:
+class FakeCourier:
     """Tells servers the version, through the phases of an update, and notes who was attached."""
 
     needs_shared_device = False
@@ -51,17 +49,8 @@ class FakeTransport:
                 await server.post("/init_weight_transfer_engine", {"init_info": {}}, timeout_seconds=1)
                 self.attached.append(server.url)
 
-    def send(
-        self,
-        weights: Iterable[tuple[str, Tensor]],
-        version: int,
-        servers: Sequence[ServerClient],
-        portal: Portal | None,
-    ) -> Checksums:
-        """Go through the weights, then have the servers take the version."""
-        names = [name for name, _ in weights]
-        if portal is None:
-            return {}
+    def send(self, version: int, servers: Sequence[ServerClient], portal: Portal) -> Checksums:
+        """Have the servers take the version."""
         if self.error is not None:
             raise self.error
         held, failures = {}, {}
@@ -71,7 +60,7 @@ class FakeTransport:
                 if server.url in self.broken:
                     raise ValueError("torn")
                 portal.run(server.post("/finish_weight_update", {"weight_version": str(version)}, timeout_seconds=1), 5)
-                held[f"{server.url} worker 0"] = dict.fromkeys(names, "sum")
+                held[f"{server.url} worker 0"] = {"model.norm.weight": "sum"}
             except Exception as error:
                 failures[server.url] = repr(error)
         if failures:
@@ -155,25 +144,19 @@ def engine_on(
     engine = VLLMEngine(
         config,
         config.servers,
-        FakeTransport(),
+        FakeCourier(),
         decode=lambda tokens: " ".join(map(str, tokens)),
         stop_token_ids=[STOP],
         vocab_size=VOCAB,
-        dtype=torch.float32,
         servers=managed,
         limits=limits,
     )
     try:
         if version is not None:
-            engine.load_weights(weights(), version)
+            engine.load_weights(version)
         yield engine
     finally:
         engine.close()
-
-
-def weights() -> Iterator[tuple[str, Tensor]]:
-    """Something to send."""
-    yield "model.norm.weight", torch.ones(2)
 
 
 def prompt(number: int) -> Prompt:

@@ -16,7 +16,6 @@ from megatron_klear.types import Group, Sample, Score, Verdict, VersionSpan
 class FakeRollouts:
     """Draws nonsense. A request's tokens are of the versions that were held while it was under way."""
 
-    is_submitter = True
     last_progress = 0.0
 
     def __init__(self, seed: int, *, fail: float = 0.0, lose_weights: float = 0.0, slow: float = 0.5) -> None:

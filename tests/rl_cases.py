@@ -13,6 +13,8 @@ from torch import Tensor
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
+from megatron_klear.orchestrator.orchestrator import StepSamples
+from megatron_klear.orchestrator.step_numbers import StepNumbers
 from megatron_klear.rl.advantages import keep_informative
 from megatron_klear.train.step import Step
 from megatron_klear.types import Group, PackedBatch, StepStats
@@ -39,11 +41,11 @@ def take_step(config: GPPOConfig, groups: Sequence[Group], repeats: int = 1) -> 
             engine.keep_reference(config.algorithm.reference)
         stats, ratios = [], []
         for number in range(repeats):
-            step, chosen = Step(config, engine, number), keep_informative(groups) if topology.rank == 0 else []
-            for batches in step.prepare(chosen):
+            step, chosen = Step(config, engine, number), StepSamples(keep_informative(groups))
+            for batches in step.prepare(StepNumbers.of(chosen.groups), chosen.arrays):
                 ratios.append(_largest_log_ratio(engine, batches, config.sampling.temperature))
                 stats.append(step.update(batches))
-        by_group = step.ratios_of(chosen)
+        of_samples = step.ratios()
         weights = {name: tensor.clone() for name, tensor in engine.hf_weights()}
         engine.close()
     kept = weights if topology.rank == 0 else {}
@@ -52,7 +54,7 @@ def take_step(config: GPPOConfig, groups: Sequence[Group], repeats: int = 1) -> 
         mismatch=step.mismatch,
         weights=kept,
         ratios=torch.tensor(ratios),
-        token_ratios=[by_group[id(group)] for group in chosen] if topology.rank == 0 else [],
+        token_ratios=list(chosen.by_group(of_samples).values()) if topology.rank == 0 else [],
     )
 
 

@@ -21,7 +21,8 @@ ISLANDS = {"rl", "data", "rewards", "kernels"}
 RANKS = {"distributed"}
 UP_TO_CONFIG = BOTTOM | RANKS | ISLANDS | {"config"}
 ENGINES = {"mcore", "rollout"}
-UP_TO_TRAIN = UP_TO_CONFIG | ENGINES | {"runs", "evaluation", "train"}
+UP_TO_RUNS = UP_TO_CONFIG | ENGINES | {"runs"}
+UP_TO_TRAIN = UP_TO_RUNS | {"evaluation", "orchestrator", "train"}
 ALLOWED = {
     "errors": set(),
     "types": {"errors"},
@@ -35,7 +36,9 @@ ALLOWED = {
     "rollout": UP_TO_CONFIG,
     "runs": UP_TO_CONFIG | ENGINES,
     "evaluation": UP_TO_CONFIG | ENGINES,
-    "train": UP_TO_CONFIG | ENGINES | {"runs", "evaluation"},
+    # Another process than the trainer's: it meets no rank and no Megatron.
+    "orchestrator": BOTTOM | ISLANDS | {"config", "rollout", "runs"},
+    "train": UP_TO_RUNS | {"evaluation", "orchestrator"},
     "verify": UP_TO_TRAIN,
     "cli": UP_TO_TRAIN | {"verify"},
 }

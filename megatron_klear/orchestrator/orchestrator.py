@@ -27,7 +27,7 @@ from megatron_klear.orchestrator.grading import Grader, check_prompts
 from megatron_klear.orchestrator.overlap import open_feed
 from megatron_klear.orchestrator.sampler import Sampler
 from megatron_klear.orchestrator.step_numbers import StepNumbers, TokenArrays
-from megatron_klear.orchestrator.trainer import Trainer, TrainersSampler, TrainersWeights, probe_row
+from megatron_klear.orchestrator.trainer import Trainer, TrainersSampler, TrainersWeights, send_weights
 from megatron_klear.orchestrator.validation import Validator
 from megatron_klear.rl.versions import version_lag
 from megatron_klear.rollout.engine import RolloutEngine
@@ -216,12 +216,7 @@ class Orchestrator:
         return open_vllm(config, self._architecture, courier, decode=tokenizer.decode, stop_token_ids=stop)
 
     def _send(self, version: int) -> None:
-        if self._rollouts.shares_cards:
-            self._trainer.make_room()  # before any server wakes: the card does not hold both
-        self._rollouts.load_weights(version)
-        answers = self._rollouts.probe(probe_row(self._architecture.vocab_size))
-        if answers:
-            self._trainer.check_echo(version, answers)
+        send_weights(self._rollouts, self._trainer, version, self._architecture.vocab_size)
 
     def _stream(self, *, validation: bool = False, exclude: frozenset[str] = frozenset()) -> PromptStream:
         """The problems to train on, without the held-out ones wherever they come from; or those of the validation."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron_klear.rollout.engine import Checksums, group_of, told_apart
+from megatron_klear.rollout.engine import Checksums, RolloutEngine, group_of, told_apart
 from megatron_klear.rollout.weights.update import TransferFailed
 from megatron_klear.types import Group, Prompt, Sample
 
@@ -64,6 +64,20 @@ class Trainer(Protocol):
 def probe_row(vocab_size: int) -> npt.NDArray[np.int32]:
     """The fixed row [PROBE_TOKENS] that both sides score: tokens from all over the vocabulary."""
     return np.random.default_rng(20_250_811).integers(0, vocab_size, size=PROBE_TOKENS).astype(np.int32)
+
+
+def send_weights(rollouts: RolloutEngine, trainer: Trainer, version: int, vocab_size: int) -> None:
+    """Have the trainer give its weights to the engine under a version, and prove that they are in use there.
+
+    Checksums of every tensor are compared, and where a server may still sample with something else, its log-probs of a
+    fixed row with the trainer's. Raises WeightsNotArrived, naming server and tensors.
+    """
+    if rollouts.shares_cards:
+        trainer.make_room()  # before any server wakes: the card does not hold both
+    rollouts.load_weights(version)
+    answers = rollouts.probe(probe_row(vocab_size))
+    if answers:
+        trainer.check_echo(version, answers)
 
 
 class TrainersSampler:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_klear.config.rl import GPPOConfig
-from megatron_klear.config.rollout import LocalRolloutConfig, VLLMRolloutConfig
+from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.data.pack import pack
 from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 """Mean difference of log-probs in nats that rounding alone does not reach, by the coarser of the two precisions."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = DTYPES | {"fp16": torch.float16}
 _ATTACH_SECONDS = 180.0
 
 
@@ -87,16 +87,15 @@ class OwnSampler:
 class ServersWeights:
     """A Trainer that sends weights to servers. Every method is collective; rank 0 alone talks to servers."""
 
-    def __init__(self, engine: Engine, config: GPPOConfig, vocab_size: int) -> None:
+    def __init__(self, engine: Engine, config: VLLMRolloutConfig) -> None:
         """Open the transport. Raises UserError where it cannot work here."""
-        rollout = config.rollout
-        assert isinstance(rollout, VLLMRolloutConfig)
-        self._engine, self._config, self._vocab_size = engine, rollout, vocab_size
-        self._dtype = _DTYPES[config.model.dtype if rollout.server.dtype == "model" else rollout.server.dtype]
+        self._engine, self._config, self._vocab_size = engine, config, engine.architecture.vocab_size
+        named = config.server.dtype
+        self._dtype = _DTYPES[engine.run.model.dtype if named == "model" else named]
         topology = engine.topology
         self._transport = exchange.same_outcome(
             lambda: open_transport(
-                rollout, dtype=self._dtype, device=topology.device, rank=topology.rank, world_size=topology.size
+                config, dtype=self._dtype, device=topology.device, rank=topology.rank, world_size=topology.size
             )
         )
         self._portal: Portal | None = None
@@ -201,8 +200,8 @@ class ServersWeights:
 def open_trainer(engine: Engine, config: GPPOConfig, stop_token_ids: Sequence[int]) -> OwnSampler | ServersWeights:
     """What grants the orchestrator's wishes under `[rollout]`. Raises UserError where it cannot work here."""
     architecture = engine.architecture
-    if not isinstance(config.rollout, LocalRolloutConfig):
-        return ServersWeights(engine, config, architecture.vocab_size)
+    if isinstance(config.rollout, VLLMRolloutConfig):
+        return ServersWeights(engine, config.rollout)
     frequencies, scaling = inverse_frequencies(architecture)
     dtype = torch.float32 if config.rollout.dtype == "fp32" else DTYPES[config.model.dtype]
     decoder = Decoder(architecture, frequencies, scaling, dtype, engine.topology.device)

@@ -53,9 +53,7 @@ def engine_for(model: Path, max_sequences: int = 7) -> LocalEngine:
     architecture = read_architecture(model)
     frequencies, scaling = inverse_frequencies(architecture)
     decoder = Decoder(architecture, frequencies, scaling, torch.float32, torch.device("cpu"))
-    return LocalEngine(
-        decoder, decode=lambda ids: " ".join(map(str, ids)), stop_token_ids=[3], max_sequences=max_sequences
-    )
+    return LocalEngine(decoder, stop_token_ids=[3], max_sequences=max_sequences)
 
 
 def hf_weights(model: Path) -> dict[str, torch.Tensor]:
@@ -69,14 +67,14 @@ def test_logprobs_are_those_of_transformers(model: Path):
 
     engine = engine_for(model)
     engine.load_weights(hf_weights(model).items(), 1)
-    groups = engine.generate(prompts(), SamplingConfig(samples_per_prompt=3, max_tokens=20), seed=5)
+    drawn = engine.draw(prompts(), SamplingConfig(samples_per_prompt=3, max_tokens=20), seed=5)
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    for group in groups:
-        for sample in group.samples:
+    for prompt, samples in zip(prompts(), drawn, strict=True):
+        for sample in samples:
             tokens = torch.from_numpy(sample.tokens.astype(np.int64))
             with torch.no_grad():
                 expected = reference(tokens[None]).logits[0].log_softmax(-1)[:-1].gather(-1, tokens[1:, None])[:, 0]
-            head = len(group.prompt.tokens)
+            head = len(prompt.tokens)
             np.testing.assert_allclose(sample.logprobs[head:], expected[head - 1 :].numpy(), atol=1e-4)
             assert sample.finish == ("stop" if sample.tokens[-1] == 3 else "length")
 
@@ -87,16 +85,14 @@ def test_samples_do_not_depend_on_the_batch(model: Path):
     weights = hf_weights(model)
     for engine in (alone, together):
         engine.load_weights(weights.items(), 0)
-    first = alone.generate(prompts(), sampling, seed=1)
-    second = together.generate(prompts(), sampling, seed=1)
-    reordered = together.generate(prompts()[::-1], sampling, seed=1)[::-1]
+    first = alone.draw(prompts(), sampling, seed=1)
+    second = together.draw(prompts(), sampling, seed=1)
+    reordered = together.draw(prompts()[::-1], sampling, seed=1)[::-1]
     for a, b, c in zip(first, second, reordered, strict=True):
-        assert [s.tokens.tolist() for s in a.samples] == [s.tokens.tolist() for s in b.samples]
-        assert [s.tokens.tolist() for s in a.samples] == [s.tokens.tolist() for s in c.samples]
-    other = together.generate(prompts(), sampling, seed=2)
-    assert [s.tokens.tolist() for g in other for s in g.samples] != [
-        s.tokens.tolist() for g in second for s in g.samples
-    ]
+        assert [s.tokens.tolist() for s in a] == [s.tokens.tolist() for s in b]
+        assert [s.tokens.tolist() for s in a] == [s.tokens.tolist() for s in c]
+    other = together.draw(prompts(), sampling, seed=2)
+    assert [s.tokens.tolist() for g in other for s in g] != [s.tokens.tolist() for g in second for s in g]
 
 
 def roll_out_and_rescore(model: Path, parallel: ParallelConfig) -> tuple[float, list[list[int]], bool]:
@@ -115,8 +111,8 @@ def roll_out_and_rescore(model: Path, parallel: ParallelConfig) -> tuple[float, 
         sampler.load_weights(trainer.hf_weights(), 0)
         sampling = SamplingConfig(samples_per_prompt=2, max_tokens=12)
         for version in range(1, 3):
-            groups = exchange.tell_all(sampler.generate(prompts(), sampling, seed=version))
-            samples = [sample for group in groups for sample in group.samples]
+            drawn = exchange.tell_all(sampler.draw(prompts(), sampling, seed=version))
+            samples = [sample for of_prompt in drawn for sample in of_prompt]
             total = sum(num_predicted(sample) for sample in samples)
             mine = samples[topology.data.rank :: topology.data.size]
             trainer.train_step([pack(mine, [1 / total] * len(mine))], NLL())
@@ -128,8 +124,8 @@ def roll_out_and_rescore(model: Path, parallel: ParallelConfig) -> tuple[float, 
                     yield name, tensor
 
             held = sampler.load_weights(watched(), version)
-        groups = exchange.tell_all(sampler.generate(prompts(), sampling, seed=9))
-        samples = [sample for group in groups for sample in group.samples]
+        drawn = exchange.tell_all(sampler.draw(prompts(), sampling, seed=9))
+        samples = [sample for of_prompt in drawn for sample in of_prompt]
         batch = pack(samples, [1.0] * len(samples))
         difference = (trainer.logprobs([batch])[0] - batch.sampler_logprobs)[batch.weights != 0].abs().max()
         trainer.close()

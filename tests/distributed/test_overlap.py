@@ -1,9 +1,11 @@
-"""Whole runs whose rollouts are drawn in the background, by a sampler of this process in place of servers."""
+"""Whole runs whose rollouts are drawn in the background, by the trainer itself in place of servers."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+from forked_orchestrator import spawning
 from tiny_rl_run import start, train, write_run
 
 from megatron_klear.config.rollout import LocalRolloutConfig
@@ -15,25 +17,25 @@ from megatron_klear.runs.rollout_files import read_samples, rollout_files
 TIMINGS = {"step_seconds", "tokens_per_second", "sync_seconds", "server_retries"}
 
 
-class BackgroundLocal:
-    """Rank 0 draws alone, two groups at a call, the last asked for first."""
+class Background:
+    """In the orchestrator: has the trainer draw two groups at a call, the last asked for first."""
 
     fault = ""
     last_progress = 0.0
 
-    def __init__(self, local, rank: int) -> None:
-        self._local, self.is_submitter = local, rank == 0
+    def __init__(self, drawn_by_trainer) -> None:
+        self._engine = drawn_by_trainer
         self._waiting, self._taken, self._version = [], 0, -1
-        self.needs_weights, self.loads = False, 0
+        self.needs_weights = False
 
     def __getattr__(self, name: str):
-        return getattr(self._local, name)
+        return getattr(self._engine, name)
 
-    def load_weights(self, weights, version):
+    def load_weights(self, version):
         # One that comes back as a version is sent gets none of it, and the step waits for groups at that moment.
-        self.needs_weights = self.fault == "restarted" and self.is_submitter and version != self._version
-        self.loads, self._version = self.loads + 1, version
-        return self._local.load_weights(weights, version)
+        self.needs_weights = self.fault == "restarted" and version != self._version
+        self._version = version
+        return self._engine.load_weights(version)
 
     @property
     def in_flight(self) -> int:
@@ -43,42 +45,64 @@ class BackgroundLocal:
         return []
 
     def submit(self, requests) -> None:
-        assert self.is_submitter
         self._waiting += requests
 
     def take(self, timeout_seconds: float) -> list[FinishedGroup]:
-        assert self.is_submitter
         finished = []
         while self._waiting and len(finished) < 2:
             self._taken += 1
             if self.fault == "gone" and self._taken > 10:
                 raise UserError("no server is left")
             request = self._waiting.pop()
-            groups = self._local._sample([request.prompt], request.sampling, request.seed)
+            groups = self._engine.generate([request.prompt], request.sampling, request.seed)
             dropped = self.fault == "dropped" and self._taken % 9 == 0
             finished.append(FinishedGroup(request=request, group=None if dropped else groups[0], failure="too late"))
         return finished
 
 
+def in_the_orchestrator(fault: str) -> None:
+    """Draw in the background, and only while the trainer waits, for it is the one that draws."""
+    from megatron_klear.orchestrator.orchestrator import Orchestrator
+
+    open_engine = Orchestrator._open_engine
+
+    def open_background(self):
+        vllm = self._config
+        self._config = vllm.model_copy(update={"rollout": LocalRolloutConfig()})
+        try:
+            return Background(open_engine(self)[0]), None
+        finally:
+            self._config = vllm
+
+    Background.fault = fault
+    Orchestrator._open_engine = open_background
+    Orchestrator.draws_ahead = False
+
+
 def overlapped(toml: Path, output: Path, processes: int, mode: str, fault: str, *flags: str) -> int:
-    """Train in the mode; how often this rank's engine was given weights."""
-    from megatron_klear.train import rl_run
+    """Train in the mode; how often this rank gave its weights."""
+    from megatron_klear.train import rl_run, rollouts
+    from megatron_klear.train.weight_sync import OwnSampler
 
-    made = []
-    build = rl_run.build_rollouts
-    BackgroundLocal.fault = fault
+    loads = []
 
-    def build_background(config, architecture, tokenizer, topology):
-        local = build(config.model_copy(update={"rollout": LocalRolloutConfig()}), architecture, tokenizer, topology)
-        made.append(BackgroundLocal(local, topology.rank))
-        return made[0]
+    class Counting(OwnSampler):
+        def load(self, version: int) -> None:
+            loads.append(version)
+            super().load(version)
 
-    rl_run.build_rollouts = build_background
+    def open_counting(engine, config, stop_token_ids):
+        local = config.model_copy(update={"rollout": LocalRolloutConfig()})
+        opened = open_trainer(engine, local, stop_token_ids)
+        return Counting(engine, opened._sampler)
+
+    open_trainer, rl_run.open_trainer = rl_run.open_trainer, open_counting
+    rollouts.spawn = spawning(partial(in_the_orchestrator, fault))
     # Servers that are named are not started; nothing ever calls on this one.
     servers = ("--rollout.kind", "vllm", "--rollout.servers", "http://127.0.0.1:9")
     chosen = (*servers, "--rollout.mode", mode, "--rollout.max_dropped_share", "0.3")
     train(start(toml, "--output", str(output), *chosen, *flags, processes=processes))
-    return made[0].loads
+    return len(loads)
 
 
 def plain(toml: Path, output: Path, processes: int, *flags: str) -> None:
@@ -179,8 +203,8 @@ def stopped_after(toml: Path, output: Path, processes: int, *flags: str) -> None
 
     saved = gppo.save
 
-    def save(config, engine, feed, rollout_step, *, blocking):
-        saved(config, engine, feed, rollout_step, blocking=True)
+    def save(config, engine, rollouts, rollout_step, *, blocking):
+        saved(config, engine, rollouts, rollout_step, blocking=True)
         if rollout_step == 2:
             raise KeyboardInterrupt
 

@@ -1,82 +1,91 @@
-"""The vLLM engine on two ranks: the first talks to servers, and all of them get the same."""
+"""Weights on their way from two ranks to servers: the first alone talks to them, and all take part."""
 
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from engine_on_fakes import FAST, FakeTransport, prompt, weights
-from fake_vllm import STOP, VOCAB, FakeServer, sampling
+from fake_vllm import VOCAB, FakeServer
 
 from megatron_klear.errors import UserError
 
 
-def two_syncs(url: str) -> tuple[list, list, dict, dict]:
-    """On each rank: weights, probe, generate, weights asked for in the middle, generate again."""
+class Transport:
+    """Goes through the weights on every rank; on the first, tells the servers of them."""
+
+    needs_shared_device = False
+
+    def __init__(self, error: str = "", wrong: bool = False) -> None:
+        self.error, self.wrong, self.detached, self.closed = error, wrong, [], False
+
+    async def attach(self, servers) -> None:
+        for server in servers:
+            await server.post("/init_weight_transfer_engine", {"init_info": {}}, timeout_seconds=1)
+
+    def send(self, weights, version, servers, portal):
+        from megatron_klear.rollout.weights.checksum import checksum
+
+        held = {name: checksum(tensor + self.wrong) for name, tensor in weights}
+        if portal is None:
+            return {}
+        if self.error:
+            raise UserError(self.error)
+        return {f"{server.url} worker 0": held for server in servers}
+
+    def detach(self, url: str) -> None:
+        self.detached.append(url)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def opened(url: str, transport: Transport):
+    """The trainer's side of two ranks, whose engine is a tensor."""
     import torch
     import torch.distributed as dist
 
     from megatron_klear.config.rollout import VLLMRolloutConfig
-    from megatron_klear.rollout.vllm.engine import VLLMEngine
+    from megatron_klear.rollout.vllm.open import Access
+    from megatron_klear.train import weight_sync
 
-    rank = dist.get_rank()
-    engine = VLLMEngine(
-        VLLMRolloutConfig(servers=(url,)),
-        [url],
-        FakeTransport(),
-        decode=str,
-        stop_token_ids=[STOP],
-        vocab_size=VOCAB,
-        dtype=torch.float32,
-        rank=rank,
-        limits=FAST,
+    weight_sync.open_transport = lambda *_, **__: transport
+    engine = SimpleNamespace(
+        hf_weights=lambda: iter([("model.norm.weight", torch.ones(2))]),
+        architecture=SimpleNamespace(vocab_size=VOCAB),
+        run=SimpleNamespace(model=SimpleNamespace(dtype="fp32")),
+        topology=SimpleNamespace(device=torch.device("cpu"), rank=dist.get_rank(), size=2),
+        logprobs=lambda batches: [torch.full_like(batches[0].weights, -1.0)],
     )
+    trainer = weight_sync.ServersWeights(engine, VLLMRolloutConfig(servers=(url,)))
+    trainer.connect(Access(addresses=(url,), api_key=None) if dist.get_rank() == 0 else None)
+    return trainer
+
+
+def deliver(url: str, gone: list[str]) -> tuple[tuple[str, ...], list[str], dict]:
+    """Who holds weights, who was forgotten, and what of the servers did not get them."""
+    transport = Transport()
+    trainer = opened(url, transport)
     try:
-        assert engine.is_submitter == (rank == 0)
-        checksums = engine.load_weights(weights(), 3)
-        probed = engine.probe(np.array([1, 2, 3], dtype=np.int32))
-        prompts = [prompt(number) for number in range(4)]
-        groups = engine.generate(prompts, sampling(), seed=1)
-        if rank == 0:
-            engine._fleet.lose(engine._fleet.members[0])
-        with pytest.raises(UserError, match="no rollout server holds the present weights"):
-            engine.generate(prompts, sampling(), seed=1)
-        engine.load_weights(weights(), 4)
-        again = engine.generate(prompts, sampling(), seed=1)
-        versions = [sample.policy_version for group in again for sample in group.samples]
-        assert versions == [4] * (8 if rank == 0 else 0)
-        return [group.texts for group in groups], [group.texts for group in again], checksums, probed
+        delivery = trainer.deliver(3, [url], gone)
+        trainer.check_echo(3, {url: np.full(63, -1.0, dtype=np.float32)})
+        with pytest.raises(UserError, match=r"differ by 0.5 nats .* Some of its weights are stale"):
+            trainer.check_echo(3, {url: np.full(63, -1.5, dtype=np.float32)})
+        return delivery.holders, transport.detached, dict(delivery.failures)
     finally:
-        engine.close()
+        trainer.close()
+        assert transport.closed
 
 
-def failing_sync(url: str) -> str:
-    """What each rank raises when the first one's transport fails."""
-    import torch
-    import torch.distributed as dist
-
-    from megatron_klear.config.rollout import VLLMRolloutConfig
-    from megatron_klear.rollout.vllm.engine import VLLMEngine
-
-    transport = FakeTransport()
-    transport.error = UserError("no room for buckets")
-    engine = VLLMEngine(
-        VLLMRolloutConfig(servers=(url,)),
-        [url],
-        transport,
-        decode=str,
-        stop_token_ids=[STOP],
-        vocab_size=VOCAB,
-        dtype=torch.float32,
-        rank=dist.get_rank(),
-        limits=FAST,
-    )
+def failing(url: str, error: str, wrong: bool) -> str:
+    """What each rank raises when the first one's transport fails, or the servers hold other weights."""
+    trainer = opened(url, Transport(error, wrong))
     try:
         with pytest.raises(UserError) as caught:
-            engine.load_weights(weights(), 3)
+            trainer.deliver(3, [url], [])
         return str(caught.value)
     finally:
-        engine.close()
+        trainer.close()
 
 
 @pytest.fixture
@@ -85,18 +94,23 @@ def server() -> Iterator[FakeServer]:
         yield fake
 
 
-def test_the_first_rank_gets_the_groups_and_all_the_proof(ranks, server: FakeServer):
-    first, second = ranks(2, two_syncs, server.url)
-    assert first[0] == first[1]
-    assert len(first[0]) == 4
-    assert second[:2] == ([], [])
-    assert first[2] == second[2]
-    assert list(first[2]) == [f"{server.url} worker 0"]
-    np.testing.assert_array_equal(first[3][server.url], second[3][server.url])
+def test_the_first_rank_talks_to_servers_and_all_take_part(ranks, server: FakeServer):
+    first, second = ranks(2, deliver, server.url, ["http://gone"])
+    assert first == ((f"{server.url} worker 0",), ["http://gone"], {})
+    assert second == ((), [], {})
 
 
-def test_a_failure_of_the_first_rank_is_raised_on_all(ranks, server: FakeServer):
+def test_a_server_that_does_not_answer_costs_only_itself(ranks):
+    (holders, _, failures), _ = ranks(2, deliver, "http://127.0.0.1:9", [])
+    assert holders == ()
+    assert list(failures) == ["http://127.0.0.1:9"]
+
+
+@pytest.mark.parametrize(
+    ("error", "wrong", "told"),
+    [("no room for buckets", False, "no room for buckets"), ("", True, "does not hold the trainer's weights")],
+)
+def test_a_failure_of_the_first_rank_is_raised_on_all(ranks, server: FakeServer, error: str, wrong: bool, told: str):
     start = time.monotonic()
-    assert ranks(2, failing_sync, server.url) == ["no room for buckets"] * 2
+    assert all(told in said for said in ranks(2, failing, server.url, error, wrong))
     assert time.monotonic() - start < 30
-    assert not server.paused

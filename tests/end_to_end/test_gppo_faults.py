@@ -64,12 +64,11 @@ class Planted(LocalEngine):
 
         return {"local": {name: checksum(tensor) for name, tensor in self._decoder.weights.items()}}
 
-    def generate(self, prompts, sampling, seed):
-        groups = super().generate(prompts, sampling, seed)
+    def draw(self, prompts, sampling, seed):
+        drawn = super().draw(prompts, sampling, seed)
         if self.fault == "empty":
-            groups[1].samples.clear()
-            groups[1].texts.clear()
-        return groups
+            drawn[1].clear()
+        return drawn
 
 
 def edited(toml: Path, folder: Path, old: str, new: str) -> Path:
@@ -82,10 +81,10 @@ def edited(toml: Path, folder: Path, old: str, new: str) -> Path:
 
 def planted(toml: Path, modules: Path, output: Path, fault: str = "", *flags: str) -> str:
     """Train with the fault; what the run printed."""
-    from megatron_klear.train import rl_run
+    from megatron_klear.train import weight_sync
 
     Planted.fault = fault
-    rl_run.LocalEngine = Planted
+    weight_sync.LocalEngine = Planted
     os.environ["PYTHONPATH"] = str(modules)
     return train(start(toml, "--output", str(output), "--train.steps", "2", *flags))
 
@@ -189,5 +188,5 @@ def with_nothing_opened(toml: Path, *flags: str) -> None:
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("the model or the rollouts were opened")
 
-    rl_run.Engine = rl_run.build_rollouts = opened
+    rl_run.Engine = rl_run.open_trainer = opened
     train(start(toml, *flags))

@@ -30,12 +30,14 @@ from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.data.pack import num_predicted, pack
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
+from megatron_klear.orchestrator.trainer import TrainersWeights, send_weights
 from megatron_klear.rl.losses import NLL
 from megatron_klear.rollout.engine import GroupRequest
 from megatron_klear.rollout.vllm import engine as vllm
 from megatron_klear.rollout.vllm.client import ServerClient
-from megatron_klear.rollout.weights.base import open_transport
-from megatron_klear.train.weight_sync import WeightsNotArrived, send_weights
+from megatron_klear.rollout.vllm.open import Access
+from megatron_klear.train import weight_sync
+from megatron_klear.train.weight_sync import WeightsNotArrived
 from megatron_klear.types import Prompt, Sample, VersionSpan
 from megatron_klear.verify.rollouts import RolloutReport, verify_weights
 
@@ -142,16 +144,15 @@ class Run:
             checkpoint=CheckpointConfig(asynchronous=False),
         )
         self.engine = Engine(config, topology)
-        cpu = torch.device("cpu")
-        transport = open_transport(rollout, dtype=torch.float32, device=cpu, rank=0, world_size=1)
+        self.trainer = weight_sync.ServersWeights(self.engine, rollout)
+        self.trainer.connect(Access(addresses=(address,), api_key=None))
         self.rollouts = vllm.VLLMEngine(
             rollout,
             [address],
-            transport,
+            TrainersWeights(self.trainer, needs_shared_device=False),
             decode=lambda ids: " ".join(map(str, ids)),
             stop_token_ids=stop_token_ids,
             vocab_size=self.engine.architecture.vocab_size,
-            dtype=torch.float32,
         )
         self.version = -1
 
@@ -159,7 +160,7 @@ class Run:
         """Send the weights as a new version; seconds it took."""
         self.version += 1
         start = time.perf_counter()
-        send_weights(self.engine, self.rollouts, self.version)
+        send_weights(self.rollouts, self.trainer, self.version, self.engine.architecture.vocab_size)
         return time.perf_counter() - start
 
     def draw(self) -> list[Sample]:
@@ -204,7 +205,7 @@ def update_and_compare(model: Path, address: str, rollout: VLLMRolloutConfig, up
 def plant(model: Path, address: str, rollout: VLLMRolloutConfig, faults: list[str]) -> dict[str, Story]:
     """For every fault: an update with it, what was told about it, and a good update after it."""
     stories = {}
-    vllm.ServerClient = FaultyClient
+    vllm.ServerClient = weight_sync.ServerClient = FaultyClient
     with world(ParallelConfig()) as topology:
         run = Run(model, address, rollout, topology)
         run.send()
@@ -226,7 +227,7 @@ def plant(model: Path, address: str, rollout: VLLMRolloutConfig, faults: list[st
             run.send()
             story.differences.append(run.difference(run.draw()))
         run.close()
-    vllm.ServerClient = ServerClient
+    vllm.ServerClient = weight_sync.ServerClient = ServerClient
     return stories
 
 

@@ -19,11 +19,11 @@ from megatron_klear.data.prompts import PromptStream
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.data.tokenizer import load_tokenizer
 from megatron_klear.errors import UserError
+from megatron_klear.orchestrator.overlap import open_feed
+from megatron_klear.orchestrator.sampler import Sampler
 from megatron_klear.rl.versions import oldest_version, token_versions, version_lag
 from megatron_klear.runs.group_file import dump_groups, load_groups
 from megatron_klear.runs.log import RunLog
-from megatron_klear.orchestrator.overlap import open_feed
-from megatron_klear.orchestrator.sampler import Sampler
 from megatron_klear.types import Sample, VersionSpan
 
 MODES = ("synchronous", "one_step_off", "asynchronous")

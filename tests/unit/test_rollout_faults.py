@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import chain, cycle, repeat
 
 import pytest
-from engine_on_fakes import FAST, assert_whole, drain, engine_on, prompt, weights
+from engine_on_fakes import FAST, assert_whole, drain, engine_on, prompt
 from fake_vllm import ANSWER_FAULTS, CUTS, REFUSALS, FakeServer, sampling
 
 from megatron_klear.errors import UserError
@@ -62,7 +62,7 @@ def test_a_single_server_is_asked_again_after_a_while(fault: str):
             while engine.in_flight:
                 finished += engine.take(0.1)
                 if engine.needs_weights:
-                    engine.load_weights(weights(), 3)
+                    engine.load_weights(3)
             assert_each_once(finished, asked)
 
 
@@ -121,10 +121,10 @@ def test_a_pause_for_new_weights_is_no_lack_of_progress():
         asked = requests(2, max_tokens=40)
         engine.submit(asked)
         wait_for(lambda: bool(server.running))
-        transport = engine._transport
+        transport = engine._courier
         send = transport.send
         transport.send = lambda *arguments: (time.sleep(0.6), send(*arguments))[1]
-        engine.load_weights(weights(), 4)
+        engine.load_weights(4)
         assert_each_once(drain(engine, []), asked)
         assert not server.aborted
 
@@ -157,7 +157,7 @@ def test_a_part_drawn_before_an_update_is_told_apart_from_the_rest():
             engine.submit(asked)
             wait_for(lambda: len(server.requests) > 1)
             server.faults = iter(())
-            engine.load_weights(weights(), 4)
+            engine.load_weights(4)
             (finished,) = drain(engine, [])
             assert_whole(finished)
             assert finished.group is not None
@@ -203,7 +203,7 @@ def test_when_all_servers_are_dead_the_run_ends_within_the_deadline(servers: lis
     uses = {
         "take": lambda: [drain(engine, requests(2)) for _ in range(100)],
         "generate": lambda: engine.generate([prompt(1)], sampling(), seed=1),
-        "load_weights": lambda: engine.load_weights(weights(), 4),
+        "load_weights": lambda: engine.load_weights(4),
     }
     with engine_on(servers, limits=SHORT) as engine:
         for server in servers:
@@ -244,7 +244,7 @@ def test_a_server_killed_in_the_middle_of_an_update_costs_only_itself(servers: l
         victim.control_faults["/start_weight_update"] = "hang"
         killer = threading.Timer(0.2, victim.kill)
         killer.start()
-        assert len(engine.load_weights(weights(), 4)) == 2
+        assert len(engine.load_weights(4)) == 2
         killer.join()
         assert_each_once(drain(engine, []), asked)
         assert not any(server.paused for server in servers[1:])
@@ -281,7 +281,7 @@ def test_under_random_faults_nothing_is_lost_doubled_or_wrong(seed: int):
                     down[-1].kill()
                 elif deed < 0.3 or engine.needs_weights:
                     version += deed < 0.3
-                    engine.load_weights(weights(), version)
+                    engine.load_weights(version)
             assert_each_once(finished, asked)
             for one in finished:
                 assert one.group is not None

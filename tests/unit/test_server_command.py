@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import torch
+from engine_on_fakes import FakeCourier
 
 from megatron_klear.config.checks_rollout import check_rollout, check_servers
 from megatron_klear.config.read import load
@@ -181,12 +181,10 @@ def test_servers_of_the_run_want_a_key_that_only_the_run_knows(
         return open_vllm(
             config,
             shape,
+            FakeCourier(),
             decode=str,
             stop_token_ids=[1],
-            device=torch.device("cpu"),
-            rank=0,
-            world_size=1,
-        )
+        )[0]
 
     keys = set()
     for _ in range(2):

@@ -13,8 +13,8 @@ from rl_groups import fixed_groups, sample, score
 from megatron_klear.config.rl import AlgorithmConfig
 from megatron_klear.data.pack import num_predicted
 from megatron_klear.data.packing import RowSettings, Work
-from megatron_klear.rl.advantages import advantages
 from megatron_klear.orchestrator.step_numbers import StepNumbers, TokenArrays
+from megatron_klear.rl.advantages import advantages
 from megatron_klear.train.updates import Update, cut_into_updates, pack_rows, plan_update
 from megatron_klear.types import Group, PackedBatch, Prompt, Sample
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from engine_on_fakes import FAST, FakeServers, FakeTransport, assert_whole, drain, engine_on, prompt, weights
+from engine_on_fakes import FAST, FakeCourier, FakeServers, assert_whole, drain, engine_on, prompt
 from fake_vllm import FakeServer, sampling, token_after
 
 from megatron_klear.errors import UserError
@@ -26,9 +26,9 @@ def requests(count: int, **changes: int) -> list[GroupRequest]:
     return [GroupRequest(prompt=prompt(number), sampling=sampling(**changes), seed=5) for number in range(count)]
 
 
-def transport_of(engine: VLLMEngine) -> FakeTransport:
-    transport = engine._transport
-    assert isinstance(transport, FakeTransport)
+def courier_of(engine: VLLMEngine) -> FakeCourier:
+    transport = engine._courier
+    assert isinstance(transport, FakeCourier)
     return transport
 
 
@@ -94,7 +94,6 @@ def test_submit_returns_at_once_and_take_waits_no_longer_than_told(servers: list
     for server in servers:
         server.token_seconds = 0.03
     with engine_on(servers) as engine:
-        assert engine.is_submitter
         start = time.monotonic()
         assert engine.take(5.0) == []
         engine.submit(requests(4))
@@ -123,7 +122,7 @@ def test_no_request_goes_out_before_the_weights(servers: list[FakeServer]):
         engine.submit(requests(2))
         assert engine.take(0.3) == []
         assert not any(server.requests for server in servers)
-        checksums = engine.load_weights(weights(), 0)
+        checksums = engine.load_weights(0)
         assert sorted(checksums) == sorted(f"{server.url} worker 0" for server in servers)
         for finished in drain(engine, []):
             assert_whole(finished)
@@ -131,7 +130,7 @@ def test_no_request_goes_out_before_the_weights(servers: list[FakeServer]):
 
 def test_an_update_pauses_every_server_and_lets_it_go_on(servers: list[FakeServer]):
     with engine_on(servers) as engine:
-        engine.load_weights(weights(), 4)
+        engine.load_weights(4)
     for server in servers:
         once = ["/pause keep", "/start_weight_update", "/finish_weight_update", "/resume"]
         assert server.control == [once[0], "/init_weight_transfer_engine", *once[1:], *once]
@@ -144,7 +143,7 @@ def test_responses_under_way_go_on_with_the_new_weights(servers: list[FakeServer
     with engine_on(servers) as engine:
         engine.submit(requests(6, max_tokens=30))
         time.sleep(0.2)
-        engine.load_weights(weights(), 4)
+        engine.load_weights(4)
         finished = drain(engine, [])
         for one in finished:
             assert_whole(one)
@@ -172,18 +171,18 @@ def test_a_server_that_fails_an_update_gets_no_requests_until_the_next(servers: 
     with engine_on(servers, version=None) as engine:
         path = {"pause": "/pause", "resume": "/resume", "attach": "/init_weight_transfer_engine"}.get(fails)
         if path is None:
-            transport_of(engine).broken.add(bad.url)
+            courier_of(engine).broken.add(bad.url)
         else:
             bad.control_faults[path] = "oom"
-        checksums = engine.load_weights(weights(), 3)
+        checksums = engine.load_weights(3)
         assert f"{good.url} worker 0" in checksums
         for finished in drain(engine, requests(5)):
             assert_whole(finished)
         assert not bad.requests
-        transport_of(engine).broken.clear()
+        courier_of(engine).broken.clear()
         bad.control_faults.clear()
         wait_until(lambda: engine.needs_weights)
-        assert len(engine.load_weights(weights(), 3)) == 2
+        assert len(engine.load_weights(3)) == 2
         assert not engine.needs_weights
         for finished in drain(engine, requests(20)):
             assert_whole(finished)
@@ -198,8 +197,8 @@ def test_what_a_half_updated_server_was_drawing_is_drawn_elsewhere(servers: list
     with engine_on(servers) as engine:
         engine.submit(requests(6, max_tokens=30))
         wait_until(lambda: bool(bad.requests))
-        transport_of(engine).broken.add(bad.url)
-        engine.load_weights(weights(), 4)
+        courier_of(engine).broken.add(bad.url)
+        engine.load_weights(4)
         wait_until(lambda: bad.running == 0)
         before = len(bad.requests)
         finished = drain(engine, [])
@@ -212,18 +211,18 @@ def test_what_a_half_updated_server_was_drawing_is_drawn_elsewhere(servers: list
 
 def test_an_update_that_fails_altogether_leaves_no_server_paused(servers: list[FakeServer]):
     with engine_on(servers) as engine:
-        transport_of(engine).error = OSError("no room in /dev/shm")
+        courier_of(engine).error = OSError("no room in /dev/shm")
         with pytest.raises(OSError, match="no room"):
-            engine.load_weights(weights(), 4)
+            engine.load_weights(4)
         assert not any(server.paused for server in servers)
-        transport_of(engine).error = None
-        transport_of(engine).broken = {server.url for server in servers}
-        assert engine.load_weights(weights(), 4) == {}
+        courier_of(engine).error = None
+        courier_of(engine).broken = {server.url for server in servers}
+        assert engine.load_weights(4) == {}
         assert not any(server.paused for server in servers)
         for _ in range(3):
-            assert engine.load_weights(weights(), 4) == {}
+            assert engine.load_weights(4) == {}
         with pytest.raises(UserError, match="torn"):
-            engine.load_weights(weights(), 4)
+            engine.load_weights(4)
         assert not any(server.paused for server in servers)
 
 
@@ -240,8 +239,8 @@ def test_a_server_started_anew_is_sent_weights_before_it_draws(servers: list[Fak
         for finished in drain(engine, requests(10)):
             assert_whole(finished)
         assert not first.requests
-        assert len(engine.load_weights(weights(), 3)) == 2
-        assert transport_of(engine).detached == [first.url]
+        assert len(engine.load_weights(3)) == 2
+        assert courier_of(engine).detached == [first.url]
         for finished in drain(engine, requests(10)):
             assert_whole(finished)
         assert first.requests
@@ -265,7 +264,7 @@ def test_generate_asks_for_weights_where_no_server_has_them():
         server.version = "default"
         with pytest.raises(WeightsNeeded):
             engine.generate([prompt(1)], sampling(), seed=1)
-        engine.load_weights(weights(), 3)
+        engine.load_weights(3)
         assert len(engine.generate([prompt(1), prompt(2)], sampling(), seed=1)) == 2
 
 
@@ -285,8 +284,8 @@ def test_servers_of_the_run_are_watched(servers: list[FakeServer]):
             assert_whole(finished)
         assert not first.requests
         assert engine.needs_weights
-        engine.load_weights(weights(), 3)
-        assert transport_of(engine).detached == [first.url]
+        engine.load_weights(3)
+        assert courier_of(engine).detached == [first.url]
         second.healthy = False
         engine.submit(requests(1))
         wait_until(lambda: engine.take(0.01) is not None and managed.restarts == [second.url])
@@ -303,12 +302,12 @@ def test_sleep_is_for_servers_on_the_trainers_cards(servers: list[FakeServer]):
     with engine_on(servers) as engine:
         engine.sleep()
         assert not any("/sleep" in path for server in servers for path in server.control)
-        transport_of(engine).needs_shared_device = True
+        courier_of(engine).needs_shared_device = True
         for server in servers:
             server.control.clear()
         engine.sleep()
         assert not engine.needs_weights
-        engine.load_weights(weights(), 4)
+        engine.load_weights(4)
         for server in servers:
             assert server.control == [
                 *("/sleep 2", "/wake_up weights", "/pause keep", "/start_weight_update", "/finish_weight_update"),
@@ -320,7 +319,7 @@ def test_sleep_is_for_servers_on_the_trainers_cards(servers: list[FakeServer]):
 def test_no_server_of_the_run_is_awake_beside_sleeping_ones(servers: list[FakeServer]):
     managed = FakeServers()
     with engine_on(servers, managed=managed) as engine:
-        transport_of(engine).needs_shared_device = True
+        courier_of(engine).needs_shared_device = True
         sound, broken = servers
         broken.control_faults = {"/sleep": "oom"}
         managed.looks_until_up = 2
@@ -329,7 +328,7 @@ def test_no_server_of_the_run_is_awake_beside_sleeping_ones(servers: list[FakeSe
         assert managed.restarts == [broken.url], "one that did not sleep goes on with its memory"
         assert "/sleep 2" in sound.control
         assert managed.held == [True], "one that dies asleep would start beside the trainer"
-        engine.load_weights(weights(), 4)
+        engine.load_weights(4)
         assert managed.held == [True, False]
         managed.failure = UserError("server 0 died after 10 restarts")
         managed.looks_until_up = 10
@@ -338,7 +337,7 @@ def test_no_server_of_the_run_is_awake_beside_sleeping_ones(servers: list[FakeSe
 
 
 def on_shared_cards(engine: VLLMEngine) -> VLLMEngine:
-    transport_of(engine).needs_shared_device = True
+    courier_of(engine).needs_shared_device = True
     engine.sleep()
     return engine
 
@@ -350,17 +349,17 @@ def test_a_server_that_does_not_wake_whole_draws_nothing_until_it_does(servers: 
     with engine_on(servers, managed=managed) as engine:
         on_shared_cards(engine)
         broken.control_faults = {f"/wake_up {part}": "oom"}
-        engine.load_weights(weights(), 4)
+        engine.load_weights(4)
         assert managed.restarts == [broken.url], "what fails to wake is started anew"
         for _ in range(2):
             wait_until(lambda: engine.needs_weights)
             for finished in drain(engine, requests(10)):
                 assert_whole(finished)
             assert not broken.requests
-            engine.load_weights(weights(), 4)
+            engine.load_weights(4)
         broken.control_faults = {}
         wait_until(lambda: engine.needs_weights)
-        engine.load_weights(weights(), 4)
+        engine.load_weights(4)
         assert not broken.asleep
         for finished in drain(engine, requests(20)):
             assert_whole(finished)
@@ -375,10 +374,10 @@ def test_servers_that_take_weights_and_do_not_wake_end_the_run(servers: list[Fak
         for server in servers:
             server.control_faults = {"/wake_up kv_cache": "oom"}
         for _ in range(4):
-            engine.load_weights(weights(), 4)
+            engine.load_weights(4)
             assert not engine._fleet.can_draw
         with pytest.raises(UserError, match=r"sync 4.*asleep"):
-            engine.load_weights(weights(), 4)
+            engine.load_weights(4)
         assert not any(server.requests for server in servers)
 
 
@@ -387,12 +386,12 @@ def test_a_half_woken_fleet_sleeps_and_wakes_whole(servers: list[FakeServer]):
     with engine_on(servers, managed=FakeServers()) as engine:
         on_shared_cards(engine)
         broken.control_faults = {"/wake_up kv_cache": "oom"}
-        engine.load_weights(weights(), 4)
+        engine.load_weights(4)
         broken.control_faults = {}
         engine.sleep()
         assert [sorted(server.asleep) for server in servers] == [["kv_cache", "weights"]] * 2
         wait_until(lambda: all(member.alive for member in engine._fleet.members))
-        engine.load_weights(weights(), 5)
+        engine.load_weights(5)
         assert not any(server.asleep for server in servers)
         for finished in drain(engine, requests(20)):
             assert_whole(finished)
@@ -403,7 +402,7 @@ def test_a_router_gets_all_requests_and_servers_the_weights(servers: list[FakeSe
     router, server = servers
     with engine_on([server], router=router.url, version=None) as engine:
         router.version = "3"
-        engine.load_weights(weights(), 3)
+        engine.load_weights(3)
         for finished in drain(engine, requests(10)):
             assert_whole(finished)
     assert len(router.requests) == 20
@@ -416,14 +415,14 @@ def test_close_ends_everything_also_with_requests_under_way(servers: list[FakeSe
         server.token_seconds = 1.0
     before = threading.active_count()
     with engine_on(servers) as engine:
-        transport = transport_of(engine)
+        courier = courier_of(engine)
         engine.submit(requests(5))
         wait_until(lambda: any(server.running for server in servers))
         start = time.monotonic()
         engine.close()
         engine.close()
         assert time.monotonic() - start < 2
-    assert transport.closed
+    assert courier.closed
     wait_until(lambda: threading.active_count() <= before)
     wait_until(lambda: not any(server.running for server in servers))
 

@@ -43,10 +43,10 @@ from megatron_klear.data.packing import RowSettings, sequence_work
 from megatron_klear.distributed import exchange
 from megatron_klear.mcore.topology import world
 from megatron_klear.models.architecture import architecture_from_config
+from megatron_klear.orchestrator.step_numbers import StepNumbers, TokenArrays
 from megatron_klear.rl.advantages import advantages_of
 from megatron_klear.rl.mismatch import MismatchSums
 from megatron_klear.runs.rollout_files import RolloutWriter, rollout_file
-from megatron_klear.orchestrator.step_numbers import StepNumbers, TokenArrays
 from megatron_klear.train.updates import UpdatePlan, cut_into_updates, pack_rows, plan_update
 from megatron_klear.types import Group, Prompt, Sample, Score, Verdict
 from tools.benchmark.device import cpu_name
