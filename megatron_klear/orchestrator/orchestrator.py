@@ -17,10 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_klear.config.checks import check_prompt_tokens
+from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.config.start import GPPOStart
 from megatron_klear.data.prompts import PromptStream
-from megatron_klear.data.tokenizer import load_tokenizer
+from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_klear.models.architecture import Architecture
 from megatron_klear.models.stop_tokens import read_stop_tokens
 from megatron_klear.orchestrator.feed import StepGroups
 from megatron_klear.orchestrator.grading import Grader, check_prompts
@@ -208,12 +210,7 @@ class Orchestrator:
         self._feed.load_state_dict(state, files)
 
     def _open_engine(self) -> tuple[RolloutEngine, Access | None]:
-        config, tokenizer = self._config, self._tokenizer
-        stop = read_stop_tokens(config.model.path, turn_end=tokenizer.turn_end, tokenizer_eos=tokenizer.eos).ids
-        if not isinstance(config.rollout, VLLMRolloutConfig):
-            return TrainersSampler(self._trainer, decode=tokenizer.decode, stop_token_ids=stop), None
-        courier = TrainersWeights(self._trainer, needs_shared_device=config.rollout.transfer == "cuda_ipc")
-        return open_vllm(config, self._architecture, courier, decode=tokenizer.decode, stop_token_ids=stop)
+        return open_engine(self._config, self._architecture, self._tokenizer, self._trainer)
 
     def _send(self, version: int) -> None:
         send_weights(self._rollouts, self._trainer, version, self._architecture.vocab_size)
@@ -239,6 +236,20 @@ class Orchestrator:
         path = self._config.output / folder
         writer = RolloutWriter(path, share=share, keep_steps=of.keep_rollouts_steps, form=of.rollout_format)
         return self._resources.enter_context(closing(writer))
+
+
+def open_engine(
+    config: GPPOConfig, architecture: Architecture, tokenizer: ChatTokenizer, trainer: Trainer
+) -> tuple[RolloutEngine, Access | None]:
+    """The rollout engine that `[rollout]` names, and how the trainer reaches its servers where it has any.
+
+    Raises UserError where a server does not start.
+    """
+    stop = read_stop_tokens(config.model.path, turn_end=tokenizer.turn_end, tokenizer_eos=tokenizer.eos).ids
+    if not isinstance(config.rollout, VLLMRolloutConfig):
+        return TrainersSampler(trainer, decode=tokenizer.decode, stop_token_ids=stop), None
+    courier = TrainersWeights(trainer, needs_shared_device=config.rollout.transfer == "cuda_ipc")
+    return open_vllm(config, architecture, courier, decode=tokenizer.decode, stop_token_ids=stop)
 
 
 def sampled_metrics(given: StepGroups, step: int) -> dict[str, float]:

@@ -180,8 +180,9 @@ class Run:
         self.engine.train_step([pack(samples, [1 / total] * len(samples))], NLL())
 
     def close(self) -> None:
-        """End both."""
+        """End all."""
         self.rollouts.close()
+        self.trainer.close()
         self.engine.close()
 
 

@@ -39,11 +39,12 @@ from megatron_klear.data.pack import pack
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.data.tokenizer import load_tokenizer
 from megatron_klear.mcore.engine import Engine
-from megatron_klear.mcore.topology import Topology, world
+from megatron_klear.mcore.topology import world
 from megatron_klear.models.architecture import read_architecture
-from megatron_klear.rollout.engine import RolloutEngine
-from megatron_klear.train.rl_run import build_rollouts
-from megatron_klear.train.weight_sync import send_weights
+from megatron_klear.orchestrator.orchestrator import open_engine
+from megatron_klear.orchestrator.trainer import send_weights
+from megatron_klear.train.turn_end import stop_tokens_of
+from megatron_klear.train.weight_sync import open_trainer
 from megatron_klear.types import Prompt, Sample
 from tools.benchmark.device import cpu_name
 
@@ -110,11 +111,22 @@ class Result:
 class Rollouts:
     """A rollout engine of the project as a contender."""
 
-    def __init__(self, config: GPPOConfig, topology: Topology, load: Load) -> None:
-        architecture = read_architecture(config.model.path)
+    def __init__(self, config: GPPOConfig, trainer: Engine, load: Load) -> None:
         tokenizer = load_tokenizer(config.model.path, None)
-        self.engine: RolloutEngine = build_rollouts(config, architecture, tokenizer, topology)
-        self.sampling = load.sampling()
+        architecture, stop = trainer.architecture, stop_tokens_of(config.model.path, tokenizer)
+        self.trainer = open_trainer(trainer, config, stop.ids)
+        self.engine, access = open_engine(config, architecture, tokenizer, self.trainer)
+        self.trainer.connect(access)
+        self.sampling, self._vocab_size = load.sampling(), architecture.vocab_size
+
+    def sync(self, version: int) -> None:
+        """Give the trainer's weights to the engine, with proof."""
+        send_weights(self.engine, self.trainer, version, self._vocab_size)
+
+    def close(self) -> None:
+        """End servers and connections."""
+        self.engine.close()
+        self.trainer.close()
 
     def __call__(self, prompts: Sequence[Prompt], seed: int) -> int:
         """Generate; groups that were dropped do not count."""
@@ -234,14 +246,14 @@ def measure(load: Load, rounds: int, vllm: Path | None, folder: Path) -> dict[st
     config = settings(folder, load, None)
     with world(config.parallel) as topology:
         trainer = Engine(config, topology, total_steps=1, architecture=read_architecture(config.model.path))
-        engines = {"local": Rollouts(config, topology, load)}
+        engines = {"local": Rollouts(config, trainer, load)}
         if vllm is not None:
-            engines["vllm"] = Rollouts(settings(folder, load, vllm), topology, load)
+            engines["vllm"] = Rollouts(settings(folder, load, vllm), trainer, load)
         try:
             return compare(load, rounds, trainer, engines, folder)
         finally:
             for contender in engines.values():
-                contender.engine.close()
+                contender.close()
             trainer.close()
 
 
@@ -251,14 +263,14 @@ def compare(load: Load, rounds: int, trainer: Engine, engines: dict[str, Rollout
     for name, contender in engines.items():
         for version in range(3):
             results[name].sync_seconds.append(
-                time_of(lambda contender=contender, version=version: send_weights(trainer, contender.engine, version))
+                time_of(lambda contender=contender, version=version: contender.sync(version))
             )
         difference = largest_difference(trainer, contender.samples(make_prompts(load, 0)[:2], 0))
         results[name].logprob_difference = difference
         if not difference < (limit := TOLERANCES[load.dtype]):
             raise RuntimeError(f"log-probs of {name} differ from the trainer's by {difference:.2e}, above {limit}")
         if load.device == "cuda":
-            results[name].memory_gib = sleep_and_wake(trainer, contender.engine)
+            results[name].memory_gib = sleep_and_wake(contender)
     contenders: dict[str, Contender] = {**engines, "transformers": Transformers(folder / "model", trainer, load)}
     for number in range(rounds + 1):
         prompts = make_prompts(load, number + 1)
@@ -273,7 +285,7 @@ def compare(load: Load, rounds: int, trainer: Engine, engines: dict[str, Rollout
     return summarise(results, saved, loaded)
 
 
-def sleep_and_wake(trainer: Engine, engine: RolloutEngine) -> dict[str, float]:
+def sleep_and_wake(contender: Rollouts) -> dict[str, float]:
     """Memory of the card in use with the engine awake, asleep, and awake again with weights."""
 
     def used() -> float:
@@ -282,9 +294,9 @@ def sleep_and_wake(trainer: Engine, engine: RolloutEngine) -> dict[str, float]:
         return round((total - free) / 2**30, 3)
 
     memory = {"awake": used()}
-    engine.sleep()
+    contender.engine.sleep()
     memory["asleep"] = used()
-    send_weights(trainer, engine, 3)
+    contender.sync(3)
     return memory | {"awake_again": used()}
 
 
