@@ -115,7 +115,7 @@ class OwnedPool(ABC):
         """The response to begin now, if one waits."""
         while self._waiting:
             task = self._waiting.popleft()
-            if task.future.set_running_or_notify_cancel():
+            if task in self._under_way or task.future.set_running_or_notify_cancel():
                 self._under_way.add(task)
                 return task
         return None

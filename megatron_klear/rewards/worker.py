@@ -89,7 +89,13 @@ Answer = Score | Refused | str
 
 
 def pack_answer(number: int, answer: Answer) -> bytes:
-    """An answer to the request of that number as bytes; 0 is the job itself."""
+    """An answer to the request of that number, with its length in front; 0 is the job itself."""
+    encoded = answer_json(number, answer)
+    return LENGTH.pack(len(encoded)) + encoded
+
+
+def answer_json(number: int, answer: Answer) -> bytes:
+    """An answer to the request of that number as JSON."""
     content: dict[str, Any] = {"number": number}
     if isinstance(answer, Score):
         told = {"reward": answer.reward, "verdict": answer.verdict.value, "note": answer.note[:_MAX_NOTE]}
@@ -98,8 +104,7 @@ def pack_answer(number: int, answer: Answer) -> bytes:
         content["refused"] = answer.words
     else:
         content["words"] = answer
-    encoded = json.dumps(content).encode()
-    return LENGTH.pack(len(encoded)) + encoded
+    return json.dumps(content).encode()
 
 
 def read_answer(content: bytes) -> tuple[int, Answer]:
