@@ -117,7 +117,13 @@ class RewardConfig(Settings):
     timeout_seconds: float = Field(default=5.0, gt=0)
     """For one response; then its worker is killed and the sample counts as `timeout`."""
     workers: int = Field(default=0, ge=0)
-    """Grading processes on a node; 0 is one per core."""
+    """Grading processes on a node; 0 is one per core (of those that Ray counts there, where it grades)."""
+    backend: Literal["local", "ray"] = "local"
+    """Where responses are graded: beside the first rank, or on the nodes of a Ray (`pip install "megatron-klear[ray]"`).
+    """
+    ray_address: str = ""
+    """Of a Ray to join and leave as it is: `host:port`, or `auto` for the one of this machine; empty is a Ray that is
+    started and ended by the run."""
     max_error_share: float = Field(default=0.05, ge=0, le=1)
     """The run stops when more than this share of a step's samples end as timeout or error."""
     environment: tuple[str, ...] = ()
@@ -126,6 +132,18 @@ class RewardConfig(Settings):
     functions: dict[str, str] = Field(default_factory=dict)
     """Rewards by data_source: your own by dotted path, `"my_task" = "my_module:reward"`, or a built-in by its name,
     `"my/set" = "math"`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RewardConfig:
+        if self.ray_address and self.backend != "ray":
+            raise ValueError(
+                f'reward.ray_address {self.ray_address!r} is for reward.backend = "ray", which is {self.backend!r}'
+            )
+        if self.ray_address.startswith("ray://"):
+            raise ValueError(
+                f"reward.ray_address {self.ray_address!r} is of a Ray client: give host:port of the Ray itself, or auto"
+            )
+        return self
 
 
 class OverlongPenalty(Settings):

@@ -20,6 +20,7 @@ from typing import IO, Any
 from megatron_klear.types import Score, Verdict
 
 from .base import Reward, RewardError, RewardSettings, judge, resolve
+from .truth_store import Truth, TruthReadError, TruthRef, read_truth
 
 LENGTH = struct.Struct("<Q")
 _ORPHAN_SECONDS = 5  # of computing past the limit: only a worker whose parent is gone lives to see it
@@ -28,12 +29,20 @@ TIMED_OUT = "timed out"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One response to grade; `response` is complete with what the prompt wrote of its thinking."""
+    """One response to grade; `response` is complete with what the prompt wrote of its thinking.
+
+    `ground_truth` may be a TruthRef, the place on disk of the ground truth and of the row's extra_info: the grading
+    process reads them there. Raises ValueError where extra_info is given besides.
+    """
 
     data_source: str
     ground_truth: Any
     response: str
     extra_info: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ground_truth, TruthRef) and self.extra_info is not None:
+            raise ValueError("extra_info is given, and lies on disk with the ground truth")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +89,13 @@ Answer = Score | Refused | str
 
 
 def pack_answer(number: int, answer: Answer) -> bytes:
-    """An answer to the request of that number as bytes; 0 is the job itself."""
+    """An answer to the request of that number, with its length in front; 0 is the job itself."""
+    encoded = answer_json(number, answer)
+    return LENGTH.pack(len(encoded)) + encoded
+
+
+def answer_json(number: int, answer: Answer) -> bytes:
+    """An answer to the request of that number as JSON."""
     content: dict[str, Any] = {"number": number}
     if isinstance(answer, Score):
         told = {"reward": answer.reward, "verdict": answer.verdict.value, "note": answer.note[:_MAX_NOTE]}
@@ -89,8 +104,7 @@ def pack_answer(number: int, answer: Answer) -> bytes:
         content["refused"] = answer.words
     else:
         content["words"] = answer
-    encoded = json.dumps(content).encode()
-    return LENGTH.pack(len(encoded)) + encoded
+    return json.dumps(content).encode()
 
 
 def read_answer(content: bytes) -> tuple[int, Answer]:
@@ -141,9 +155,13 @@ def serve() -> None:
 
 
 def _failed_trial(trial: Request, words: str) -> Refused:
+    try:
+        truth = str(_truth(trial).ground_truth)
+    except TruthReadError as error:
+        return Refused(str(error))
     return Refused(
         f"the reward of data_source {trial.data_source!r} failed on a made-up response, {trial.response!r}, to a "
-        f"problem with the ground truth {str(trial.ground_truth)[:80]!r}: {words}; a reward must judge any text: mend "
+        f"problem with the ground truth {truth[:80]!r}: {words}; a reward must judge any text: mend "
         "it, or the row that it cannot use"
     )
 
@@ -186,18 +204,28 @@ def _grade(request: Request, rewards: dict[str, Reward], settings: RewardSetting
     try:
         if request.data_source not in rewards:
             rewards[request.data_source] = resolve(request.data_source, settings)
+        truth = _truth(request)
         score = judge(
             rewards[request.data_source],
             request.response,
-            request.ground_truth,
+            truth.ground_truth,
             data_source=request.data_source,
-            extra_info=request.extra_info,
+            extra_info=truth.extra_info,
         )
         return Score(reward=float(score.reward), verdict=Verdict(score.verdict), note=str(score.note))
+    except TruthReadError as error:
+        return str(error)
     except SystemExit as error:
         return f"the reward called sys.exit, exit code {error.code}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:500]
+
+
+def _truth(request: Request) -> Truth:
+    """What the reward is given of the problem, read from disk where the request holds a reference."""
+    if isinstance(request.ground_truth, TruthRef):
+        return read_truth(request.ground_truth, request.data_source)
+    return Truth(request.data_source, request.ground_truth, request.extra_info)
 
 
 def _send(stream: IO[bytes], number: int, answer: Answer) -> None:
