@@ -271,8 +271,8 @@ def config_problems(path: Path, findings: dict[str, Finding], processes: int | N
     from megatron_klear.config import checks
     from megatron_klear.config.base import SFTConfig
     from megatron_klear.config.checks_rollout import check_rollout
+    from megatron_klear.config.launch import smallest_gpu_bytes
     from megatron_klear.config.rl import GPPOConfig
-    from megatron_klear.config.start import smallest_gpu_bytes
     from megatron_klear.errors import UserError
     from megatron_klear.models.architecture import read_architecture
 

@@ -108,7 +108,7 @@ class OptimizerConfig(Settings):
     overlap: bool = True
     """Overlap gradient reduction and parameter gathering with computation, where data parallelism is above 1."""
     cpu_offload: float = Field(default=0.0, ge=0, le=1)
-    """Share of the optimizer state held and stepped in host memory."""
+    """Share of the optimizer state held and stepped in host memory, 16 bytes a parameter there; GPUs and bf16 only."""
     implementation: Literal["auto", "torch", "fused"] = "auto"
     """`fused` is Apex's or transformer-engine's Adam, an error where neither imports; `auto` prefers it."""
 

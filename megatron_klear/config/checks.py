@@ -39,6 +39,23 @@ def check_plan(config: SFTConfig, architecture: Architecture, world_size: int) -
     return [*check_layout(config, architecture, world_size), *_check_batch(config, world_size)]
 
 
+def offload_problems(config: RunConfig) -> list[str]:
+    """What keeps `optimizer.cpu_offload` from relieving a card, as far as the settings tell."""
+    if config.optimizer.cpu_offload == 0:
+        return []
+    key = f"optimizer.cpu_offload = {config.optimizer.cpu_offload:g}"
+    problems = []
+    if config.parallel.device == "cpu":
+        problems.append(
+            f"{key} moves optimizer state from a GPU to host memory, and parallel.device is cpu; set it to 0"
+        )
+    if not config.optimizer.distributed:
+        problems.append(f"{key} needs optimizer.distributed = true, which its masters and moments are kept by")
+    if config.model.dtype != "bf16":
+        problems.append(f"{key} needs model.dtype = bf16, and it is {config.model.dtype}; change either")
+    return problems
+
+
 def check_resume(resolved: Path, config: RunConfig) -> tuple[list[str], list[str]]:
     """Errors and warnings of going on from a checkpoint of a run whose settings `write_resolved` left at `resolved`.
 
@@ -163,7 +180,7 @@ def check_layout(config: RunConfig, architecture: Architecture, world_size: int)
             f"{parallel.pipeline} x parallel.virtual_pipeline {parallel.virtual_pipeline}; every chunk holds equally "
             f"many layers, so their product must be one of {_divisors(architecture.num_layers, chunks)}"
         )
-    return errors
+    return [*errors, *offload_problems(config)]
 
 
 def _divisors(size: int, near: int) -> str:

@@ -11,13 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_klear.config.base import RunConfig, SFTConfig
+from megatron_klear.config.memory import Memory, stage_memory, stage_parameters
 from megatron_klear.models.architecture import Architecture
 
 if TYPE_CHECKING:
     from megatron_klear.config.rl import GPPOConfig
-
-LOSS_CHUNK_TOKENS = 4096
-"""Tokens whose logits the fused loss holds at once."""
 
 GIB = 2**30
 
@@ -42,23 +40,6 @@ class BatchPlan:
     steps_per_epoch: int | None
     """None until the packed rows of the data are counted."""
     total_steps: int | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Memory:
-    """Bytes on one rank, by what they hold."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    loss: int
-    """Buffers of the head and loss: a chunk of logits, or whole logits where the fused loss is off."""
-
-    @property
-    def total(self) -> int:
-        """Sum of all parts, in bytes."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,135 +99,6 @@ def plan_batch(config: SFTConfig, world_size: int, num_rows: int | None = None) 
     )
 
 
-def stage_parameters(config: RunConfig, architecture: Architecture, stage: int) -> int:
-    """Parameters that one tensor rank of a pipeline stage holds.
-
-    Matrices and their biases are split over tensor ranks; norms are whole on each. A tied head is a copy of the
-    embedding where first and last stage differ.
-    """
-    parallel = config.parallel
-    tensor, last = parallel.tensor, parallel.pipeline - 1
-    norms = 2 * architecture.hidden_size + (2 * architecture.head_dim if architecture.qk_norm else 0)
-    layer = norms + (architecture.layer_parameters - norms) // tensor
-    count = layer * (architecture.num_layers // parallel.pipeline)
-    vocabulary = architecture.padded_vocab_size(tensor) // tensor * architecture.hidden_size
-    if stage == 0:
-        count += vocabulary
-    if stage == last:
-        count += architecture.hidden_size
-        if not architecture.tied_embeddings or last > 0:
-            count += vocabulary
-    return count
-
-
-def stage_memory(
-    config: RunConfig, architecture: Architecture, stage: int, data_parallel: int, row_tokens: int, microbatches: int
-) -> Memory:
-    """Bytes on one rank of a pipeline stage while it trains on rows of `row_tokens` tokens."""
-    width = _width(config)
-    parameters = stage_parameters(config, architecture, stage)
-    # bf16 weights have fp32 masters; fp32 weights are their own. Both have two fp32 moments.
-    state = 4 * parameters * (3 if width == 2 else 2)
-    if config.optimizer.distributed:
-        state = math.ceil(state / (data_parallel * config.parallel.context))
-    return Memory(
-        parameters=width * parameters,
-        gradients=4 * parameters,
-        optimizer=round(state * (1.0 - config.optimizer.cpu_offload)),
-        activations=_activations(config, architecture, stage, row_tokens, microbatches),
-        loss=_loss_bytes(config, architecture, row_tokens) if stage == config.parallel.pipeline - 1 else 0,
-    )
-
-
-def layer_activation_bytes(config: RunConfig, architecture: Architecture, row_tokens: int) -> int:
-    """Bytes that one layer keeps for its backward pass of one row, nothing recomputed, on one rank.
-
-    Korthikanti et al. (arXiv 2205.05198, section 4) adapted: RMSNorm and no dropout (inputs only), grouped
-    query attention, SwiGLU (gate, up, silu(gate), product), and attention that keeps its inputs, output and
-    log-sum-exp, never the scores. Under context parallelism keys and values are gathered over the row.
-    """
-    kept = _kept_by_layer(config, architecture, row_tokens)
-    return kept.residual + kept.attention + kept.mlp
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    residual: int
-    attention: int
-    mlp: int
-
-
-def _width(config: RunConfig) -> int:
-    return 2 if config.model.dtype == "bf16" else 4
-
-
-def _residual_bytes(config: RunConfig, architecture: Architecture, row_tokens: int) -> int:
-    """One hidden-state tensor of a row as this rank keeps it."""
-    parallel = config.parallel
-    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
-    return math.ceil(row_tokens / shards) * architecture.hidden_size * _width(config)
-
-
-def _kept_by_layer(config: RunConfig, architecture: Architecture, row_tokens: int) -> _Kept:
-    parallel, width = config.parallel, _width(config)
-    tokens = math.ceil(row_tokens / parallel.context)
-    heads, kv_heads = architecture.num_heads / parallel.tensor, max(architecture.num_kv_heads / parallel.tensor, 1.0)
-    query, kv = heads * architecture.head_dim, kv_heads * architecture.head_dim
-    attention = tokens * (2 * query * width + 4 * heads) + row_tokens * 2 * kv * width
-    if architecture.qk_norm:
-        attention += tokens * (query + kv) * width
-    return _Kept(
-        # Inputs of two norms and, as their outputs, of the QKV and first MLP matrices.
-        residual=4 * _residual_bytes(config, architecture, row_tokens),
-        attention=round(attention),
-        mlp=round(tokens * 4 * architecture.ffn_hidden_size / parallel.tensor * width),
-    )
-
-
-def _activations(config: RunConfig, architecture: Architecture, stage: int, row_tokens: int, microbatches: int) -> int:
-    """Bytes kept for all layers and micro-batches that are under way at a stage at once."""
-    kept = _kept_by_layer(config, architecture, row_tokens)
-    residual = _residual_bytes(config, architecture, row_tokens)
-    layers = layers_in_flight(config, architecture, stage, microbatches)
-    whole = kept.residual + kept.attention + kept.mlp
-    recompute = config.recompute
-    if recompute.granularity == "none":
-        total = layers * whole
-    elif recompute.granularity == "selective":
-        total = layers * (kept.residual + kept.attention) + kept.mlp
-    else:
-        block = min(recompute.layers, architecture.num_layers // config.parallel.pipeline)
-        total = math.ceil(layers / block) * residual + block * whole
-    return total
-
-
-def layers_in_flight(config: RunConfig, architecture: Architecture, stage: int, microbatches: int) -> int:
-    """Layers times micro-batches whose activations a stage holds at the worst moment.
-
-    1F1B holds pipeline - stage micro-batches; the interleaved schedule 2 * (pipeline - stage - 1) +
-    (chunks - 1) * pipeline + 1 chunks, which on the first stage is the paper's factor 1 + (p - 1) / (p * chunks).
-    """
-    parallel = config.parallel
-    chunks = parallel.virtual_pipeline
-    chunk_layers = architecture.num_layers // (parallel.pipeline * chunks)
-    if chunks == 1:
-        return chunk_layers * min(microbatches, parallel.pipeline - stage)
-    warmup = 2 * (parallel.pipeline - stage - 1) + (chunks - 1) * parallel.pipeline
-    return chunk_layers * min(microbatches * chunks, warmup + 1)
-
-
-def _loss_bytes(config: RunConfig, architecture: Architecture, row_tokens: int) -> int:
-    parallel, width = config.parallel, _width(config)
-    tokens = math.ceil(row_tokens / parallel.context)
-    vocabulary = architecture.padded_vocab_size(parallel.tensor) // parallel.tensor
-    hidden = 2 * tokens * architecture.hidden_size * width  # the gathered hidden states and their gradient
-    logits_width = 4 if config.model.logits_dtype == "fp32" else width
-    if config.model.fused_loss:
-        return hidden + min(tokens, LOSS_CHUNK_TOKENS) * vocabulary * (logits_width + width)
-    # Logits, their fp32 form in the loss, and the gradient.
-    return hidden + tokens * vocabulary * (logits_width + 8)
-
-
 def describe_plan(
     config: SFTConfig,
     architecture: Architecture,
@@ -265,7 +117,8 @@ def describe_plan(
         if total >= device_memory_bytes:
             lines.append(
                 "Remedies: recompute.granularity = selective or full, smaller data.tokens_per_microbatch, more "
-                "parallel.tensor, context or pipeline, optimizer.distributed, optimizer.cpu_offload."
+                "parallel.tensor, context or pipeline, optimizer.distributed, and with it in bf16 on GPUs "
+                "optimizer.cpu_offload (12 bytes less for every parameter of the share, 16 in host memory)."
             )
     return "\n".join(lines)
 
@@ -386,6 +239,8 @@ def _memory_lines(config: RunConfig, plan: Plan) -> list[str]:
         "loss (fused, one chunk)" if config.model.fused_loss else "logits and loss": memory.loss,
         "total": memory.total,
     }
+    if memory.host:
+        parts["host memory of the offloaded share"] = memory.host
     stage = f", pipeline stage {plan.heaviest_stage}" if len(plan.stage_memory) > 1 else ""
     head = f"Memory of the heaviest rank{stage}, estimated; CUDA, NCCL and fragmentation come on top (allow 3 GiB)"
     return [head, *(_row(name, f"{size / GIB:.2f} GiB") for name, size in parts.items())]

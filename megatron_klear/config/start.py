@@ -6,8 +6,6 @@ Nothing heavy is imported and nothing is written, so that a mistake shows at onc
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from megatron_klear.config.checks import (
     warn_run,
 )
 from megatron_klear.config.checks_rollout import check_rollout, lacking_for_rollout
+from megatron_klear.config.launch import prepare_environment, smallest_gpu_bytes
 from megatron_klear.config.plan import describe_plan
 from megatron_klear.config.read import CommandLine, exit_on_bad_input, exit_with, load, parse_command_line
 from megatron_klear.models.architecture import Architecture, read_architecture
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """A run that nothing speaks against."""
+    """A run that nothing speaks against, in a process whose environment is ready for CUDA."""
 
     config: SFTConfig
     architecture: Architecture
@@ -66,6 +65,7 @@ def start_sft(argv: Sequence[str] | None = None, *, description: str = "") -> St
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     _refuse_or_end(command, [*planning, *problems], lacking)
+    warnings += prepare_environment(config.parallel)
     return Start(config=config, architecture=architecture, world_size=world_size, warnings=tuple(warnings))
 
 
@@ -108,7 +108,7 @@ def start_with(argv: Sequence[str], *, processes: int | None, files: bool) -> St
         problems += check_files(config)
     if problems:
         exit_with(problems)
-    warnings = tuple(warn_run(config, architecture))
+    warnings = (*warn_run(config, architecture), *prepare_environment(config.parallel))
     return Start(config=config, architecture=architecture, world_size=world_size, warnings=warnings)
 
 
@@ -144,16 +144,5 @@ def start_gppo(argv: Sequence[str] | None = None, *, description: str = "") -> G
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     _refuse_or_end(command, [*planning, *problems], lacking)
+    warnings += prepare_environment(config.parallel)
     return GPPOStart(config=config, architecture=architecture, world_size=world_size, warnings=tuple(warnings))
-
-
-def smallest_gpu_bytes() -> int | None:
-    """Memory of this machine's smallest NVIDIA GPU as its driver tells, None where there is none."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        shown = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        return min(int(line) for line in shown.split()) * 2**20
-    except (subprocess.SubprocessError, OSError, ValueError):
-        return None

@@ -63,6 +63,9 @@ class _Stream:
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
     def __getattr__(self, _: str) -> Any:
         return lambda *args, **kwargs: None
 

@@ -24,6 +24,7 @@ from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore import weights as hf
 from megatron_klear.mcore.checkpoints import save as checkpoint
 from megatron_klear.mcore.head import Head
+from megatron_klear.mcore.host_optimizer import check_offload
 from megatron_klear.mcore.model import PolicyModel, build_chunks, inverse_frequencies
 from megatron_klear.mcore.offload import TrainingMemory
 from megatron_klear.mcore.optimizer import build_optimizer, guarded_step, learning_rate, set_rates
@@ -64,6 +65,7 @@ class Engine:
 
         Folders saved with checkpoints have the end of turn and the chat template of `turns`.
         """
+        check_offload(run, topology.device)
         self.turns = turns or Turns()
         self.run = run
         self.topology = topology

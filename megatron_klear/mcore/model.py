@@ -122,6 +122,8 @@ def transformer_config(architecture: Architecture, run: RunConfig, topology: Top
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=interleaved,
         batch_p2p_sync=cuda,
+        # What went to the next stage is of use for its graph alone; without this each micro-batch under way keeps it.
+        deallocate_pipeline_outputs=topology.pipeline.size > 1,
         gradient_accumulation_fusion=cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         bias_activation_fusion=cuda,
         bias_dropout_fusion=False,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_klear.config.base import OptimizerConfig, RunConfig
 from megatron_klear.mcore import device as device_shim
+from megatron_klear.mcore import host_optimizer
 from megatron_klear.mcore.model import DTYPES
 
 device_shim.install()
@@ -81,9 +82,9 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel], overl
         )
     if settings.implementation == "torch" and not plain_torch:
         raise RuntimeError('optimizer.implementation = "torch" but Megatron found a fused Adam and uses it; use "auto"')
-    if plain_torch:
-        # The factory looks the class up by this global.
-        megatron_optimizer.DistributedOptimizer = TorchDistributedOptimizer
+    offloads = settings.cpu_offload > 0
+    # The factory looks classes up by its globals; another engine of this process may have set them.
+    megatron_optimizer.DistributedOptimizer = TorchDistributedOptimizer if plain_torch else DistributedOptimizer
     dtype = DTYPES[run.model.dtype]
     config = megatron_optimizer.OptimizerConfig(
         optimizer="adam",
@@ -98,10 +99,11 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel], overl
         params_dtype=dtype,
         use_distributed_optimizer=settings.distributed,
         overlap_param_gather=overlap and settings.distributed,
-        optimizer_cpu_offload=settings.cpu_offload > 0,
+        optimizer_cpu_offload=offloads,
         optimizer_offload_fraction=settings.cpu_offload,
-        use_torch_optimizer_for_cpu_offload=settings.cpu_offload > 0 and plain_torch,
     )
+    if offloads:
+        host_optimizer.prepare(config)
     return megatron_optimizer.get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
 
 
@@ -142,6 +144,7 @@ def guarded_step(optimizer: Any, loss: float, clip_grad: float) -> tuple[bool, f
         for part in optimizer.chained_optimizers:
             parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
             if parameters:
-                clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
+                decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8  # gradients beside `.grad`
+                clip_grad_by_total_norm_fp32(parameters, clip_grad, norm, use_decoupled_grad=decoupled)
     optimizer.step_with_ready_grads()
     return True, norm

@@ -9,14 +9,8 @@ import pytest
 
 from megatron_klear.config.base import SFTConfig
 from megatron_klear.config.checks import check_layout, check_packages, check_resume, check_run, warn_run
-from megatron_klear.config.plan import (
-    describe_plan,
-    layer_activation_bytes,
-    layers_in_flight,
-    plan_run,
-    stage_memory,
-    stage_parameters,
-)
+from megatron_klear.config.memory import layer_activation_bytes, layers_in_flight, stage_memory, stage_parameters
+from megatron_klear.config.plan import describe_plan, plan_run
 from megatron_klear.config.read import write_resolved
 from megatron_klear.models.architecture import Architecture, architecture_from_config
 
@@ -165,7 +159,10 @@ def test_state_is_sharded_over_data_and_context_ranks():
     whole = stage_memory(config(optimizer={"distributed": False}), architecture, 0, 4, 64, 1)
     assert whole.optimizer == 12 * n
     offloaded = stage_memory(config(optimizer={"cpu_offload": 1.0}), architecture, 0, 1, 64, 1)
-    assert offloaded.optimizer == 0
+    assert (offloaded.optimizer, offloaded.host, bf16.host) == (0, 16 * n, 0)
+    half = stage_memory(config(optimizer={"cpu_offload": 0.5}), architecture, 0, 4, 64, 1)
+    assert (half.optimizer, half.host) == (round(12 * n / 8), 2 * n)
+    assert half.total == sum((half.parameters, half.gradients, half.optimizer, half.activations, half.loss))
 
 
 def test_batch_arithmetic():
@@ -212,6 +209,25 @@ def test_key_value_heads_divide_over_tensor_ranks():
     assert check_layout(config(parallel={"tensor": 2}), shape(), 2) == []
     six = shape(num_attention_heads=12, num_key_value_heads=6)
     assert any("num_key_value_heads 6" in e for e in check_layout(config(parallel={"tensor": 4}), six, 4))
+
+
+@pytest.mark.parametrize(
+    ("tables", "told"),
+    [
+        ({"parallel": {"device": "cpu"}}, "parallel.device is cpu"),
+        ({"optimizer": {"distributed": False}}, "optimizer.distributed = true"),
+        ({"model": {"dtype": "fp32"}}, "model.dtype = bf16"),
+    ],
+)
+def test_offload_that_cannot_work_is_refused(tables: dict[str, dict[str, object]], told: str):
+    def problems(share: float) -> list[str]:
+        tables_of = tables | {"optimizer": {"cpu_offload": share, **tables.get("optimizer", {})}}
+        return check_layout(config(**tables_of), shape(), 1)
+
+    (problem,) = problems(0.25)
+    assert told in problem
+    assert "optimizer.cpu_offload = 0.25" in problem
+    assert problems(0.0) == []
 
 
 def test_batch_errors():
