@@ -7,7 +7,7 @@ import json
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,10 @@ class PromptStream:
     def all(self) -> list[Prompt]:
         """Every prompt once, in the order of the sources: what a validation goes through. Moves no position."""
         return [prompt for prompts in self._prompts for prompt in prompts]
+
+    def replace(self, change: Callable[[Prompt], Prompt]) -> None:
+        """Have `change` of every prompt in its place, once, in the order of `all`. Ids and positions stay."""
+        self._prompts = [[change(prompt) for prompt in prompts] for prompts in self._prompts]
 
     def take(self, count: int) -> list[Prompt]:
         """The next `count` prompts."""

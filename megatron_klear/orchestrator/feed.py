@@ -6,7 +6,9 @@ the weights just sent; those of `overlap.py` draw while the steps before are tra
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,9 +16,10 @@ from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.data.prompts import PromptStream
 from megatron_klear.orchestrator.grading import Grader
 from megatron_klear.orchestrator.sampler import Sampler
+from megatron_klear.rewards.scoring import Graded
 from megatron_klear.rl.advantages import checked_rewards, is_uninformative, penalise_overlong
 from megatron_klear.runs.log import RunLog
-from megatron_klear.types import Group, Prompt
+from megatron_klear.types import Group, Prompt, Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,11 +131,19 @@ class SynchronousFeed:
         for round_number in range(algorithm.max_generation_rounds):
             with self._log.time("rollout"):
                 taken = self._prompts.take(algorithm.generated_prompts or algorithm.prompts_per_step)
+                gradings: dict[int, Future[Graded]] = {}
+
+                def ended(group: Group, gradings: dict[int, Future[Graded]] = gradings) -> None:
+                    gradings[id(group)] = self._grader.begin([group])
+
                 groups = self._sampler.draw(
-                    taken, self._config.sampling, round_seed(self._config, number, round_number)
+                    taken,
+                    self._config.sampling,
+                    round_seed(self._config, number, round_number),
+                    ended=ended,
                 )
             with self._log.time("reward"):
-                graded.extend(self._penalised(self._grader.grade(groups).groups))
+                graded.extend(self._penalised(gather([gradings[id(group)].result() for group in groups], self._grader)))
             usable = [group for group in graded if self._judge.is_usable(group)]
             if len(usable) >= algorithm.prompts_per_step:
                 break
@@ -166,6 +177,14 @@ class SynchronousFeed:
         """Go to a saved position; what another feed had under way is drawn again."""
         self._prompts.load_state_dict(state["prompts"])
         self._prompts.again += redrawn(self._prompts, state["requests"])
+
+
+def gather(parts: Sequence[Graded], grader: Grader) -> list[Group]:
+    """The groups of all parts. Raises GradingAlarm when too many of their responses could not be graded."""
+    counts: Counter[Verdict] = sum((part.counts for part in parts), Counter())
+    whole = Graded(groups=[group for part in parts for group in part.groups], counts=counts)
+    grader.check(whole)
+    return whole.groups
 
 
 def redrawn(prompts: PromptQueue, requests: Sequence[Mapping[str, Any]]) -> list[Prompt]:

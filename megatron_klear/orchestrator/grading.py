@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from threading import Lock
 from types import TracebackType
 
 from megatron_klear.config.rl import RewardConfig
 from megatron_klear.rewards.base import RewardSettings, check_sources, check_truths
 from megatron_klear.rewards.format import complete
-from megatron_klear.rewards.pool import GradingPool
-from megatron_klear.rewards.scoring import ErrorAlarm, Graded, score
+from megatron_klear.rewards.open import open_pool
+from megatron_klear.rewards.scoring import ErrorAlarm, Graded, requests_of, with_scores
 from megatron_klear.rewards.worker import Request
-from megatron_klear.types import Group, Prompt
+from megatron_klear.types import Group, Prompt, Score
 
 _MADE_UP = "<think>\nThis was made up to try the reward.\n</think>\n\nThe answer is \\boxed{0}."
 
@@ -25,23 +25,22 @@ def check_prompts(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
 
 
 class Grader:
-    """Scores groups; a context, since it holds worker processes."""
+    """Scores groups, their responses one by one; a context, since it holds grading processes."""
 
-    def __init__(self, config: RewardConfig, prompts: Sequence[Prompt]) -> None:
-        """Start the workers, which try every reward once on a made-up response to the first prompt of its kind.
+    def __init__(self, config: RewardConfig, prompts: Sequence[Prompt], *, nodes: int = 1) -> None:
+        """Start the processes, which try every reward once on a made-up response to the first prompt of its kind.
 
-        Raises RewardError where a prompt's data source has no reward.
+        `nodes` is of the run: as many must be in a Ray that grades. Raises RewardError where a prompt's data source has
+        no reward, or what grades is not installed.
         """
         self._alarm = ErrorAlarm(config.max_error_share)
-        settings = RewardSettings(
-            scheme=config.scheme, require_thinking=config.require_thinking, functions=config.functions
-        )
-        self._in_use = Lock()  # the pool serves one caller at a time
-        self._background: ThreadPoolExecutor | None = None
         first = {prompt.data_source: prompt for prompt in reversed(prompts)}
-        self._pool = GradingPool(
+        self._pool = open_pool(
             first,
-            settings,
+            RewardSettings(scheme=config.scheme, require_thinking=config.require_thinking, functions=config.functions),
+            backend=config.backend,
+            ray_address=config.ray_address,
+            ray_nodes=nodes,
             timeout_seconds=config.timeout_seconds,
             workers=config.workers,
             environment=config.environment,
@@ -57,23 +56,39 @@ class Grader:
 
     def grade(self, groups: Sequence[Group]) -> Graded:
         """The groups with scores. Raises GradingAlarm when too many could not be graded."""
-        graded = self._score(groups)
+        graded = self.begin(groups).result()
         self._alarm.check(graded)
         return graded
 
     def begin(self, groups: Sequence[Group]) -> Future[Graded]:
         """Grade in the background, without the alarm; `check` is for what came of it."""
-        if self._background is None:
-            self._background = ThreadPoolExecutor(1, thread_name_prefix="grading")
-        return self._background.submit(self._score, list(groups))
+        scores = [self._pool.submit(request) for request in requests_of(groups)]
+        whole: Future[Graded] = Future()
+        whole.set_running_or_notify_cancel()
+        left, lock = [len(scores)], Lock()
+
+        def done(_: Future[Score]) -> None:
+            with lock:
+                left[0] -= 1
+                if left[0]:
+                    return
+            finish()
+
+        def finish() -> None:
+            try:
+                whole.set_result(with_scores(groups, [score.result() for score in scores]))
+            except BaseException as error:
+                whole.set_exception(error)
+
+        if not scores:
+            finish()
+        for score in scores:
+            score.add_done_callback(done)
+        return whole
 
     def check(self, graded: Graded) -> None:
         """Raise GradingAlarm when too many could not be graded."""
         self._alarm.check(graded)
-
-    def _score(self, groups: Sequence[Group]) -> Graded:
-        with self._in_use:
-            return score(groups, self._pool)
 
     def __enter__(self) -> Grader:
         """The grader."""
@@ -82,7 +97,5 @@ class Grader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the workers."""
-        if self._background is not None:
-            self._background.shutdown(cancel_futures=True)
+        """End the processes."""
         self._pool.close()

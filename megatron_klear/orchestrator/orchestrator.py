@@ -7,10 +7,12 @@ chooses what a step trains on, keeps the book of what is under way, and writes t
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from megatron_klear.orchestrator.sampler import Sampler
 from megatron_klear.orchestrator.step_numbers import StepNumbers, TokenArrays
 from megatron_klear.orchestrator.trainer import Trainer, TrainersSampler, TrainersWeights, send_weights
 from megatron_klear.orchestrator.validation import Validator
+from megatron_klear.rewards.truth_store import TruthStore
 from megatron_klear.rl.versions import version_lag
 from megatron_klear.rollout.engine import RolloutEngine
 from megatron_klear.rollout.vllm.open import Access, open_vllm
@@ -81,11 +84,16 @@ class Orchestrator:
         self._config, self._architecture, self._trainer, self._tell = start.config, start.architecture, trainer, tell
         config = start.config
         self._tokenizer = load_tokenizer(config.model.path, config.prompts.chat_template)
-        held_out = self._stream(validation=True).all if config.validation.sources else []
+        validation = self._stream(validation=True) if config.validation.sources else None
+        held_out = [] if validation is None else validation.all
         self._prompts = self._stream(exclude=frozenset(prompt.id for prompt in held_out))
-        self._asked = [*self._prompts.all, *held_out]
-        check_prompts(config.reward, self._asked)
-        check_prompt_tokens(config, start.architecture, self._asked)
+        asked = [*self._prompts.all, *held_out]
+        check_prompts(config.reward, asked)
+        check_prompt_tokens(config, start.architecture, asked)
+        streams = [self._prompts] if validation is None else [self._prompts, validation]
+        leave_truths(streams, config.output / "truths")
+        held_out = [] if validation is None else validation.all
+        self._nodes = max(1, start.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._resources = ExitStack()
         self._validator = Validator(
             config=config.validation, prompts=held_out, kept=self._writer("validation", share=1.0)
@@ -119,7 +127,9 @@ class Orchestrator:
         Returns when all are ready. Raises UserError where one does not start.
         """
         config = self._config
-        self._grader = self._resources.enter_context(Grader(config.reward, self._asked))
+        self._grader = self._resources.enter_context(
+            Grader(config.reward, [*self._prompts.all, *self._validator.prompts], nodes=self._nodes)
+        )
         rollouts, access = self._open_engine()
         self._resources.enter_context(closing(rollouts))
         self._grader.wait_until_ready()
@@ -250,6 +260,22 @@ def open_engine(
         return TrainersSampler(trainer, decode=tokenizer.decode, stop_token_ids=stop), None
     courier = TrainersWeights(trainer, needs_shared_device=config.rollout.transfer == "cuda_ipc")
     return open_vllm(config, architecture, courier, decode=tokenizer.decode, stop_token_ids=stop)
+
+
+def leave_truths(streams: Sequence[PromptStream], folder: Path) -> None:
+    """Write all ground truths into `folder` and leave their places in the prompts: what grades reads them there.
+
+    Raises RewardError where one has no form on disk.
+    """
+    prompts = [prompt for stream in streams for prompt in stream.all]
+    store = TruthStore.write(
+        folder,
+        ((prompt.data_source, prompt.ground_truth, prompt.extra_info) for prompt in prompts),
+        place=lambda number: prompts[number].place or prompts[number].id,
+    )
+    places = iter(store)
+    for stream in streams:
+        stream.replace(lambda prompt: replace(prompt, ground_truth=next(places), extra_info=None))
 
 
 def sampled_metrics(given: StepGroups, step: int) -> dict[str, float]:

@@ -56,26 +56,38 @@ class Sampler:
             self._last_news = time.monotonic()
         self.version = version
 
-    def draw(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
+    def draw(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        seed: int,
+        *,
+        ended: Callable[[Group], None] = lambda _: None,
+    ) -> list[Group]:
         """Groups of the prompts, in order; those that could not be had within the deadline are left out.
 
-        Raises UserError where too many could not be had.
+        `ended` is told of each group as soon as it is there. Raises UserError where too many could not be had.
         """
         if self.background is None:
-            return self._rollouts.generate(prompts, sampling, seed)
+            groups = self._rollouts.generate(prompts, sampling, seed)
+            for group in groups:
+                ended(group)
+            return groups
         requests = [GroupRequest(prompt=prompt, sampling=sampling, seed=seed) for prompt in told_apart(prompts)]
-        ended: dict[tuple[str, int], FinishedGroup] = {}
+        by_key: dict[tuple[str, int], FinishedGroup] = {}
         self.submit(requests)
 
         def advance() -> list[FinishedGroup] | None:
             wanted = {key_of(request) for request in requests}
             for finished in self._ended(POLL_SECONDS):
                 if key_of(finished.request) in wanted:
-                    ended[key_of(finished.request)] = finished
+                    by_key[key_of(finished.request)] = finished
+                    if finished.group is not None:
+                        ended(finished.group)
                 else:
                     self._others.append(finished)
-            if len(ended) == len(requests):
-                return [ended[key_of(request)] for request in requests]
+            if len(by_key) == len(requests):
+                return [by_key[key_of(request)] for request in requests]
             self.check_lost()
             return None
 

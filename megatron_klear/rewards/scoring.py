@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_klear.errors import UserError
-from megatron_klear.types import Group, Verdict
+from megatron_klear.types import Group, Score, Verdict
 
 from .format import complete
 from .pool import GradingPool
@@ -35,7 +35,12 @@ class Graded:
 
 def score(groups: Sequence[Group], pool: GradingPool) -> Graded:
     """Grade every response of the groups. The groups are copied, never changed."""
-    requests = [
+    return with_scores(groups, pool.grade(requests_of(groups)))
+
+
+def requests_of(groups: Sequence[Group]) -> list[Request]:
+    """What is asked of a pool: every response, in the order of the groups and their samples."""
+    return [
         Request(
             group.prompt.data_source,
             group.prompt.ground_truth,
@@ -45,8 +50,12 @@ def score(groups: Sequence[Group], pool: GradingPool) -> Graded:
         for group in groups
         for text in group.texts
     ]
-    scores = iter(pool.grade(requests))
-    graded = [replace(group, scores=[next(scores) for _ in group.texts]) for group in groups]
+
+
+def with_scores(groups: Sequence[Group], scores: Sequence[Score]) -> Graded:
+    """Copies of the groups with the scores of all their responses, in order."""
+    left = iter(scores)
+    graded = [replace(group, scores=[next(left) for _ in group.texts]) for group in groups]
     counts = Counter(score.verdict for group in graded for score in group.scores or ())
     return Graded(groups=graded, counts=counts)
 

@@ -9,6 +9,7 @@ references to what was written before stay good.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -90,7 +91,7 @@ class TruthStore:
         try:
             with partial.open("wb") as stream:
                 for number, (data_source, ground_truth, extra_info) in enumerate(truths):
-                    line = _line(data_source, ground_truth, extra_info, lambda number=number: place(number))
+                    line = _line(data_source, ground_truth, extra_info, functools.partial(place, number))
                     digest.update(line)
                     stream.write(line)
                     offsets.append(offsets[-1] + len(line))

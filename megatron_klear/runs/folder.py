@@ -19,7 +19,7 @@ from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import Topology
 from megatron_klear.runs.owner import owned
 
-_ALL_ENDED_SECONDS = 10.0
+_ALL_ENDED_SECONDS = 4.0
 """For the other ranks to come to the same error."""
 
 

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_klear.types import Group
+from megatron_klear.rewards.truth_store import TruthReadError, TruthRef, read_truth
+from megatron_klear.types import Group, Prompt
 
 ROW_GROUP = 16
 """Groups that are read together: a reader that wants a few samples need not read a step of gigabytes."""
@@ -154,7 +155,7 @@ def _row(step: int, group: Group, advantages: Any, ratios: Arrays | None) -> dic
         "prompt_id": prompt.id,
         "data_source": prompt.data_source,
         "prompt": prompt.text,
-        "ground_truth": json.dumps(prompt.ground_truth, ensure_ascii=False, default=str),
+        "ground_truth": json.dumps(_truth_of(prompt), ensure_ascii=False, default=str),
         "response": list(group.texts),
         "token_ids": [sample.tokens[head:] for sample in group.samples],
         "logprobs": [None if s.logprobs is None else s.logprobs[head:].astype(np.float16) for s in group.samples],
@@ -167,6 +168,16 @@ def _row(step: int, group: Group, advantages: Any, ratios: Arrays | None) -> dic
         "weight_version": [sample.policy_version for sample in group.samples],
         "version_spans": [[[s.version, s.start - head, s.end - head] for s in x.version_spans] for x in group.samples],
     }
+
+
+def _truth_of(prompt: Prompt) -> Any:
+    """The ground truth itself, wherever it is. What is gone from disk is named instead: samples are kept for people."""
+    if not isinstance(prompt.ground_truth, TruthRef):
+        return prompt.ground_truth
+    try:
+        return read_truth(prompt.ground_truth, prompt.data_source).ground_truth
+    except TruthReadError as error:
+        return str(error)
 
 
 def _half(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:

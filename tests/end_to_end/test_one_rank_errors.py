@@ -42,6 +42,7 @@ FAULTS = {
     "reward broken": "cannot be imported",
 }
 ALWAYS = 2
+PROBLEM = '{"data_source": "poetry", "prompt": "a", "reward_model": {"ground_truth": "b"}}\n'
 
 
 def settings(folder: Path, fault: str) -> list[str]:
@@ -54,7 +55,7 @@ def settings(folder: Path, fault: str) -> list[str]:
         (folder / "planted_rewards.py").write_text(REWARDS.format(folder=str(folder)))
         text = toml.read_text()
         if fault == "reward missing":
-            (folder / "problems.jsonl").write_text('{"data_source": "poetry", "prompt": "a", "answer": "b"}\n' * 8)
+            (folder / "problems.jsonl").write_text(PROBLEM * 8)
             start, end = text.index("sources ="), text.index("\n", text.index("sources ="))
             text = text[:start] + f'sources = [{{ files = ["{folder}/problems.jsonl"] }}]' + text[end:]
         name = "hangs" if fault == "reward hangs" else "not_there"
