@@ -1,0 +1,114 @@
+"""What crosses between rank 0 and the orchestrator, and what each hears of the other's end."""
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from megatron_klear.errors import UserError
+from megatron_klear.orchestrator.link import Link, LinkClosedError, told
+from megatron_klear.orchestrator.process import CALLS, spawn
+from megatron_klear.orchestrator.step_numbers import TokenArrays
+from megatron_klear.rl.advantages import RewardValueError
+from megatron_klear.train.rollouts import OrchestratorLost, Rollouts
+from megatron_klear.types import Sample
+
+
+@pytest.fixture
+def links():
+    ours, theirs = socket.socketpair()
+    yield Link(ours), Link(theirs)
+    ours.close()
+    theirs.close()
+
+
+def test_arrays_cross_as_they_are(links):
+    tokens = np.arange(3_000_000, dtype=np.int32)  # more than a socket holds at once
+    sample = Sample(tokens=tokens, trained=tokens % 2 == 0, logprobs=tokens.astype(np.float32))
+    sender = threading.Thread(target=links[0].send, args=(TokenArrays.of({7: sample}),))
+    sender.start()
+    found = links[1].receive(10)
+    sender.join()
+    (number, got), *rest = found.samples().items()
+    assert (number, rest) == (7, [])
+    np.testing.assert_array_equal(got.tokens, tokens)
+    assert got.logprobs.dtype == np.float32
+    assert len(pickle.dumps(found, pickle.HIGHEST_PROTOCOL)) < 9 * len(tokens) + 1000
+
+
+def test_no_message_is_none_and_a_closed_end_is_told(links):
+    assert links[0].receive(0) is None
+    links[1].close()
+    with pytest.raises(LinkClosedError):
+        links[0].receive(10)
+
+
+class OnlyHere(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} {two}")
+
+
+def test_errors_cross_as_themselves_or_in_words():
+    assert type(told(RewardValueError("no reward"), "")) is RewardValueError
+    ours = told(OnlyHere(1, 2), "Traceback")
+    assert type(ours) is RuntimeError
+    assert "OnlyHere('1 2')" in str(ours)
+    assert "Traceback" in str(ours)
+    assert "Traceback" in told(KeyError("a"), "Traceback").__notes__[0]
+
+
+def test_calls_are_methods_and_nothing_else_can_be_called():
+    from megatron_klear.orchestrator.orchestrator import Orchestrator
+
+    assert all(callable(getattr(Orchestrator, name)) for name in CALLS)
+
+
+@pytest.mark.parametrize("how", ["lifeline", "link"])
+def test_it_is_gone_when_rank_0_is(how: str):
+    spawned = spawn()
+    try:
+        if how == "link":
+            spawned.link.close()
+        else:
+            spawned.lifeline.close()
+        assert spawned.process.wait(60) == 0
+    finally:
+        spawned.process.kill()
+
+
+def test_its_death_ends_a_call_in_words(monkeypatch):
+    rollouts = Rollouts({"not": "a start"})  # type: ignore[arg-type]
+    rollouts._spawned.process.send_signal(signal.SIGKILL)
+    with pytest.raises(OrchestratorLost, match=r"was ended by signal 9 \(SIGKILL\)"):
+        rollouts.read_prompts()
+    rollouts.close()
+
+
+LONG_STEP = """
+import os, signal, time
+from megatron_klear.train.rollouts import Rollouts
+rollouts = Rollouts({})
+os.kill(rollouts._spawned.process.pid, signal.SIGTERM)
+time.sleep(100)
+"""
+
+
+def test_its_death_ends_a_long_step():
+    run = subprocess.run([sys.executable, "-c", LONG_STEP], env=os.environ, capture_output=True, text=True, timeout=80)
+    assert run.returncode == 1
+    assert "error (rank 0): the orchestrator's process was ended by signal 15 (SIGTERM)" in run.stderr
+
+
+def test_what_it_refuses_is_raised_here(tmp_path):
+    from tiny_rl_run import start, write_run
+
+    toml = write_run(tmp_path)
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with Rollouts(start(toml)) as rollouts, pytest.raises(UserError, match=r"tokenizer\.json"):
+        rollouts.read_prompts()
