@@ -55,6 +55,7 @@ ONLY_IN = {
 OBJECT_COLLECTIVES = re.compile(r"\b(all_gather|broadcast|gather|scatter)_object(_list)?\(")
 WITHOUT_TORCH = [
     "config",
+    "config.rl",
     "config.rollout",
     "config.read",
     "config.overrides",
@@ -63,6 +64,7 @@ WITHOUT_TORCH = [
     "config.checks_rollout",
     "config.placement",
     "config.start",
+    "orchestrator.process",
     "rewards",
     "data.packing",
     "data.sources",

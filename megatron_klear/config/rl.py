@@ -1,6 +1,6 @@
 """Settings of a reinforcement-learning run, as strict as those of `config.py`, which these build on.
 
-They are apart because a loss is its own table (`[loss] kind = "gppo"`), and losses import torch.
+They are apart because a loss is its own table (`[loss] kind = "gppo"`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,10 +36,12 @@ from megatron_klear.orchestrator.validation import Validator
 from megatron_klear.rewards.truth_store import TruthStore
 from megatron_klear.rl.versions import version_lag
 from megatron_klear.rollout.engine import RolloutEngine
-from megatron_klear.rollout.vllm.open import Access, open_vllm
 from megatron_klear.runs.log import RunLog
 from megatron_klear.runs.rollout_files import RolloutWriter
 from megatron_klear.types import Group, Sample, Verdict
+
+if TYPE_CHECKING:
+    from megatron_klear.rollout.vllm.open import Access
 
 _GRACE_SECONDS = 60.0
 """For the engine to drop by itself what is past rollout.deadline_seconds."""
@@ -258,6 +260,8 @@ def open_engine(
     stop = read_stop_tokens(config.model.path, turn_end=tokenizer.turn_end, tokenizer_eos=tokenizer.eos).ids
     if not isinstance(config.rollout, VLLMRolloutConfig):
         return TrainersSampler(trainer, decode=tokenizer.decode, stop_token_ids=stop), None
+    from megatron_klear.rollout.vllm.open import open_vllm  # brings HTTP, which half a second of every start would be
+
     courier = TrainersWeights(trainer, needs_shared_device=config.rollout.transfer == "cuda_ipc")
     return open_vllm(config, architecture, courier, decode=tokenizer.decode, stop_token_ids=stop)
 

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_klear.rollout.engine import Checksums, RolloutEngine, group_of, told_apart
-from megatron_klear.rollout.weights.update import TransferFailed
 from megatron_klear.types import Group, Prompt, Sample
 
 if TYPE_CHECKING:
@@ -139,6 +138,8 @@ class TrainersWeights:
 
     def send(self, version: int, servers: Sequence[ServerClient], portal: Portal) -> Checksums:
         """See Courier. The trainer compares the checksums; those that it returns here only name who holds weights."""
+        from megatron_klear.rollout.weights.update import TransferFailed
+
         gone, self._gone = self._gone, []
         delivery = self._trainer.deliver(version, [server.url for server in servers], gone)
         held: Checksums = {holder: {} for holder in delivery.holders}

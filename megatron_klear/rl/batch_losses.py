@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from megatron_klear.rl.clipped import PPO
 from megatron_klear.rl.ratio import importance_ratio
 from megatron_klear.rl.surrogate import StrictLoss, check_clip
 from megatron_klear.types import PackedBatch, TokenLoss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ROUNDING = 1e-4
 """Nats below which a log-ratio is the rounding of two passes over the same weights."""
@@ -99,6 +100,8 @@ class GMPO(StrictLoss):
         return [self._rewritten(row, present.detach()) for row, present in zip(rows, logprobs, strict=True)]
 
     def _rewritten(self, row: PackedBatch, present: Tensor) -> PackedBatch:
+        import torch
+
         old, advantages, trained = _inputs(row)
         difference = present - old
         # Only steps too far in the wanted direction are cut.
@@ -152,6 +155,8 @@ class ClipCov(StrictLoss):
         self, rows: Sequence[PackedBatch], logprobs: Sequence[Tensor], ranks: DataRanks, salt: int
     ) -> list[PackedBatch]:
         """Rows in which the chosen tokens have the advantage 0; see BatchLoss."""
+        import torch
+
         covariances, total = _covariances(rows, logprobs, ranks)
         keys = []
         for row, present, covariance in zip(rows, logprobs, covariances, strict=True):
@@ -194,6 +199,8 @@ class KLCov(StrictLoss):
         self, rows: Sequence[PackedBatch], logprobs: Sequence[Tensor], ranks: DataRanks, salt: int
     ) -> list[PackedBatch]:
         """Rows in which a chosen token's advantage makes up the slope of its penalty; see BatchLoss."""
+        import torch
+
         covariances, total = _covariances(rows, logprobs, ranks)
         keys = [
             np.where(_inputs(row)[2].numpy(), -covariance.numpy(), np.inf)
@@ -231,6 +238,8 @@ def _covariances(
     rows: Sequence[PackedBatch], logprobs: Sequence[Tensor], ranks: DataRanks
 ) -> tuple[list[Tensor], float]:
     """(A - mean A)(logp - mean logp) of every token [T] a row, means over all ranks' trained tokens; their number."""
+    import torch
+
     sums = torch.zeros(3, dtype=torch.float64)
     for row, present in zip(rows, logprobs, strict=True):
         _, advantages, trained = _inputs(row)
@@ -270,5 +279,7 @@ def _smallest(keys: Sequence[npt.NDArray[np.float64]], count: int, ranks: DataRa
 
 
 def _without(row: PackedBatch, taken: Tensor) -> PackedBatch:
+    import torch
+
     assert row.advantages is not None
     return replace(row, advantages=torch.where(taken, 0.0, row.advantages))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from megatron_klear.rl.ratio import importance_ratio
 from megatron_klear.rl.surrogate import StrictLoss, check_clip, loss_inputs, surrogate, weighted_score
 from megatron_klear.types import LossCoefficients, LossKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class GPPO(StrictLoss):
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor | None) -> Tensor:
         """Per-token losses [T]."""
+        import torch
+
         old_logprobs, advantages = loss_inputs(self, old_logprobs, advantages)
         ratio = importance_ratio(logprobs, old_logprobs)
         low, high = 1 - self.clip_low, 1 + self.clip_high
@@ -86,6 +88,8 @@ class PPO(StrictLoss):
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor | None) -> Tensor:
         """Per-token losses [T]."""
+        import torch
+
         old_logprobs, advantages = loss_inputs(self, old_logprobs, advantages)
         ratio = importance_ratio(logprobs, old_logprobs)
         positive, low, high = advantages >= 0, 1 - self.clip_low, 1 + self.clip_high

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Correction = Literal["none", "truncated", "masked"]
 CorrectionLevel = Literal["token", "sequence", "sequence_geometric"]
@@ -41,6 +42,8 @@ def importance_weights(
     Raises ValueError where shapes differ, bounds are not positive and in order, or a log-prob is NaN or positive
     infinity.
     """
+    import torch
+
     lowest = (1 / cap if correction == "masked" else 0.0) if floor is None else floor
     for low, high in ((lowest, cap), sequence_bounds or (0.0, cap)):
         if not 0 <= low < high:
@@ -84,6 +87,8 @@ def log_ratios(
     whole response's probabilities, the unbiased weight, whose variance grows with the length. `sequence_geometric`:
     their mean (GSPO, arXiv 2507.18071, Eq. 7). Both need `trained` and `cu_seqlens` [S + 1], the responses' bounds.
     """
+    import torch
+
     if logprobs.shape != sampler_logprobs.shape:
         raise ValueError(f"log-probs of shapes {tuple(logprobs.shape)} and {tuple(sampler_logprobs.shape)}")
     of_token = (logprobs - sampler_logprobs).detach().float()
@@ -111,6 +116,8 @@ def correction_metrics(factors: Tensor, log_ratio: Tensor, correction: Correctio
     `correction_clipped_share` of the tokens have another weight than their ratio, either truncated to the cap
     (`correction_truncated_share`) or masked (`correction_masked_share`); `correction_weight_mean` is the mean weight.
     """
+    import torch
+
     touched = (factors - log_ratio.exp()).abs() > 1e-6
     if correction == "none":
         touched = torch.zeros_like(touched)

@@ -24,10 +24,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast, runtime_checkable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
 from megatron_klear.rl.batch_losses import GMPO, BatchLoss, ClipCov, KLCov
 from megatron_klear.rl.clipped import CISPO, GPPO, PPO, CappedCISPO
@@ -35,6 +32,9 @@ from megatron_klear.rl.ratio import Region, importance_ratio, regions
 from megatron_klear.rl.soft_losses import DPPO, SAPO
 from megatron_klear.rl.surrogate import StrictLoss, check_clip, weighted_score
 from megatron_klear.types import LossCoefficients, LossKind, TokenLoss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "CISPO",
@@ -142,6 +142,8 @@ class GSPO(StrictLoss):
 
         `trained` [T] bool, `cu_seqlens` [S + 1]. Untrained tokens get their own log-prob, a ratio of 1.
         """
+        import torch
+
         logprobs, old_logprobs = logprobs.detach(), old_logprobs.detach()
         lengths = cu_seqlens.to(logprobs.device).long().diff()
         sequence = torch.repeat_interleave(torch.arange(len(lengths), device=logprobs.device), lengths)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from megatron_klear.types import LossCoefficients
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
 """Bound of |logp - old_logp|; a ratio of 5e8 or 2e-9 is past any clip already."""
@@ -40,6 +40,8 @@ def binary_divergence(logprobs: Tensor, old_logprobs: Tensor, form: Literal["tv"
 
     "tv" is |p - mu|, "kl" mu log(mu / p) + (1 - mu) log((1 - mu) / (1 - p)) (arXiv 2602.04879, Eq. 13 and 14).
     """
+    import torch
+
     present, old = logprobs.exp(), old_logprobs.exp()
     if form == "tv":
         return (present - old).abs()
@@ -54,6 +56,8 @@ def regions(ratio: Tensor, advantages: Tensor, coefficients: LossCoefficients) -
 
     The share of 1 and 2 together is what is usually reported as the clip fraction, that of 5 as the dual one.
     """
+    import torch
+
     low, high = ratio < coefficients.ratio_low, ratio > coefficients.ratio_high
     positive, negative = advantages >= 0, advantages < 0
     region = torch.zeros_like(ratio, dtype=torch.uint8)

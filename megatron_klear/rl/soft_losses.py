@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from megatron_klear.rl.ratio import binary_divergence, importance_ratio
 from megatron_klear.rl.surrogate import StrictLoss, loss_inputs, surrogate
 from megatron_klear.types import LossCoefficients, LossKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class SAPO(StrictLoss):
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor | None) -> Tensor:
         """Per-token losses [T]."""
+        import torch
+
         old_logprobs, advantages = loss_inputs(self, old_logprobs, advantages)
         ratio = importance_ratio(logprobs, old_logprobs)
         tau = torch.where(advantages > 0, self.tau_pos, self.tau_neg).to(ratio.dtype)
@@ -78,6 +80,8 @@ class DPPO(StrictLoss):
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor | None) -> Tensor:
         """Per-token losses [T]."""
+        import torch
+
         old_logprobs, advantages = loss_inputs(self, old_logprobs, advantages)
         present = logprobs.detach()
         ratio, further = importance_ratio(present, old_logprobs), torch.sign(advantages) * (present - old_logprobs) > 0

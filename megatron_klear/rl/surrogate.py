@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["StrictLoss", "check_clip", "loss_inputs", "surrogate", "weighted_score"]
 
 
-class _Surrogate(torch.autograd.Function):
-    """Per-token values whose derivative in the log-probs is given; exact where log-probs are infinite too."""
-
-    @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return grad_outputs[0] * slope, None, None
-
-
 def surrogate(logprobs: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     """`value` [T] with the derivative `slope` [T] in `logprobs` [T]."""
-    return cast(Tensor, _Surrogate.apply(logprobs, value, slope))  # type: ignore[no-untyped-call]
+    from megatron_klear.rl.slope import GivenSlope
+
+    given: Tensor = GivenSlope.apply(logprobs, value, slope)  # type: ignore[no-untyped-call]
+    return given
 
 
 def loss_inputs(loss: object, old_logprobs: Tensor | None, advantages: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -58,5 +47,7 @@ class StrictLoss:
 
 def weighted_score(logprobs: Tensor, weight: Tensor) -> Tensor:
     """-weight * logp, where a log-prob of -inf under weight 0 is 0 instead of NaN."""
+    import torch
+
     lowest = torch.finfo(logprobs.dtype).min
     return surrogate(logprobs, -weight * logprobs.detach().clamp(min=lowest), -weight)
