@@ -1,8 +1,6 @@
 """The orchestrator's process: started by rank 0, served over a link, gone with rank 0 however that one ends.
 
-    python -m megatron_klear.orchestrator.process LINK LIFELINE
-
-with the numbers of two inherited descriptors. Rank 0 calls, the orchestrator answers; before it answers it may ask the
+`main` is given the numbers of two inherited descriptors, the link's and the lifeline's. Rank 0 calls, the orchestrator answers; before it answers it may ask the
 trainer for something itself, and tell people something.
 """
 
@@ -54,7 +52,8 @@ def spawn() -> Spawned:
     descriptors = theirs.fileno(), watched.fileno()
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_klear.orchestrator.process", *map(str, descriptors)],
+        # Not -m, under which the errors of this module would be those of a module that rank 0 does not have.
+        [sys.executable, "-c", f"from {__name__} import main; main()", *map(str, descriptors)],
         stdin=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         pass_fds=descriptors,
@@ -174,6 +173,3 @@ def main() -> None:
     with contextlib.suppress(LinkClosedError):
         serve(Link(link))
 
-
-if __name__ == "__main__":
-    main()

@@ -34,6 +34,7 @@ HEARTBEAT_SECONDS = 10.0
 _END_SECONDS = 60.0  # servers have their grace
 _NOTICE_SECONDS = 5.0
 _DEAD_SECONDS = 5.0
+_GIVE_UP_SECONDS = 5.0
 
 
 class OrchestratorLost(UserError):
@@ -165,9 +166,18 @@ class Rollouts:
                 granted = getattr(self.trainer, name)(*arguments)
             except Exception as error:
                 if exchange.is_first():
-                    self._send(("failed", str(error)))
+                    self._give_up(str(error))
                 raise
             exchange.on_first_rank(lambda granted=granted: self._send(("granted", granted)))  # type: ignore[misc]
+
+    def _give_up(self, why: str) -> None:
+        """Rank 0: tell the orchestrator that its wish cannot be granted, and hear the end of the call."""
+        assert self._spawned is not None
+        with contextlib.suppress(LinkClosedError):  # the trainer's own error is the one to know
+            self._spawned.link.send(("failed", why))
+            while (message := self._spawned.link.receive(_GIVE_UP_SECONDS)) is not None:
+                if message[0] in ("error", "result"):
+                    return
 
     def _next(self) -> tuple[str, tuple[Any, ...]] | None:
         """Rank 0: a wish, or that the call is done; None where there is no news for a while."""

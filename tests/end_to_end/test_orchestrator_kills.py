@@ -28,7 +28,7 @@ def orchestrator_of(trainer: int) -> int | None:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == trainer and b"orchestrator.process" in (entry / "cmdline").read_bytes():
+            if parent == trainer and b"orchestrator.process import" in (entry / "cmdline").read_bytes():
                 return int(entry.name)
         except OSError:  # it has ended
             continue

@@ -11,6 +11,7 @@ import pytest
 from tiny_rl_run import start, write_run
 
 from megatron_klear.rollout.local.engine import LocalEngine
+from megatron_klear.types import Sample
 from megatron_klear.verify import rollouts as verify_rollouts
 from megatron_klear.verify.rollouts import RolloutReport
 
@@ -34,26 +35,28 @@ class Planted(LocalEngine):
             return {"local": {name: verify_rollouts.checksum(t) for name, t in self._decoder.weights.items()}}
         return held
 
-    def generate(self, prompts, sampling, seed):
+    def draw(self, prompts, sampling, seed):
         if self.fault == "temperature":
             sampling = sampling.model_copy(update={"temperature": 0.7})
         if self.fault == "top_p":
             sampling = sampling.model_copy(update={"top_p": 0.8})
-        groups = super().generate(prompts, sampling, seed)
+        drawn = super().draw(prompts, sampling, seed)
         if self.fault == "shift":
-            for group in groups:
-                group.samples[:] = [
-                    dataclasses.replace(s, logprobs=np.where(s.trained, np.roll(s.logprobs, 1), 0).astype(np.float32))
-                    for s in group.samples
-                ]
-        return groups
+            drawn = [[shifted(sample) for sample in samples] for samples in drawn]
+        return drawn
+
+
+def shifted(sample: Sample) -> Sample:
+    """The log-probs one place to the right."""
+    logprobs = np.where(sample.trained, np.roll(sample.logprobs, 1), 0).astype(np.float32)
+    return dataclasses.replace(sample, logprobs=logprobs)
 
 
 def planted(fault: str, which: str, toml: Path, scale: str = "1") -> RolloutReport:
     """The verification of a run whose rollout engine has the fault."""
-    from megatron_klear.train import rl_run
+    from megatron_klear.train import weight_sync
 
-    rl_run.LocalEngine = Planted
+    weight_sync.LocalEngine = Planted
     Planted.fault = fault
     run = start(toml, "--seed", scale)
     return getattr(verify_rollouts, which)(run)
