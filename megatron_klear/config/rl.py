@@ -119,8 +119,8 @@ class RewardConfig(Settings):
     workers: int = Field(default=0, ge=0)
     """Grading processes on a node; 0 is one per core (of those that Ray counts there, where it grades)."""
     backend: Literal["local", "ray"] = "local"
-    """Where responses are graded: beside the first rank, or on the nodes of a Ray (`pip install "megatron-klear[ray]"`).
-    """
+    """Where responses are graded: beside the first rank, or on the nodes of a Ray
+    (`pip install "megatron-klear[ray]"`)."""
     ray_address: str = ""
     """Of a Ray to join and leave as it is: `host:port`, or `auto` for the one of this machine; empty is a Ray that is
     started and ended by the run."""
