@@ -1,7 +1,7 @@
 """The orchestrator's process: started by rank 0, served over a link, gone with rank 0 however that one ends.
 
-`main` is given the numbers of two inherited descriptors, the link's and the lifeline's. Rank 0 calls, the orchestrator answers; before it answers it may ask the
-trainer for something itself, and tell people something.
+`main` is given the numbers of two inherited descriptors, the link's and the lifeline's. Rank 0 calls, the orchestrator
+answers; before it answers it may ask the trainer for something itself, and tell people something.
 """
 
 from __future__ import annotations
@@ -172,4 +172,3 @@ def main() -> None:
     configure_logging()
     with contextlib.suppress(LinkClosedError):
         serve(Link(link))
-

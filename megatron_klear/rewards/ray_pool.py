@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import queue
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +32,7 @@ _AT_ONCE = 2  # responses an actor has: the next is there when one is graded
 _MAX_TRIES = 3
 _MAX_FAILED_STARTS = 3
 _START_SECONDS = 180.0
+_KNOCK_SECONDS = 10.0
 _NODE_SECONDS = 120.0  # for the other nodes of a run to join
 _KILL_AFTER_SECONDS = 60.0  # an actor kills its worker in time by itself: past this the actor hangs, or its node
 _LOOK_SECONDS = 1.0
@@ -165,8 +167,9 @@ class RayGradingPool(OwnedPool):
         if ray.is_initialized():
             raise RewardError("this process is connected to a Ray already, and can be to one only; close that first")
         try:
+            _knock(self.address)
             ray.init(address=self.address, log_to_driver=False, configure_logging=False, namespace="klear-grading")
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise RewardError(
                 f"no Ray answers at reward.ray_address {self.address!r} ({error}); is it up, and of this version, "
                 f'{ray.__version__}? "" lets the run start its own'
@@ -195,7 +198,9 @@ class RayGradingPool(OwnedPool):
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         near = NodeAffinitySchedulingStrategy(node, soft=True)  # elsewhere where the node is gone
-        cls = self._ray.remote(num_cpus=1, max_restarts=0, scheduling_strategy=near)(GradingActor)
+        # One call more than responses at once, so that `stop` is heard while it is at them.
+        options = {"num_cpus": 1, "max_restarts": 0, "max_concurrency": _AT_ONCE + 1, "scheduling_strategy": near}
+        cls = self._ray.remote(**options)(GradingActor)
         actor = _Actor(cls.remote(), node)
         self._actors.append(actor)
         self._ask(actor, actor.handle.start.remote(self._job), lambda content: self._started(actor, content))
@@ -286,3 +291,14 @@ class RayGradingPool(OwnedPool):
     def _again(self, task: Task) -> None:
         with self._changed:
             self._waiting.appendleft(task)
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens at host:port: Ray itself would try for minutes."""
+    if address == "auto":
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        raise ValueError("it has not the form host:port")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS):
+        pass

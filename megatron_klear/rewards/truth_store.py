@@ -9,11 +9,11 @@ references to what was written before stay good.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -86,25 +86,25 @@ class TruthStore:
         """
         folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".truths.{os.getpid()}.partial"
+        unfinished = folder / f".truths.{os.getpid()}.partial"
         digest, offsets = hashlib.blake2b(digest_size=_DIGEST_BYTES), [0]
         try:
-            with partial.open("wb") as stream:
+            with unfinished.open("wb") as stream:
                 for number, (data_source, ground_truth, extra_info) in enumerate(truths):
-                    line = _line(data_source, ground_truth, extra_info, functools.partial(place, number))
+                    line = _line(data_source, ground_truth, extra_info, partial(place, number))
                     digest.update(line)
                     stream.write(line)
                     offsets.append(offsets[-1] + len(line))
                 _sync(stream)
             path = folder / f"truths-{digest.hexdigest()}.jsonl"
-            os.replace(partial, path)
+            os.replace(unfinished, path)
             index = np.array(offsets, dtype=np.int64)
-            with partial.open("wb") as stream:
+            with unfinished.open("wb") as stream:
                 np.save(stream, index, allow_pickle=False)
                 _sync(stream)
-            os.replace(partial, path.with_suffix(".npy"))
+            os.replace(unfinished, path.with_suffix(".npy"))
         finally:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
         return cls(path, index)
 
     @classmethod

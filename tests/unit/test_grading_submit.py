@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_klear.rewards.base import RewardError, RewardSettings
+from megatron_klear.rewards.open import AnyPool, open_pool
 from megatron_klear.rewards.pool import GradingPool, PoolClosedError
 from megatron_klear.rewards.worker import Request
 from megatron_klear.types import Score, Verdict
@@ -33,8 +34,9 @@ def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[GradingPool]:
-    with GradingPool(["math"], RewardSettings(require_thinking=False), timeout_seconds=60, workers=2) as pool:
+def pool() -> Iterator[AnyPool]:
+    with open_pool(["math"], RewardSettings(require_thinking=False), timeout_seconds=60, workers=2) as pool:
+        assert isinstance(pool, GradingPool)
         yield pool
 
 
@@ -42,7 +44,7 @@ def maths(number: int) -> Request:
     return Request("math", "18", f"\\boxed{{{number}}}")
 
 
-def test_threads_submit_at_once(pool: GradingPool) -> None:
+def test_threads_submit_at_once(pool: AnyPool) -> None:
     found: dict[int, list[Verdict]] = {}
 
     def submit(first: int) -> None:
@@ -59,13 +61,13 @@ def test_threads_submit_at_once(pool: GradingPool) -> None:
     assert sorted(found) == [0, 10, 20, 30]
 
 
-def test_what_follows_an_answer_may_use_the_pool(pool: GradingPool) -> None:
+def test_what_follows_an_answer_may_use_the_pool(pool: AnyPool) -> None:
     second: Future[Future[Score]] = Future()
     pool.submit(maths(18)).add_done_callback(lambda _: second.set_result(pool.submit(maths(19))))
     assert second.result().result().verdict is Verdict.WRONG
 
 
-def test_a_request_that_cannot_be_sent_fails_alone(pool: GradingPool) -> None:
+def test_a_request_that_cannot_be_sent_fails_alone(pool: AnyPool) -> None:
     bad, good = pool.submit(Request("math", lambda: 18, "18")), pool.submit(maths(18))
     assert good.result().verdict is Verdict.RIGHT
     with pytest.raises((AttributeError, TypeError, ValueError), match=r"pickle|lambda"):

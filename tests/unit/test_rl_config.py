@@ -71,3 +71,11 @@ def test_mistakes_are_named(tmp_path: Path, extra: str, told: str):
     with pytest.raises(SettingsError) as caught:
         config(tmp_path, extra)
     assert told in str(caught.value)
+
+
+def test_a_ray_address_belongs_to_ray(tmp_path: Path):
+    assert config(tmp_path, "", "--reward.backend", "ray", "--reward.ray_address", "auto").reward.ray_address == "auto"
+    with pytest.raises(SettingsError, match=r'reward\.ray_address .*is for reward\.backend = "ray"'):
+        config(tmp_path, "", "--reward.ray_address", "node-1:6379")
+    with pytest.raises(SettingsError, match="give host:port of the Ray itself"):
+        config(tmp_path, "", "--reward.backend", "ray", "--reward.ray_address", "ray://node-1:10001")
