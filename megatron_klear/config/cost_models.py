@@ -127,10 +127,17 @@ class Device:
         return peak * self.link_share
 
 
-_HOPPER = {"peak_flops": 989.4e12, "node_bandwidth": 450e9, "network_bandwidth": 50e9}
-DEVICES = {
-    "H100": Device(name="H100 SXM", memory_bytes=79.6 * 2**30, memory_bandwidth=3.35e12, **_HOPPER),
-    "H200": Device(name="H200 SXM", memory_bytes=139.8 * 2**30, memory_bandwidth=4.8e12, **_HOPPER),
-}
+def _hopper(name: str, gib: float, memory_bandwidth: float) -> Device:
+    return Device(
+        name=name,
+        peak_flops=989.4e12,
+        memory_bytes=gib * 2**30,
+        memory_bandwidth=memory_bandwidth,
+        node_bandwidth=450e9,
+        network_bandwidth=50e9,
+    )
+
+
+DEVICES = {"H100": _hopper("H100 SXM", 79.6, 3.35e12), "H200": _hopper("H200 SXM", 139.8, 4.8e12)}
 """NVIDIA's data sheets: bf16 without sparsity, NVLink 900 GB/s both ways together; a 400 Gbit/s network card for each
 GPU, as in a DGX. Memory is what the driver leaves of 80 and 141 GB."""
