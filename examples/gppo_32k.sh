@@ -12,4 +12,4 @@ cd "$(dirname "$0")/.."
 WORLD_SIZE="${GPUS:-8}" python train_gppo.py --config examples/gppo_32k.toml --rollout.server.python "$(command -v python)" \
     --dry-run "$@"
 bash tools/make_vllm_env.sh vllm-env
-CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc-per-node "${GPUS:-8}" train_gppo.py --config examples/gppo_32k.toml "$@"
+torchrun --nproc-per-node "${GPUS:-8}" train_gppo.py --config examples/gppo_32k.toml "$@"

@@ -9,4 +9,4 @@ cd "$(dirname "$0")/.."
 
 # What the run would take and lack, before eight GPUs are started.
 WORLD_SIZE="${GPUS:-8}" python pretrain_sft.py --config examples/sft_32k.toml --dry-run "$@"
-CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc-per-node "${GPUS:-8}" pretrain_sft.py --config examples/sft_32k.toml "$@"
+torchrun --nproc-per-node "${GPUS:-8}" pretrain_sft.py --config examples/sft_32k.toml "$@"

@@ -60,6 +60,8 @@ WITHOUT_TORCH = [
     "config.read",
     "config.overrides",
     "config.plan",
+    "config.launch",
+    "config.cost_seconds",
     "config.checks",
     "config.checks_rollout",
     "config.placement",

@@ -36,10 +36,10 @@ import megatron.core.optimizer.distrib_optimizer as distrib_optimizer  # noqa: E
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 
-_OF_THE_RUN = (
+_OF_THE_RUN = {
     *("offload_fraction", "cpu_optimizer_cls", "gpu_optimizer_cls", "param_update_in_fp32"),
     *("pin_cpu_grads", "pin_cpu_params", "overlap_cpu_optimizer_d2h_h2d"),
-)
+}
 
 
 class HostAdamW(torch.optim.AdamW):

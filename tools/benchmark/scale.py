@@ -1,6 +1,10 @@
 """What the control plane of a rollout step costs at 8 to 1,024 ranks, without a cluster.
 
-    python tools/benchmark/scale.py
+    python tools/benchmark/scale.py             # the control plane, as below
+    python tools/benchmark/scale.py cost ...    # the cost model of training and sampling: tools/benchmark/cost.py
+
+No cluster is involved. What is called simulated is one process that does in turn what the ranks of a world would do at
+once: planning, cutting and pickling are really done and timed, transfers are computed.
 
 A step of made-up groups (8 samples a prompt, log-normal lengths up to 32K) is planned, cut into parts and pickled as
 `distributed.exchange` sends it, for each stated layout; every byte counted is a byte that was serialised. Beside it is
@@ -49,6 +53,7 @@ from megatron_klear.rl.mismatch import MismatchSums
 from megatron_klear.runs.rollout_files import RolloutWriter, rollout_file
 from megatron_klear.train.updates import UpdatePlan, cut_into_updates, pack_rows, plan_update
 from megatron_klear.types import Group, Prompt, Sample, Score, Verdict
+from tools.benchmark import cost
 from tools.benchmark.device import cpu_name
 from tools.benchmark.packing import QWEN3_8B
 
@@ -58,6 +63,11 @@ LAYOUTS = {8: (4, 1, 1), 64: (4, 2, 1), 256: (8, 2, 1), 1024: (8, 4, 1)}  # rank
 RANKS_OF_NODE = 8
 TRANSFER_BYTES = 32 << 20
 TEXT_BYTES = 4  # of a token
+SIMULATED = (
+    "No cluster: one process on this machine planned, cut and pickled what each world's ranks would. Seconds named "
+    "_computed, and wait_seconds with them, are bytes over the rate between two local gloo processes, not a network's. "
+    "Sockets are counted in real local processes."
+)
 Report = dict[str, Any]
 
 
@@ -245,15 +255,18 @@ def among_processes(size: int, what: str, *, lazy: bool = False) -> list[float]:
 
 
 def main() -> int:
-    """Run every part and write the report."""
+    """Run every part and write the report; `cost` as first word is that of `tools.benchmark.cost`."""
+    if sys.argv[1:2] == ["cost"]:
+        return cost.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--sockets", nargs="*", type=int, default=[2, 4, 8], help="sizes of real gloo worlds")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scale.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scale_cpu.json")
     arguments = parser.parse_args()
     (rate,) = among_processes(2, "transfer")
     print(f"gloo between two local processes, median of five: {rate / 1e6:.0f} MB/s")
-    report: Report = {"benchmark": "scale", "device": cpu_name(), "gloo_bytes_a_second": rate, "steps": {}}
+    report: Report = {"benchmark": "scale", "device": cpu_name(), "load_average_at_start": os.getloadavg()[0]}
+    report |= {"simulated": SIMULATED, "gloo_bytes_a_second": rate, "steps": {}}
     met = True
     for name in arguments.steps:
         groups = made_up_groups(STEPS[name])
