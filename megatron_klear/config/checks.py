@@ -249,6 +249,13 @@ def check_packages(config: RunConfig, importable: Importable = importable) -> li
     return errors
 
 
+def check_grading(config: GPPOConfig, importable: Importable = importable) -> list[str]:
+    """Whether what grades is installed."""
+    if config.reward.backend == "ray" and not importable("ray"):
+        return ["reward.backend = ray, and ray is not installed: pip install 'megatron-klear[ray]', or use local"]
+    return []
+
+
 def check_files(config: SFTConfig) -> list[str]:
     """Whether the files that the settings name are there and the output folder can be written."""
     errors = [*_check_model_folder(config), *check_output(config.output)]

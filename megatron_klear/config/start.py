@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_klear.config.base import SFTConfig
 from megatron_klear.config.checks import (
     check_files,
+    check_grading,
     check_launch,
     check_layout,
     check_packages,
@@ -135,7 +136,7 @@ def start_gppo(argv: Sequence[str] | None = None, *, description: str = "") -> G
     gpu_bytes = smallest_gpu_bytes()
     rollout = check_rollout(config, architecture, world_size, gpu_bytes=gpu_bytes)
     problems = [*check_packages(config, lambda module: True), *rollout, *check_launch(os.environ)]
-    lacking = [*check_prompt_files(config), *lacking_for_rollout(config)]
+    lacking = [*check_prompt_files(config), *lacking_for_rollout(config), *check_grading(config)]
     problems = [problem for problem in problems if problem not in lacking]
     lacking += [problem for problem in check_packages(config) if problem not in problems]
     warnings = warn_rl_run(config, architecture)

@@ -79,3 +79,14 @@ def test_a_ray_address_belongs_to_ray(tmp_path: Path):
         config(tmp_path, "", "--reward.ray_address", "node-1:6379")
     with pytest.raises(SettingsError, match="give host:port of the Ray itself"):
         config(tmp_path, "", "--reward.backend", "ray", "--reward.ray_address", "ray://node-1:10001")
+
+
+def test_ray_that_is_not_installed_is_told_before_a_run(tmp_path):
+    from rl_groups import gppo_config
+
+    from megatron_klear.config.checks import check_grading
+
+    config = gppo_config(tmp_path / "model", {"reward": {"backend": "ray"}})
+    assert "megatron-klear[ray]" in check_grading(config, lambda module: False)[0]
+    assert check_grading(config, lambda module: True) == []
+    assert check_grading(gppo_config(tmp_path / "model"), lambda module: False) == []
