@@ -102,6 +102,7 @@ class Orchestrator:
         )
         self._kept = self._writer("rollouts", share=config.train.keep_rollouts_share)
         self._log = RunLog()
+        self._is_open = False
         self._step = StepSamples()
         self._graded: list[Group] = []
 
@@ -145,12 +146,14 @@ class Orchestrator:
         self._rollouts = rollouts
         self._sampler = Sampler(rollouts, self._send, **limits)
         self._feed = open_feed(config, self._sampler, self._prompts, self._grader, self._log)
+        self._is_open = True
         return access
 
     @property
     def draws_ahead(self) -> bool:
         """Whether there is `work` to do while the trainer trains."""
-        return isinstance(self._config.rollout, VLLMRolloutConfig) and self._config.rollout.mode != "synchronous"
+        rollout = self._config.rollout
+        return self._is_open and isinstance(rollout, VLLMRolloutConfig) and rollout.mode != "synchronous"
 
     def sync(self, version: int) -> None:
         """Have the trainer give its weights to the engine, with proof; `version` is the number of steps trained."""
