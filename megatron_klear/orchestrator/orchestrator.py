@@ -102,7 +102,7 @@ class Orchestrator:
         )
         self._kept = self._writer("rollouts", share=config.train.keep_rollouts_share)
         self._log = RunLog()
-        self._is_open = False
+        self._has_given = False
         self._step = StepSamples()
         self._graded: list[Group] = []
 
@@ -146,14 +146,16 @@ class Orchestrator:
         self._rollouts = rollouts
         self._sampler = Sampler(rollouts, self._send, **limits)
         self._feed = open_feed(config, self._sampler, self._prompts, self._grader, self._log)
-        self._is_open = True
         return access
 
     @property
     def draws_ahead(self) -> bool:
-        """Whether there is `work` to do while the trainer trains."""
+        """Whether there is `work` to do while the trainer trains.
+
+        Not before the first step: a run that resumes has its book still to load.
+        """
         rollout = self._config.rollout
-        return self._is_open and isinstance(rollout, VLLMRolloutConfig) and rollout.mode != "synchronous"
+        return self._has_given and isinstance(rollout, VLLMRolloutConfig) and rollout.mode != "synchronous"
 
     def sync(self, version: int) -> None:
         """Have the trainer give its weights to the engine, with proof; `version` is the number of steps trained."""
@@ -169,6 +171,7 @@ class Orchestrator:
             seconds={phase: self._log.seconds(phase) for phase in ("rollout", "reward")},
         )
         self._log.start()
+        self._has_given = True
         return told
 
     def arrays(self, parts: Sequence[Sequence[int]]) -> list[TokenArrays]:
