@@ -35,20 +35,20 @@ ROLLOUT = """
 kind = "vllm"
 mode = "{mode}"
 request_seconds = 20
-deadline_seconds = 120
+deadline_seconds = {deadline}
 server = {{ python = "{python}", device = "cpu", count = 2, max_restarts = 100, kv_cache_gib = 0.1 }}
 """
 pytestmark = pytest.mark.slow
 
 
-def write_settings(folder: Path, mode: str, python: Path) -> Path:
+def write_settings(folder: Path, mode: str, python: Path, deadline: int = 120) -> Path:
     """A run over whole epochs of its prompts, every group of which counts; long responses, so that kills meet some."""
     write_tiny_model(folder / "model", "qwen3", SHAPE, weights=False)
     text = TOML.format(folder=folder, stops=[1])
     text = text.replace("steps = 5", f"steps = {STEPS[mode]}").replace("max_tokens = 12", "max_tokens = 200")
     text = text.replace("tokens_per_microbatch = 160", "tokens_per_microbatch = 512")
     text = text.replace("max_generation_rounds = 2", "max_generation_rounds = 1\ndrop_zero_advantage = false")
-    (folder / "run.toml").write_text(text + ROLLOUT.format(mode=mode, python=python))
+    (folder / "run.toml").write_text(text + ROLLOUT.format(mode=mode, python=python, deadline=deadline))
     return folder / "run.toml"
 
 
@@ -154,7 +154,7 @@ def test_killed_servers_and_trainers_cost_no_prompt(tmp_path, mode: str, kills: 
 def test_killed_vllm_servers_and_trainers_cost_no_prompt(tmp_path):
     python = vllm_python()
     assert python is not None
-    toml, before = write_settings(tmp_path, "asynchronous", python), processes_with("VLLM::")
+    toml, before = write_settings(tmp_path, "asynchronous", python, 600), processes_with("VLLM::")
     kills = (20, 5) if os.environ.get("KLEAR_KILL_VLLM") == "1" else (3, 1)
     assert kill_until_done(tmp_path, toml, STEPS["asynchronous"], *kills, wait_until_busy, seconds=3500) == kills
     assert_nothing_was_lost(tmp_path, "asynchronous", met=kills[0] >= 20)
