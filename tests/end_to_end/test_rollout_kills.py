@@ -113,7 +113,7 @@ def kill_until_done(
     server_kills: int,
     trainer_kills: int,
     wait_for_work: Callable[[int], None],
-    seconds: float = 800,
+    seconds: float = 2300,
 ) -> tuple[int, int]:
     """Kill servers and the trainer at random moments, start the trainer again; how often each was killed."""
     chance, log = random.Random(0), folder / "log.txt"
@@ -140,7 +140,7 @@ def kill_until_done(
     return servers, trainers
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize(("mode", "kills"), [("asynchronous", (20, 5)), ("synchronous", (5, 1))])
 def test_killed_servers_and_trainers_cost_no_prompt(tmp_path, mode: str, kills: tuple[int, int]):
     python = write_standin_python(tmp_path / "python")
