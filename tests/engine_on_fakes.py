@@ -42,13 +42,6 @@ class FakeCourier:
         self.error: Exception | None = None
         self.closed = False
 
-    async def attach(self, servers: Sequence[ServerClient]) -> None:
-        """Greet the servers that are new."""
-        for server in servers:
-            if server.url not in self.attached:
-                await server.post("/init_weight_transfer_engine", {"init_info": {}}, timeout_seconds=1)
-                self.attached.append(server.url)
-
     def send(self, version: int, servers: Sequence[ServerClient], portal: Portal) -> Checksums:
         """Have the servers take the version."""
         if self.error is not None:
@@ -56,6 +49,9 @@ class FakeCourier:
         held, failures = {}, {}
         for server in servers:
             try:
+                if server.url not in self.attached:
+                    portal.run(server.post("/init_weight_transfer_engine", {"init_info": {}}, timeout_seconds=1), 5)
+                    self.attached.append(server.url)
                 portal.run(server.post("/start_weight_update", timeout_seconds=1), 5)
                 if server.url in self.broken:
                     raise ValueError("torn")

@@ -122,8 +122,8 @@ class RewardConfig(Settings):
     """Where responses are graded: beside the first rank, or on the nodes of a Ray
     (`pip install "megatron-klear[ray]"`)."""
     ray_address: str = ""
-    """Of a Ray to join and leave as it is: `host:port`, or `auto` for the one of this machine; empty is a Ray that is
-    started and ended by the run."""
+    """Of a Ray to join and leave as it is: `host:port`, or `auto` for the one of this machine; empty is a Ray that the
+    run starts and ends, on the node of its first rank alone."""
     max_error_share: float = Field(default=0.05, ge=0, le=1)
     """The run stops when more than this share of a step's samples end as timeout or error."""
     environment: tuple[str, ...] = ()

@@ -129,21 +129,7 @@ class SynchronousFeed:
         algorithm = self._config.algorithm
         graded: list[Group] = []
         for round_number in range(algorithm.max_generation_rounds):
-            with self._log.time("rollout"):
-                taken = self._prompts.take(algorithm.generated_prompts or algorithm.prompts_per_step)
-                gradings: dict[int, Future[Graded]] = {}
-
-                def ended(group: Group, gradings: dict[int, Future[Graded]] = gradings) -> None:
-                    gradings[id(group)] = self._grader.begin([group])
-
-                groups = self._sampler.draw(
-                    taken,
-                    self._config.sampling,
-                    round_seed(self._config, number, round_number),
-                    ended=ended,
-                )
-            with self._log.time("reward"):
-                graded.extend(self._penalised(gather([gradings[id(group)].result() for group in groups], self._grader)))
+            graded += self._draw_and_grade(round_seed(self._config, number, round_number))
             usable = [group for group in graded if self._judge.is_usable(group)]
             if len(usable) >= algorithm.prompts_per_step:
                 break
@@ -155,6 +141,20 @@ class SynchronousFeed:
             counters=self._sampler.counters()
             | {"stale_groups": 0.0, "surplus_groups": float(max(0, len(usable) - algorithm.prompts_per_step))},
         )
+
+    def _draw_and_grade(self, seed: int) -> list[Group]:
+        """A round of groups with their scores. Grading a group begins as soon as it is there."""
+        algorithm = self._config.algorithm
+        gradings: dict[int, Future[Graded]] = {}
+
+        def ended(group: Group) -> None:
+            gradings[id(group)] = self._grader.begin([group])
+
+        with self._log.time("rollout"):
+            taken = self._prompts.take(algorithm.generated_prompts or algorithm.prompts_per_step)
+            groups = self._sampler.draw(taken, self._config.sampling, seed, ended=ended)
+        with self._log.time("reward"):
+            return self._penalised(gather([gradings[id(group)].result() for group in groups], self._grader))
 
     def _penalised(self, groups: Sequence[Group]) -> list[Group]:
         """Groups with rewards that can be used, long responses penalised."""

@@ -27,11 +27,10 @@ def check_prompts(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
 class Grader:
     """Scores groups, their responses one by one; a context, since it holds grading processes."""
 
-    def __init__(self, config: RewardConfig, prompts: Sequence[Prompt], *, nodes: int = 1) -> None:
+    def __init__(self, config: RewardConfig, prompts: Sequence[Prompt]) -> None:
         """Start the processes, which try every reward once on a made-up response to the first prompt of its kind.
 
-        `nodes` is of the run: as many must be in a Ray that grades. Raises RewardError where a prompt's data source has
-        no reward, or what grades is not installed.
+        Raises RewardError where a prompt's data source has no reward, or what grades is not installed.
         """
         self._alarm = ErrorAlarm(config.max_error_share)
         first = {prompt.data_source: prompt for prompt in reversed(prompts)}
@@ -40,7 +39,6 @@ class Grader:
             RewardSettings(scheme=config.scheme, require_thinking=config.require_thinking, functions=config.functions),
             backend=config.backend,
             ray_address=config.ray_address,
-            ray_nodes=nodes,
             timeout_seconds=config.timeout_seconds,
             workers=config.workers,
             environment=config.environment,

@@ -7,7 +7,6 @@ chooses what a step trains on, keeps the book of what is under way, and writes t
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -95,7 +94,6 @@ class Orchestrator:
         streams = [self._prompts] if validation is None else [self._prompts, validation]
         leave_truths(streams, config.output / "truths")
         held_out = [] if validation is None else validation.all
-        self._nodes = max(1, start.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._resources = ExitStack()
         self._validator = Validator(
             config=config.validation, prompts=held_out, kept=self._writer("validation", share=1.0)
@@ -131,7 +129,7 @@ class Orchestrator:
         """
         config = self._config
         self._grader = self._resources.enter_context(
-            Grader(config.reward, [*self._prompts.all, *self._validator.prompts], nodes=self._nodes)
+            Grader(config.reward, [*self._prompts.all, *self._validator.prompts])
         )
         rollouts, access = self._open_engine()
         self._resources.enter_context(closing(rollouts))

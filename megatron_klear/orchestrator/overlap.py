@@ -16,7 +16,6 @@ from typing import Any
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.data.prompts import PromptStream
-from megatron_klear.errors import UserError
 from megatron_klear.orchestrator.feed import Feed, Judge, PromptQueue, StepGroups, SynchronousFeed, redrawn, round_seed
 from megatron_klear.orchestrator.grading import Grader
 from megatron_klear.orchestrator.sampler import POLL_SECONDS, Sampler, key_of
@@ -92,7 +91,7 @@ class OverlapFeed(ABC):
         self._step = 0
         self._is_training = False  # whether the step was given its groups
         self._counts: Counter[str] = Counter()  # what a mode has to remember beside the book
-        self._error: UserError | None = None
+        self._error: Exception | None = None
 
     def next_step(self, number: int) -> StepGroups:
         """Graded groups of the step, as soon as it can have them."""
@@ -111,7 +110,7 @@ class OverlapFeed(ABC):
                 self._progress(0.0)
                 self._order()
                 self._submit()
-            except UserError as error:
+            except Exception as error:
                 self._error = error
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -30,10 +31,7 @@ from megatron_klear.types import Prompt, Sample
 
 _WORK_SECONDS = 0.05
 """Between two looks at what is under way while the trainer trains."""
-CALLS = frozenset(
-    {"warnings", "open", "sync", "next_step", "arrays", "keep", "validate", "sample", "sleep", "flush", "state"}
-    | {"load_state"}
-)
+CALLS = ["open", "sync", "next_step", "arrays", "keep", "validate", "sample", "sleep", "flush", "state", "load_state"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -130,13 +128,13 @@ def serve(link: Link) -> None:
                 opened[0].work()
                 continue
             name, arguments = message
-            _answer(link, lambda name=name, arguments=arguments: answer(name, arguments))  # type: ignore[misc]
+            _answer(link, partial(answer, name, arguments))
     finally:
         for one in opened:
             one.__exit__()
 
 
-def _answer(link: Link, call: Any) -> None:
+def _answer(link: Link, call: Callable[[], Any]) -> None:
     try:
         message = ("result", call())
     except LinkClosedError:

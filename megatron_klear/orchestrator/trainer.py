@@ -29,8 +29,8 @@ class Delivery:
     """By the address of a server that did not, why."""
 
 
-class Trainer(Protocol):
-    """The ranks that train, as the orchestrator calls on them while they wait for it. Collective on their side."""
+class Sender(Protocol):
+    """The ranks that train, as they send weights to servers. Collective on their side."""
 
     def make_room(self) -> None:
         """Give memory back before servers on the trainer's own cards wake."""
@@ -47,8 +47,12 @@ class Trainer(Protocol):
         """Compare every server's log-probs of `probe_row` with the trainer's own. Raises WeightsNotArrived."""
         ...
 
+
+class Drawer(Protocol):
+    """The ranks that train, as they draw themselves. Collective on their side."""
+
     def load(self, version: int) -> None:
-        """Give the present weights to the trainer's own sampler."""
+        """Give the present weights to the trainer's own sampler. Raises WeightsNotArrived."""
         ...
 
     def draw(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[list[Sample]]:
@@ -60,12 +64,16 @@ class Trainer(Protocol):
         ...
 
 
+class Trainer(Sender, Drawer, Protocol):
+    """The trainer as the orchestrator calls on it, which it does while the trainer waits; of a run one half is used."""
+
+
 def probe_row(vocab_size: int) -> npt.NDArray[np.int32]:
     """The fixed row [PROBE_TOKENS] that both sides score: tokens from all over the vocabulary."""
     return np.random.default_rng(20_250_811).integers(0, vocab_size, size=PROBE_TOKENS).astype(np.int32)
 
 
-def send_weights(rollouts: RolloutEngine, trainer: Trainer, version: int, vocab_size: int) -> None:
+def send_weights(rollouts: RolloutEngine, trainer: Sender, version: int, vocab_size: int) -> None:
     """Have the trainer give its weights to the engine under a version, and prove that they are in use there.
 
     Checksums of every tensor are compared, and where a server may still sample with something else, its log-probs of a
@@ -86,7 +94,7 @@ class TrainersSampler:
     """It draws within the trainer's processes, whose allocator both use."""
 
     def __init__(
-        self, trainer: Trainer, *, decode: Callable[[Sequence[int]], str], stop_token_ids: Iterable[int]
+        self, trainer: Drawer, *, decode: Callable[[Sequence[int]], str], stop_token_ids: Iterable[int]
     ) -> None:
         """`decode` turns token ids into text, special tokens included; `stop_token_ids` are those of the model."""
         self._trainer, self._decode, self._stop = trainer, decode, frozenset(stop_token_ids)
@@ -124,13 +132,10 @@ class TrainersSampler:
 class TrainersWeights:
     """A Courier that has the training processes send their weights to servers."""
 
-    def __init__(self, trainer: Trainer, *, needs_shared_device: bool) -> None:
+    def __init__(self, trainer: Sender, *, needs_shared_device: bool) -> None:
         self._trainer = trainer
         self.needs_shared_device = needs_shared_device
         self._gone: list[str] = []
-
-    async def attach(self, servers: Sequence[ServerClient]) -> None:
-        """The trainer gets to know servers as it sends."""
 
     def detach(self, url: str) -> None:
         """Have the trainer forget a server before it sends again."""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +26,7 @@ from megatron_klear.errors import UserError
 from megatron_klear.orchestrator.link import LinkClosedError
 from megatron_klear.orchestrator.process import Spawned, spawn
 from megatron_klear.orchestrator.step_numbers import StepNumbers, TokenArrays
-from megatron_klear.orchestrator.trainer import Trainer
+from megatron_klear.orchestrator.trainer import Drawer, Sender
 from megatron_klear.rollout.vllm.open import Access
 from megatron_klear.types import Sample
 
@@ -47,7 +48,7 @@ class Rollouts:
     def __init__(self, start: GPPOStart, tell: Callable[[str], None] = lambda _: None) -> None:
         """Start the process on rank 0; `tell` takes news for people, until `tell` is set to something better."""
         self.tell = tell
-        self.trainer: Trainer | None = None
+        self.trainer: Drawer | Sender | None = None
         """Who grants the orchestrator's wishes; to be set before `open`."""
         self._spawned: Spawned | None = None
         self._value: Any = None
@@ -168,7 +169,7 @@ class Rollouts:
                 if exchange.is_first():
                     self._give_up(str(error))
                 raise
-            exchange.on_first_rank(lambda granted=granted: self._send(("granted", granted)))  # type: ignore[misc]
+            exchange.on_first_rank(partial(self._send, ("granted", granted)))
 
     def _give_up(self, why: str) -> None:
         """Rank 0: tell the orchestrator that its wish cannot be granted, and hear the end of the call."""
@@ -229,8 +230,7 @@ class Rollouts:
 
 
 def _end_of(code: int) -> str:
-    how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-    return (
-        f"the orchestrator's process {how}; is the machine out of memory? Start the run again: it goes on from its "
-        "newest checkpoint"
-    )
+    how = f"ended with exit code {code}; its own words are above"
+    if code < 0:
+        how = f"was ended by signal {-code} ({signal.Signals(-code).name}); is the machine out of memory?"
+    return f"the orchestrator's process {how}. Start the run again: it goes on from its newest checkpoint"

@@ -45,7 +45,7 @@ class WeightsNotArrived(UserError):
 
 
 class OwnSampler:
-    """A Trainer whose processes draw themselves. Every method is collective."""
+    """The Drawer of a run whose training processes draw themselves. Every method is collective."""
 
     def __init__(self, engine: Engine, sampler: LocalEngine) -> None:
         self._engine, self._sampler = engine, sampler
@@ -55,37 +55,26 @@ class OwnSampler:
     def connect(self, access: Access | None) -> None:
         """There are no servers."""
 
-    def make_room(self) -> None:
-        """Nothing else is on the cards."""
-
     def load(self, version: int) -> None:
-        """Give the present weights to the sampler and compare every tensor's checksum; see Trainer."""
+        """Give the present weights to the sampler and compare every tensor's checksum; see Drawer."""
         sent: dict[str, str] = {}
         self.held = self._sampler.load_weights(_noted(self._engine.hf_weights(), sent, self._sampler.dtype), version)
         exchange.same_outcome(lambda: _compare(self.held, sent, version))
 
     def draw(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[list[Sample]]:
-        """Draw, each rank its share of the prompts; see Trainer."""
+        """Draw, each rank its share of the prompts; see Drawer."""
         return self._sampler.draw(prompts, sampling, seed)
 
     def free(self) -> None:
         """Give back the fused copies of the weights."""
         self._sampler.sleep()
 
-    def deliver(self, version: int, urls: Sequence[str], gone: Sequence[str]) -> Delivery:
-        """There are no servers."""
-        raise RuntimeError("this run draws by itself and has no servers to send weights to")
-
-    def check_echo(self, version: int, answers: Mapping[str, npt.NDArray[np.float32]]) -> None:
-        """There are no servers."""
-        raise RuntimeError("this run draws by itself and has no servers to compare with")
-
     def close(self) -> None:
         """Nothing was opened."""
 
 
 class ServersWeights:
-    """A Trainer that sends weights to servers. Every method is collective; rank 0 alone talks to servers."""
+    """The Sender of a run that draws from servers. Every method is collective; rank 0 alone talks to servers."""
 
     def __init__(self, engine: Engine, config: VLLMRolloutConfig) -> None:
         """Open the transport. Raises UserError where it cannot work here."""
@@ -120,18 +109,18 @@ class ServersWeights:
         portal.run(connected())
 
     def make_room(self) -> None:
-        """Offload the engine; see Trainer."""
+        """Offload the engine; see Sender."""
         self._engine.sleep()
 
     def deliver(self, version: int, urls: Sequence[str], gone: Sequence[str]) -> Delivery:
-        """Send the weights, and compare what every worker holds with what was sent; see Trainer."""
+        """Send the weights, and compare what every worker holds with what was sent; see Sender."""
         sent: dict[str, str] = {}
         delivery = exchange.same_outcome(lambda: self._deliver(version, urls, gone, sent))
         exchange.on_first_rank(lambda: _compare(self.held, sent, version))
         return delivery
 
     def check_echo(self, version: int, answers: Mapping[str, npt.NDArray[np.float32]]) -> None:
-        """Compare every server's log-probs of the probe row with the engine's; see Trainer."""
+        """Compare every server's log-probs of the probe row with the engine's; see Sender."""
         tokens = probe_row(self._vocab_size)
         row = Sample(tokens=tokens, trained=np.arange(len(tokens)) > 0)
         own = self._engine.logprobs([pack([row], [1.0])])[0].cpu().numpy()[:-1]
@@ -145,17 +134,6 @@ class ServersWeights:
                     f"log-probs of the probe row differ by {difference:.3g} nats on average, limit {limit:g} "
                     "(rollout.probe_tolerance). Some of its weights are stale"
                 )
-
-    def load(self, version: int) -> None:
-        """Servers draw."""
-        raise RuntimeError("this run draws from servers and has no sampler of its own")
-
-    def draw(self, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> list[list[Sample]]:
-        """Servers draw."""
-        raise RuntimeError("this run draws from servers and has no sampler of its own")
-
-    def free(self) -> None:
-        """Servers draw."""
 
     def close(self) -> None:
         """Give back files and connections."""

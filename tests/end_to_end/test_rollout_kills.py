@@ -26,9 +26,7 @@ from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.runs.rollout_files import read_samples, rollout_file
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPTS, PER_STEP = 40, 4
-STEPS = {"asynchronous": 40, "synchronous": 20}
-"""Whole epochs of the prompts."""
+PROMPTS, PER_STEP, STEPS = 40, 4, 40
 SHAPE = TinyShape(hidden_size=32, ffn_hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=32)
 ROLLOUT = """
 [rollout]
@@ -45,7 +43,7 @@ def write_settings(folder: Path, mode: str, python: Path, deadline: int = 120) -
     """A run over whole epochs of its prompts, every group of which counts; long responses, so that kills meet some."""
     write_tiny_model(folder / "model", "qwen3", SHAPE, weights=False)
     text = TOML.format(folder=folder, stops=[1])
-    text = text.replace("steps = 5", f"steps = {STEPS[mode]}").replace("max_tokens = 12", "max_tokens = 200")
+    text = text.replace("steps = 5", f"steps = {STEPS}").replace("max_tokens = 12", "max_tokens = 200")
     text = text.replace("tokens_per_microbatch = 160", "tokens_per_microbatch = 512")
     text = text.replace("max_generation_rounds = 2", "max_generation_rounds = 1\ndrop_zero_advantage = false")
     (folder / "run.toml").write_text(text + ROLLOUT.format(mode=mode, python=python, deadline=deadline))
@@ -66,10 +64,10 @@ def steps_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def used_prompts(folder: Path, steps: int) -> Counter[str]:
+def used_prompts(folder: Path) -> Counter[str]:
     """How often each prompt was sampled for a step that stands."""
     counts: Counter[str] = Counter()
-    for step in range(1, steps + 1):
+    for step in range(1, STEPS + 1):
         samples = read_samples(rollout_file(folder / "run" / "rollouts", step))[1]
         counts += Counter({sample["prompt_id"] for sample in samples})
     return counts
@@ -109,7 +107,6 @@ def cpu_seconds(leader: int) -> float | None:
 def kill_until_done(
     folder: Path,
     toml: Path,
-    steps: int,
     server_kills: int,
     trainer_kills: int,
     wait_for_work: Callable[[int], None],
@@ -125,13 +122,13 @@ def kill_until_done(
         done = len(steps_of(folder))
         living = processes_of(folder, "-m", "vllm.entrypoints")
         # Spread over the run, and never while servers start for the first time: that ends a run, with a message.
-        if done > before and living and servers < server_kills and done >= servers * steps // (server_kills + 2):
+        if done > before and living and servers < server_kills and done >= servers * STEPS // (server_kills + 2):
             victim = chance.choice(living)
             wait_for_work(victim)
             with contextlib.suppress(ProcessLookupError):  # it ended by itself, which is no kill
                 os.kill(victim, signal.SIGKILL)
                 servers += 1
-        elif trainers < trainer_kills and done >= (trainers + 1) * steps // (trainer_kills + 2):
+        elif trainers < trainer_kills and done >= (trainers + 1) * STEPS // (trainer_kills + 2):
             run.kill()
             run.wait()
             trainers += 1
@@ -145,7 +142,7 @@ def kill_until_done(
 def test_killed_servers_and_trainers_cost_no_prompt(tmp_path, mode: str, kills: tuple[int, int]):
     python = write_standin_python(tmp_path / "python")
     toml = write_settings(tmp_path, mode, python)
-    assert kill_until_done(tmp_path, toml, STEPS[mode], *kills, partial(wait_until_drawing, python)) == kills
+    assert kill_until_done(tmp_path, toml, *kills, partial(wait_until_drawing, python)) == kills
     assert_nothing_was_lost(tmp_path, mode, met=True)
 
 
@@ -156,7 +153,7 @@ def test_killed_vllm_servers_and_trainers_cost_no_prompt(tmp_path):
     assert python is not None
     toml, before = write_settings(tmp_path, "asynchronous", python, 600), processes_with("VLLM::")
     kills = (20, 5) if os.environ.get("KLEAR_KILL_VLLM") == "1" else (3, 1)
-    assert kill_until_done(tmp_path, toml, STEPS["asynchronous"], *kills, wait_until_busy, seconds=3500) == kills
+    assert kill_until_done(tmp_path, toml, *kills, wait_until_busy, seconds=3500) == kills
     assert_nothing_was_lost(tmp_path, "asynchronous", met=kills[0] >= 20)
     assert set(processes_with("VLLM::")) <= set(before), "engines that outlived their server"
 
@@ -167,15 +164,15 @@ def assert_nothing_was_lost(tmp_path: Path, mode: str, *, met: bool) -> None:
     With `met`, some responses were under way when their server was killed; of a few kills all may miss.
     """
     records = steps_of(tmp_path)
-    assert [record["step"] for record in records] == list(range(1, STEPS[mode] + 1))
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert sum(record["groups_dropped"] for record in records) == 0
     assert not met or sum(record["server_retries"] for record in records) > 0, "no kill met a response under way"
-    counts = used_prompts(tmp_path, STEPS[mode])
+    counts = used_prompts(tmp_path)
     assert len(counts) == PROMPTS
     if mode == "synchronous":
-        assert set(counts.values()) == {STEPS[mode] * PER_STEP // PROMPTS}
+        assert set(counts.values()) == {STEPS * PER_STEP // PROMPTS}
     else:  # groups of the next epoch may overtake the last ones of this
-        assert sum(counts.values()) == STEPS[mode] * PER_STEP
+        assert sum(counts.values()) == STEPS * PER_STEP
         assert max(counts.values()) - min(counts.values()) <= 1
     deadline = time.monotonic() + 15
     while processes_of(tmp_path) and time.monotonic() < deadline:

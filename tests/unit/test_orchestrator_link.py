@@ -82,7 +82,7 @@ def test_it_is_gone_when_rank_0_is(how: str):
         spawned.process.kill()
 
 
-def test_its_death_ends_a_call_in_words(monkeypatch):
+def test_its_death_ends_a_call_in_words():
     rollouts = Rollouts({"not": "a start"})  # type: ignore[arg-type]
     rollouts._spawned.process.send_signal(signal.SIGKILL)
     with pytest.raises(OrchestratorLost, match=r"was ended by signal 9 \(SIGKILL\)"):

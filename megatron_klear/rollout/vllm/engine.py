@@ -35,15 +35,11 @@ class WeightsNeeded(UserError):
 
 
 class Courier(Protocol):
-    """Brings the trainer's weights to servers; a WeightTransport as the engine sees it, whose weights are elsewhere."""
+    """Brings the trainer's weights to servers; it attaches to those that are new."""
 
     @property
     def needs_shared_device(self) -> bool:
         """Whether servers run on the trainer's own cards, in turns with it."""
-        ...
-
-    async def attach(self, servers: Sequence[ServerClient]) -> None:
-        """Get to know the servers that are new. Raises ServerError where one cannot be reached."""
         ...
 
     def detach(self, url: str) -> None:

@@ -56,7 +56,7 @@ class FleetControl:
             )
 
     def begin(self, version: int, courier: Courier) -> list[Member]:
-        """Those who take part in the sync of `version`: awake enough for weights, paused, attached; perhaps none."""
+        """Those who take part in the sync of `version`: awake enough for weights, and paused; perhaps none."""
         self.look_after()
         self.release()
         members = self.on_loop(lambda: self._fleet.begin_update(version))
@@ -66,7 +66,6 @@ class FleetControl:
                 courier.detach(self._fleet.restarted.pop())
             members = self._wake(members, "weights")
             members = self.each(members, lambda client: client.pause("keep", CONTROL_SECONDS))
-            members = self.each(members, lambda client: courier.attach([client]))
             self._portal.run(self._look_at_loads(members))
         except BaseException:
             self.end([])
