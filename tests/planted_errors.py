@@ -62,7 +62,14 @@ def in_the_orchestrator(fault: str) -> None:
         case "orchestrator killed in a call":
             Orchestrator.next_step = on_call(2, killed, Orchestrator.next_step)
         case "orchestrator killed while training":
-            Orchestrator.arrays = on_call(2, lambda *_: (note(), signal.alarm(1), [])[2], Orchestrator.arrays)
+            give = Orchestrator.arrays
+
+            def give_and_die(*arguments):
+                note()
+                signal.alarm(1)
+                return give(*arguments)
+
+            Orchestrator.arrays = on_call(2, give_and_die, give)
         case "rollout file":
             RolloutWriter._write = failing(full_disk())
 
@@ -79,6 +86,8 @@ def plant(fault: str) -> None:
 
         rollouts.spawn = spawning(partial(in_the_orchestrator, fault))
     match fault, RANK:
+        case "orchestrator killed while training", _:
+            Engine.train_step = on_call(3, lambda *_, **__: time.sleep(100), Engine.train_step)  # a long step
         case "rank killed", 1:
             Engine.train_step = on_call(2, killed, Engine.train_step)
         case "rank raises", 1:

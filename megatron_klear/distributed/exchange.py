@@ -9,6 +9,7 @@ Errors cross as words: a UserError arrives as one, anything else as RuntimeError
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -24,6 +25,7 @@ Result = TypeVar("Result")
 BEAT_SECONDS = 30.0
 """How often ranks that wait for work of hours tell each other that they do; far below any collective's time-out."""
 
+_FAILED = "klear/failed"  # key of the store
 _group: dist.ProcessGroup | None = None
 
 
@@ -165,6 +167,20 @@ def patiently(function: Callable[[], Result]) -> Result:
             done = torch.tensor(float(work.done()))
             dist.all_reduce(done, op=dist.ReduceOp.MIN, group=_group)
     return same_outcome(work.result)
+
+
+def tell_failed() -> None:
+    """Leave word for the others that this rank ends by an error. No collective, and it raises nothing."""
+    if size() > 1:
+        with contextlib.suppress(Exception):  # the error that ends this rank is the one to know
+            dist.distributed_c10d._get_default_store().set(_FAILED, "1")
+
+
+def has_failed() -> bool:
+    """Whether a rank left word that it ended by an error, as far as can be heard. No collective."""
+    with contextlib.suppress(Exception):
+        return size() > 1 and bool(dist.distributed_c10d._get_default_store().check([_FAILED]))
+    return False
 
 
 def _of_first(function: Callable[[], Result], *, everywhere: bool) -> Any:

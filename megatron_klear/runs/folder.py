@@ -13,7 +13,7 @@ from megatron_klear.config.base import RunConfig
 from megatron_klear.config.checks import check_resume
 from megatron_klear.config.read import SettingsError
 from megatron_klear.distributed import exchange
-from megatron_klear.errors import UserError, told_at_once
+from megatron_klear.errors import RunLeft, UserError, told_at_once
 from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import Topology
@@ -70,7 +70,9 @@ def publishing(engine: Engine) -> Iterator[None]:
     try:
         with told_at_once():
             yield
-    except BaseException:
+    except BaseException as error:
+        if not isinstance(error, RunLeft):
+            exchange.tell_failed()
         if _all_ended(engine.topology):
             with suppress(Exception):  # the error that ended the run is the one to know
                 engine.close()

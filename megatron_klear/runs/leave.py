@@ -8,6 +8,9 @@
                 raise leaving.left(step, folder)
 
 The exit code is 128 + the signal: 143 after SIGTERM, 130 after Ctrl-C. Ctrl-C pressed again ends the process at once.
+
+SIGTERM is also how torchrun ends the ranks that are left where one failed. Their step will never end, on NCCL without
+an error of its own: a rank that was told to stop and hears that another failed ends at once, with exit code 1.
 """
 
 from __future__ import annotations
@@ -23,11 +26,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_klear.distributed import exchange
 from megatron_klear.errors import RunLeft
 from megatron_klear.mcore.topology import Topology
 
 _SAME_PRESS_SECONDS = 1.0
 """A terminal sends Ctrl-C to all processes and torchrun forwards its own: one press reaches a rank twice."""
+_LISTEN_SECONDS = 0.5
+_OWN_END_SECONDS = 3.0
+"""For a rank that meets the same error, or one that follows from it, to end in its own way."""
 
 
 class Leaving:
@@ -36,6 +43,7 @@ class Leaving:
     def __init__(self, topology: Topology) -> None:
         self._topology, self._signal, self._pressed, self._pid = topology, 0, 0.0, os.getpid()
         self._before: dict[int, Any] = {}
+        self._over = threading.Event()
 
     def __enter__(self) -> Leaving:
         """Install the handlers."""
@@ -45,6 +53,7 @@ class Leaving:
 
     def __exit__(self, *_: object) -> None:
         """Put back the handlers that were there."""
+        self._over.set()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -72,4 +81,14 @@ class Leaving:
             os._exit(130)
         if number == signal.SIGINT and not self._pressed:
             self._pressed = now
+        if number == signal.SIGTERM and self._signal != number and self._topology.size > 1:
+            threading.Thread(target=self._listen, name="failures", daemon=True).start()
         self._signal = max(self._signal, int(number))
+
+    def _listen(self) -> None:
+        """End this rank where another failed and its step goes on regardless."""
+        while not self._over.wait(_LISTEN_SECONDS):
+            if exchange.has_failed() and not self._over.wait(_OWN_END_SECONDS):
+                words = f"rank {self._topology.rank}: another rank failed, and this one ends without its step\n"
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, words.encode())
+                os._exit(1)

@@ -226,6 +226,7 @@ class Rollouts:
         if self._ending.wait(_NOTICE_SECONDS) or self._noticed.is_set():
             return
         print(f"error (rank 0): {_end_of(code)}", file=sys.stderr, flush=True)
+        exchange.tell_failed()
         os._exit(1)
 
 

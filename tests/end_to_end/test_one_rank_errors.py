@@ -1,6 +1,6 @@
 """Errors of one process of a run: each is told by it, and every process is gone within seconds.
 
-Two of the errors run always, all of them where KLEAR_PLANT_ALL=1 asks for it: each starts a job of two ranks.
+The first two of the errors run always, all of them where KLEAR_PLANT_ALL=1 asks for it: each starts a job of two ranks.
 """
 
 import os
@@ -27,9 +27,9 @@ def hangs(response, truth):
     return 0.0
 """
 FAULTS = {
-    "orchestrator killed in a call": "the orchestrator's process was ended by signal 9 (SIGKILL)",
-    "rank killed": "Signal 9 (SIGKILL)",
     "orchestrator killed while training": "the orchestrator's process was ended by signal 14 (SIGALRM)",
+    "rank killed": "Signal 9 (SIGKILL)",
+    "orchestrator killed in a call": "the orchestrator's process was ended by signal 9 (SIGKILL)",
     "rank raises": "planted in a step",
     "first rank raises": "planted in a step",
     "out of memory": "MemoryError: planted",
