@@ -9,50 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_klear.kernels import gemm, rows
+from megatron_klear.kernels.inputs import Selection, Terms, Tokens
 from megatron_klear.kernels.reference import weighted_rows
 from megatron_klear.kernels.rows import RowOutputs
 from megatron_klear.kernels.vocab_parallel import VocabShard, gather_sequence, gather_shards, reduce_hidden_gradient
-from megatron_klear.types import KLEstimator, LossCoefficients, LossKind
+from megatron_klear.types import LossKind
 
-Selection = slice | Tensor
 SILENT = 1  # the group of tokens that have a weight but no gradient
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tokens:
-    """Per-token inputs, each [T]."""
-
-    targets: Tensor
-    policy_weights: Tensor
-    nll_weights: Tensor | None = None
-    old_logprobs: Tensor | None = None
-    advantages: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    temperature: float | Tensor = 1.0
-
-    def take(self, selection: Selection) -> dict[str, Any]:
-        """The inputs of some tokens, as the row kernels' arguments."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            name: value[selection].contiguous() if isinstance(value, Tensor) else value
-            for name, value in values.items()
-        }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Terms:
-    """What is added up for a token."""
-
-    coefficients: LossCoefficients
-    entropy_coefficient: float = 0.0
-    kl_coefficient: float = 0.0
-    kl_estimator: KLEstimator = "k3"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +62,7 @@ class Gradients:
 
 def _split(tokens: Tokens, terms: Terms, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Indices of the tokens with a gradient, and of those that have a weight but no gradient."""
+    assert tokens.policy_weights is not None
     weighted = tokens.policy_weights != 0
     active = weighted
     if terms.coefficients.kind != LossKind.NLL and not terms.entropy_coefficient and not terms.kl_coefficient:
@@ -119,15 +88,15 @@ def _store(outputs: RowOutputs, selection: Selection, chunk: RowOutputs) -> None
         getattr(outputs, field.name)[selection] = getattr(chunk, field.name)
 
 
-def _row_losses(head: Head, logits: Tensor, tokens: dict[str, Any], terms: Terms, gradient: Tensor) -> RowOutputs:
+def _row_losses(head: Head, logits: Tensor, tokens: Tokens, terms: Terms, gradient: Tensor) -> RowOutputs:
     """Losses of a chunk, and the gradient of its logits over the logits."""
-    loss = {field.name: getattr(terms, field.name) for field in fields(terms)}
     if head.shard.group is None:
-        return rows.policy_loss_rows(logits, **tokens, **loss, vocab_size=head.vocab_size, gradient=gradient)
-    place: dict[str, Any] = {"vocab_start": head.shard.start, "vocab_size": head.vocab_size}
-    read = {name: tokens[name] for name in ("targets", "temperature", "policy_weights", "nll_weights")}
-    stats = rows.combine_stats(gather_shards(rows.stats_rows(logits, **read, **place), head.shard))
-    return rows.finish_rows(logits, stats=stats, **tokens, **loss, **place, gradient=gradient)
+        return rows.policy_loss_rows(logits, tokens, terms, vocab_size=head.vocab_size, gradient=gradient)
+    start, size = head.shard.start, head.vocab_size
+    stats = rows.combine_stats(
+        gather_shards(rows.stats_rows(logits, tokens, vocab_start=start, vocab_size=size), head.shard)
+    )
+    return rows.finish_rows(logits, stats, tokens, terms, vocab_start=start, vocab_size=size, gradient=gradient)
 
 
 def policy_loss_chunks(
@@ -174,14 +143,13 @@ def policy_loss_chunks(
 def logprob_chunks(
     hidden: Tensor,
     head: Head,
-    targets: Tensor,
+    tokens: Tokens,
     wanted: Tensor | None,
-    temperature: float | Tensor,
     *,
     sequence_parallel: bool,
 ) -> RowOutputs:
     """Log-prob, entropy and log-sum-exp of the `wanted` [T] tokens, 0 for the others: one product a chunk."""
-    shard = head.shard
+    shard, targets = head.shard, tokens.targets
     if sequence_parallel:
         hidden = gather_sequence(hidden, shard)
     mask = torch.ones_like(targets, dtype=torch.bool) if wanted is None else wanted
@@ -189,14 +157,11 @@ def logprob_chunks(
     outputs = _zeros(len(targets), hidden.device)
     for _, selection, logits in head.chunks(index):
         gemm.logits_into(logits, hidden[selection], head.weight)
-        target = targets[selection].contiguous()
-        scale = temperature[selection].contiguous() if isinstance(temperature, Tensor) else temperature
+        taken = tokens.take(selection)
         if shard.group is None:
-            chunk = rows.logprob_rows(logits, target, temperature=scale, vocab_size=head.vocab_size)
+            chunk = rows.logprob_rows(logits, taken, vocab_size=head.vocab_size)
         else:
-            stats = rows.stats_rows(
-                logits, target, vocab_start=shard.start, vocab_size=head.vocab_size, temperature=scale
-            )
+            stats = rows.stats_rows(logits, taken, vocab_start=shard.start, vocab_size=head.vocab_size)
             chunk = rows.logprobs_from_stats(rows.combine_stats(gather_shards(stats, shard)))
         _store(outputs, selection, chunk)
     return outputs

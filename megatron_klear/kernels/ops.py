@@ -13,8 +13,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from megatron_klear.kernels.chunks import Head, Terms, Tokens, logprob_chunks, policy_loss_chunks
-from megatron_klear.kernels.reference import WeightGrad, head_gradient_stub
+from megatron_klear.kernels.chunks import Head, logprob_chunks, policy_loss_chunks
+from megatron_klear.kernels.inputs import Terms, Tokens, WeightGrad
+from megatron_klear.kernels.reference import head_gradient_stub
 from megatron_klear.kernels.rows import RowOutputs
 from megatron_klear.kernels.vocab_parallel import VocabShard, group_of
 from megatron_klear.types import KLEstimator, LossCoefficients, LossKind
@@ -259,9 +260,8 @@ def logprobs(
     outputs = logprob_chunks(
         hidden,
         _head(weight, group, vocab_size, logits_dtype, chunk_tokens),
-        targets,
+        Tokens(targets=targets, temperature=temperature if temperatures is None else temperatures),
         trained,
-        temperature if temperatures is None else temperatures,
         sequence_parallel=sequence_parallel,
     )
     return outputs.logprobs, outputs.entropy, outputs.lse

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -21,10 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_klear.kernels import extension, ops
-from megatron_klear.kernels.chunks import Terms
+from megatron_klear.kernels.inputs import PolicyLossInputs, Terms
 from megatron_klear.kernels.reference import (
     PolicyLossOutput,
-    WeightGrad,
     check_weight_grad,
     fused_policy_loss_ref,
     mark_head,
@@ -32,7 +31,7 @@ from megatron_klear.kernels.reference import (
     weighted_rows,
 )
 from megatron_klear.kernels.vocab_parallel import VocabShard, group_name
-from megatron_klear.types import KLEstimator, LossCoefficients, LossKind, TokenLoss
+from megatron_klear.types import KLEstimator, LossCoefficients, LossKind
 
 _log = logging.getLogger(__name__)
 
@@ -46,204 +45,114 @@ class LogprobOutput:
     lse: Tensor  # log-sum-exp of logits / temperature
 
 
-def fused_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    loss: TokenLoss,
-    policy_weights: Tensor,
-    old_logprobs: Tensor | None = None,
-    advantages: Tensor | None = None,
-    nll_weights: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    entropy_coefficient: float = 0.0,
-    ref_logprobs: Tensor | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
-    group: dist.ProcessGroup | None = None,
-    vocab_size: int | None = None,
-    sequence_parallel: bool = False,
-    main_grad: Tensor | None = None,
-    weight_grad: WeightGrad = "autograd",
-    loss_scale: float = 1.0,
-    logits_dtype: torch.dtype = torch.float32,
-    chunk_tokens: int | None = None,
-) -> PolicyLossOutput:
-    """Policy loss of T tokens and its gradients, made at once; each argument is described under `PolicyLossCall`.
+def fused_policy_loss(inputs: PolicyLossInputs) -> PolicyLossOutput:
+    """Policy loss of T tokens and its gradients, made at once.
 
     The loss is the sum of policy_weights * (loss + kl_coefficient * kl - entropy_coefficient * entropy) - nll_weights
     * logp. Raises ValueError on shapes, types and targets that do not fit, before anything is written.
     """
-    return PolicyLossCall(
-        hidden=hidden,
-        weight=weight,
-        targets=targets,
-        loss=loss,
-        policy_weights=policy_weights,
-        old_logprobs=old_logprobs,
-        advantages=advantages,
-        nll_weights=nll_weights,
-        temperature=temperature,
-        entropy_coefficient=entropy_coefficient,
-        ref_logprobs=ref_logprobs,
-        kl_coefficient=kl_coefficient,
-        kl_estimator=kl_estimator,
-        group=group,
+    _check(inputs)
+    if not kernels_usable(inputs.hidden.device.type):
+        return fused_policy_loss_ref(inputs)
+    coefficients = inputs.loss.coefficients()
+    if coefficients is None:
+        return _two_phases(inputs)
+    name = type(inputs.loss).__name__
+    if coefficients.kind != LossKind.NLL and inputs.advantages is None:
+        raise ValueError(f"{name} needs advantages, and the batch carries none")
+    if coefficients.kind not in (LossKind.NLL, LossKind.REINFORCE) and inputs.old_logprobs is None:
+        raise ValueError(f"{name} needs old_logprobs, and the batch carries none: run the log-prob pass first")
+    return _output(inputs, coefficients, inputs.advantages, inputs.nll_weights)
+
+
+def _check(inputs: PolicyLossInputs) -> None:
+    if not callable(getattr(inputs.loss, "coefficients", None)):
+        raise TypeError(f"{type(inputs.loss).__name__} is no token loss; of a sequence loss pass token_loss()")
+    check_weight_grad(inputs.weight, inputs.main_grad, inputs.weight_grad)
+    check_head(
+        inputs.hidden, inputs.weight, inputs.targets, inputs.group, inputs.sequence_parallel, inputs.logits_dtype
+    )
+    check_per_token(inputs.targets, inputs.temperature)
+    for name in ("policy_weights", "old_logprobs", "advantages", "nll_weights", "ref_logprobs"):
+        check_per_token(inputs.targets, getattr(inputs, name), name)
+    if inputs.kl_coefficient and inputs.ref_logprobs is None:
+        raise ValueError(f"kl_coefficient {inputs.kl_coefficient} needs ref_logprobs, and there are none")
+    if inputs.kl_estimator not in get_args(KLEstimator):
+        raise ValueError(f"kl_estimator must be one of {', '.join(get_args(KLEstimator))}, not {inputs.kl_estimator!r}")
+    if not (math.isfinite(inputs.loss_scale) and inputs.loss_scale > 0):
+        raise ValueError(f"loss_scale must be positive, not {inputs.loss_scale}")
+
+
+def _output(
+    inputs: PolicyLossInputs, coefficients: LossCoefficients, advantages: Tensor | None, nll_weights: Tensor | None
+) -> PolicyLossOutput:
+    scale = 1.0 if inputs.main_grad is None else inputs.loss_scale
+    terms = Terms(
+        coefficients=coefficients,
+        entropy_coefficient=inputs.entropy_coefficient,
+        kl_coefficient=inputs.kl_coefficient,
+        kl_estimator=inputs.kl_estimator,
+    )
+    shared = (
+        inputs.targets,
+        _float(inputs.policy_weights, scale),
+        _float(nll_weights, scale),
+        _float(inputs.old_logprobs),
+        _float(advantages),
+        _float(inputs.ref_logprobs),
+        *_temperatures(inputs.temperature),
+        ops.pack_terms(terms),
+        group_name(inputs.group),
+        whole_vocabulary(inputs.weight, inputs.group, inputs.vocab_size),
+        inputs.sequence_parallel and inputs.group is not None,
+        inputs.logits_dtype,
+        inputs.chunk_tokens or 0,
+    )
+    learning = torch.is_grad_enabled()
+    if inputs.main_grad is not None and learning and inputs.weight.requires_grad:
+        results = ops.PolicyLossInto.apply(  # type: ignore[no-untyped-call]
+            inputs.hidden, inputs.weight, inputs.weight_grad, inputs.loss_scale, inputs.main_grad, *shared
+        )
+        mark_head(inputs.weight, inputs.weight_grad)
+    else:
+        wanted = (learning and inputs.hidden.requires_grad, learning and inputs.weight.requires_grad)
+        results = ops.policy_loss(inputs.hidden, inputs.weight, *shared, *wanted)
+    return PolicyLossOutput(loss=results[0], **dict(zip(ops.PER_TOKEN, results[1:6], strict=True)))
+
+
+def _two_phases(inputs: PolicyLossInputs) -> PolicyLossOutput:
+    """Log-probs, then the loss and its slopes in torch, then the gradients of -slope * logp: four products."""
+    vocab_size = whole_vocabulary(inputs.weight, inputs.group, inputs.vocab_size)
+    weighted = inputs.policy_weights != 0
+    if inputs.nll_weights is not None:
+        weighted = weighted | (inputs.nll_weights != 0)
+    rows = weighted_rows(weighted, inputs.targets, vocab_size)
+    first = fused_logprobs(
+        inputs.hidden.detach(),
+        inputs.weight.detach(),
+        inputs.targets,
+        trained=weighted,
+        temperature=inputs.temperature,
+        group=inputs.group,
         vocab_size=vocab_size,
-        sequence_parallel=sequence_parallel,
-        main_grad=main_grad,
-        weight_grad=weight_grad,
-        loss_scale=loss_scale,
-        logits_dtype=logits_dtype,
-        chunk_tokens=chunk_tokens,
-    ).run()
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyLossCall:
-    """The arguments of `fused_policy_loss`, and what is done with them."""
-
-    hidden: Tensor
-    """[T, H] float32 or bfloat16; with `sequence_parallel` this rank's [T / ranks, H]. Its gradient comes summed over
-    the vocabulary shards: wrap it in no further collective."""
-    weight: Tensor
-    """[V_local, H] in the type of `hidden`: this rank's rows of the head, padding included."""
-    targets: Tensor
-    """[T] int64, ids of the whole vocabulary. This and every other per-token tensor is the same on all ranks."""
-    loss: TokenLoss
-    """One without coefficients runs in two phases, on the tokens that carry a weight, in their order."""
-    policy_weights: Tensor
-    """[T]. Tokens that have neither this weight nor an NLL weight take no part; their outputs are 0."""
-    old_logprobs: Tensor | None
-    advantages: Tensor | None
-    nll_weights: Tensor | None
-    temperature: float | Tensor
-    """Divides the logits; one number, or [T]."""
-    entropy_coefficient: float
-    ref_logprobs: Tensor | None
-    kl_coefficient: float
-    kl_estimator: KLEstimator
-    """Form of the KL term, see `reference.kl_term`."""
-    group: dist.ProcessGroup | None
-    """Ranks that hold the vocabulary's shards, equal in size and in order of rank."""
-    vocab_size: int | None
-    """Size of the whole vocabulary without padding; None where there is no padding."""
-    sequence_parallel: bool
-    main_grad: Tensor | None
-    """[V_local, H] float32, where the head's gradient is added during this call."""
-    weight_grad: WeightGrad
-    """"autograd" returns the head's gradient in backward. "main_grad" adds it to `main_grad` and sets Megatron's flag
-    `grad_added_to_main_grad`. "main_grad_tied" adds it and leaves the flag alone: for a head tied to an
-    embedding of the same stage, whose own gradient is still to be added."""
-    loss_scale: float
-    """With a `main_grad`, the scale that backward will give the loss."""
-    logits_dtype: torch.dtype
-    """Rounding of logits: float32, or bfloat16, which is faster."""
-    chunk_tokens: int | None
-    """Tokens whose logits exist at a time; None fits them to the device."""
-
-    def run(self) -> PolicyLossOutput:
-        """Check the arguments, then compute."""
-        self._check()
-        if not kernels_usable(self.hidden.device.type):
-            return fused_policy_loss_ref(**{field.name: getattr(self, field.name) for field in fields(self)})
-        coefficients = self.loss.coefficients()
-        if coefficients is None:
-            return self._two_phases()
-        name = type(self.loss).__name__
-        if coefficients.kind != LossKind.NLL and self.advantages is None:
-            raise ValueError(f"{name} needs advantages, and the batch carries none")
-        if coefficients.kind not in (LossKind.NLL, LossKind.REINFORCE) and self.old_logprobs is None:
-            raise ValueError(f"{name} needs old_logprobs, and the batch carries none: run the log-prob pass first")
-        return self._output(coefficients, self.advantages, self.nll_weights)
-
-    def _check(self) -> None:
-        if not callable(getattr(self.loss, "coefficients", None)):
-            raise TypeError(f"{type(self.loss).__name__} is no token loss; of a sequence loss pass token_loss()")
-        check_weight_grad(self.weight, self.main_grad, self.weight_grad)
-        check_head(self.hidden, self.weight, self.targets, self.group, self.sequence_parallel, self.logits_dtype)
-        check_per_token(self.targets, self.temperature)
-        for name in ("policy_weights", "old_logprobs", "advantages", "nll_weights", "ref_logprobs"):
-            check_per_token(self.targets, getattr(self, name), name)
-        if self.kl_coefficient and self.ref_logprobs is None:
-            raise ValueError(f"kl_coefficient {self.kl_coefficient} needs ref_logprobs, and there are none")
-        if self.kl_estimator not in get_args(KLEstimator):
-            raise ValueError(
-                f"kl_estimator must be one of {', '.join(get_args(KLEstimator))}, not {self.kl_estimator!r}"
-            )
-        if not (math.isfinite(self.loss_scale) and self.loss_scale > 0):
-            raise ValueError(f"loss_scale must be positive, not {self.loss_scale}")
-
-    def _output(
-        self, coefficients: LossCoefficients, advantages: Tensor | None, nll_weights: Tensor | None
-    ) -> PolicyLossOutput:
-        scale = 1.0 if self.main_grad is None else self.loss_scale
-        terms = Terms(
-            coefficients=coefficients,
-            entropy_coefficient=self.entropy_coefficient,
-            kl_coefficient=self.kl_coefficient,
-            kl_estimator=self.kl_estimator,
-        )
-        shared = (
-            self.targets,
-            _float(self.policy_weights, scale),
-            _float(nll_weights, scale),
-            _float(self.old_logprobs),
-            _float(advantages),
-            _float(self.ref_logprobs),
-            *_temperatures(self.temperature),
-            ops.pack_terms(terms),
-            group_name(self.group),
-            whole_vocabulary(self.weight, self.group, self.vocab_size),
-            self.sequence_parallel and self.group is not None,
-            self.logits_dtype,
-            self.chunk_tokens or 0,
-        )
-        learning = torch.is_grad_enabled()
-        if self.main_grad is not None and learning and self.weight.requires_grad:
-            results = ops.PolicyLossInto.apply(  # type: ignore[no-untyped-call]
-                self.hidden, self.weight, self.weight_grad, self.loss_scale, self.main_grad, *shared
-            )
-            mark_head(self.weight, self.weight_grad)
-        else:
-            wanted = (learning and self.hidden.requires_grad, learning and self.weight.requires_grad)
-            results = ops.policy_loss(self.hidden, self.weight, *shared, *wanted)
-        return PolicyLossOutput(loss=results[0], **dict(zip(ops.PER_TOKEN, results[1:6], strict=True)))
-
-    def _two_phases(self) -> PolicyLossOutput:
-        """Log-probs, then the loss and its slopes in torch, then the gradients of -slope * logp: four products."""
-        vocab_size = whole_vocabulary(self.weight, self.group, self.vocab_size)
-        weighted = self.policy_weights != 0
-        if self.nll_weights is not None:
-            weighted = weighted | (self.nll_weights != 0)
-        rows = weighted_rows(weighted, self.targets, vocab_size)
-        first = fused_logprobs(
-            self.hidden.detach(),
-            self.weight.detach(),
-            self.targets,
-            trained=weighted,
-            temperature=self.temperature,
-            group=self.group,
-            vocab_size=vocab_size,
-            sequence_parallel=self.sequence_parallel,
-            logits_dtype=self.logits_dtype,
-            chunk_tokens=self.chunk_tokens,
-        )
-        old, advantages = (None if t is None else t[rows] for t in (self.old_logprobs, self.advantages))
-        with torch.enable_grad():
-            logprobs = first.logprobs[rows].requires_grad_()
-            value = (self.policy_weights[rows] * self.loss(logprobs, old, advantages)).sum()
-            (slope,) = torch.autograd.grad(value, logprobs)
-        slopes = torch.zeros_like(first.logprobs).index_copy_(0, rows, slope)
-        minus = -slopes if self.nll_weights is None else self.nll_weights - slopes
-        linear = LossCoefficients(kind=LossKind.REINFORCE)
-        output = self._output(linear, torch.zeros_like(first.logprobs), minus)
-        correction = value.detach() - (slope * logprobs.detach()).sum()
-        return PolicyLossOutput(
-            loss=output.loss + correction,
-            **{name: getattr(output, name) for name in ops.PER_TOKEN},
-        )
+        sequence_parallel=inputs.sequence_parallel,
+        logits_dtype=inputs.logits_dtype,
+        chunk_tokens=inputs.chunk_tokens,
+    )
+    old, advantages = (None if t is None else t[rows] for t in (inputs.old_logprobs, inputs.advantages))
+    with torch.enable_grad():
+        logprobs = first.logprobs[rows].requires_grad_()
+        value = (inputs.policy_weights[rows] * inputs.loss(logprobs, old, advantages)).sum()
+        (slope,) = torch.autograd.grad(value, logprobs)
+    slopes = torch.zeros_like(first.logprobs).index_copy_(0, rows, slope)
+    minus = -slopes if inputs.nll_weights is None else inputs.nll_weights - slopes
+    linear = LossCoefficients(kind=LossKind.REINFORCE)
+    output = _output(inputs, linear, torch.zeros_like(first.logprobs), minus)
+    correction = value.detach() - (slope * logprobs.detach()).sum()
+    return PolicyLossOutput(
+        loss=output.loss + correction,
+        **{name: getattr(output, name) for name in ops.PER_TOKEN},
+    )
 
 
 def fused_logprobs(
@@ -261,7 +170,7 @@ def fused_logprobs(
 ) -> LogprobOutput:
     """Log-prob of each target, entropy and log-sum-exp, without gradient: one matrix product, no logits kept.
 
-    `trained` [T] bool picks the tokens to compute, the others get 0. Other arguments as in `PolicyLossCall`.
+    `trained` [T] bool picks the tokens to compute, the others get 0. Other arguments as in `PolicyLossInputs`.
     """
     check_head(hidden, weight, targets, group, sequence_parallel, logits_dtype)
     check_per_token(targets, temperature)

@@ -8,16 +8,16 @@ in rank order.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_klear.kernels.inputs import PolicyLossInputs, WeightGrad
 from megatron_klear.kernels.vocab_parallel import VocabShard, enter_shards, gather_shards, sum_shards
-from megatron_klear.types import KLEstimator, LossCoefficients, LossKind, TokenLoss
+from megatron_klear.types import KLEstimator, LossCoefficients, LossKind
 
-WeightGrad = Literal["autograd", "main_grad", "main_grad_tied"]
 MAX_LOG_RATIO = 20.0
 MAX_KL = 10.0
 
@@ -210,55 +210,28 @@ def _scatter(values: Tensor, rows: Tensor, num_tokens: int, dtype: torch.dtype) 
     return torch.zeros(num_tokens, dtype=dtype, device=values.device).index_copy_(0, rows, values.detach().to(dtype))
 
 
-def fused_policy_loss_ref(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    loss: TokenLoss,
-    policy_weights: Tensor,
-    old_logprobs: Tensor | None = None,
-    advantages: Tensor | None = None,
-    nll_weights: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    entropy_coefficient: float = 0.0,
-    ref_logprobs: Tensor | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
-    group: dist.ProcessGroup | None = None,
-    vocab_size: int | None = None,
-    sequence_parallel: bool = False,
-    main_grad: Tensor | None = None,
-    weight_grad: WeightGrad = "autograd",
-    loss_scale: float = 1.0,
-    logits_dtype: torch.dtype = torch.float32,
-    chunk_tokens: int | None = None,
-) -> PolicyLossOutput:
-    """`fused_policy_loss` in plain torch: same arguments, same result.
+def fused_policy_loss_ref(inputs: PolicyLossInputs) -> PolicyLossOutput:
+    """`fused_policy_loss` in plain torch: same inputs, same result.
 
     `chunk_tokens` and `loss_scale` change nothing here. `loss` sees the tokens that carry a weight, in their order.
     """
-    check_weight_grad(weight, main_grad, weight_grad)
-    shard = VocabShard.of(weight, group, vocab_size)
-    hidden = enter_shards(hidden, shard, sequence_parallel)
-    total_vocab = weight.shape[0] * shard.size if vocab_size is None else vocab_size
-    weighted = policy_weights != 0 if nll_weights is None else (policy_weights != 0) | (nll_weights != 0)
-    rows = weighted_rows(weighted, targets, total_vocab)
-    head = cast(Tensor, _HeadWeight.apply(weight, main_grad, weight_grad, logits_dtype))  # type: ignore[no-untyped-call]
-    logits = _scaled_logits(hidden[rows], head, _rows_of(temperature, rows), shard, logits_dtype)
+    weight, targets = inputs.weight, inputs.targets
+    check_weight_grad(weight, inputs.main_grad, inputs.weight_grad)
+    shard = VocabShard.of(weight, inputs.group, inputs.vocab_size)
+    hidden = enter_shards(inputs.hidden, shard, inputs.sequence_parallel)
+    rows = weighted_rows(_weighted(inputs), targets, inputs.vocab_size or weight.shape[0] * shard.size)
+    head = cast(
+        Tensor,
+        _HeadWeight.apply(weight, inputs.main_grad, inputs.weight_grad, inputs.logits_dtype),  # type: ignore[no-untyped-call]
+    )
+    logits = _scaled_logits(hidden[rows], head, _rows_of(inputs.temperature, rows), shard, inputs.logits_dtype)
     logprobs, entropy, lse = _row_terms(logits, targets[rows], shard)
-    old, advantage, ref = (_rows_of(value, rows) for value in (old_logprobs, advantages, ref_logprobs))
-    ratio, region = ratio_and_region(loss.coefficients(), logprobs.detach(), old, advantage)
-    per_token = loss(logprobs, old, advantage)
-    if entropy_coefficient:
-        per_token = per_token - entropy_coefficient * entropy
-    if kl_coefficient:
-        if ref is None:
-            raise ValueError(f"kl_coefficient {kl_coefficient} needs ref_logprobs, and there are none")
-        per_token = per_token + kl_coefficient * kl_term(logprobs, ref, ratio, kl_estimator)
-    total = policy_weights[rows] * per_token
-    if nll_weights is not None:
-        total = total - nll_weights[rows] * logprobs
+    old, advantage = (_rows_of(value, rows) for value in (inputs.old_logprobs, inputs.advantages))
+    ratio, region = ratio_and_region(inputs.loss.coefficients(), logprobs.detach(), old, advantage)
+    per_token = inputs.loss(logprobs, old, advantage) + _regularisers(inputs, rows, logprobs, entropy, ratio)
+    total = inputs.policy_weights[rows] * per_token
+    if inputs.nll_weights is not None:
+        total = total - inputs.nll_weights[rows] * logprobs
     values = (logprobs, entropy, lse, ratio)
     outputs = (_scatter(value, rows, len(targets), torch.promote_types(value.dtype, torch.float32)) for value in values)
     return PolicyLossOutput(
@@ -266,6 +239,26 @@ def fused_policy_loss_ref(
         **dict(zip(("logprobs", "entropy", "lse", "ratio"), outputs, strict=True)),
         region=_scatter(region, rows, len(targets), torch.uint8),
     )
+
+
+def _weighted(inputs: PolicyLossInputs) -> Tensor:
+    weighted = inputs.policy_weights != 0
+    return weighted if inputs.nll_weights is None else weighted | (inputs.nll_weights != 0)
+
+
+def _regularisers(
+    inputs: PolicyLossInputs, rows: Tensor, logprobs: Tensor, entropy: Tensor, ratio: Tensor
+) -> Tensor | float:
+    """What entropy and KL add to each token's loss."""
+    added: Tensor | float = 0.0
+    if inputs.entropy_coefficient:
+        added = added - inputs.entropy_coefficient * entropy
+    if inputs.kl_coefficient:
+        ref = _rows_of(inputs.ref_logprobs, rows)
+        if ref is None:
+            raise ValueError(f"kl_coefficient {inputs.kl_coefficient} needs ref_logprobs, and there are none")
+        added = added + inputs.kl_coefficient * kl_term(logprobs, ref, ratio, inputs.kl_estimator)
+    return added
 
 
 def vocab_parallel_logprobs_ref(

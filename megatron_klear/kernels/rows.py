@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_klear.kernels.extension import extension, launch_place, on_device
+from megatron_klear.kernels.inputs import Terms, Tokens
 from megatron_klear.types import KLEstimator, LossCoefficients, LossKind
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -51,18 +52,9 @@ class RowOutputs:
 
 def policy_loss_rows(
     logits: Tensor,
-    targets: Tensor,
+    tokens: Tokens,
+    terms: Terms,
     *,
-    coefficients: LossCoefficients,
-    policy_weights: Tensor | None,
-    nll_weights: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    advantages: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    entropy_coefficient: float = 0.0,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
     vocab_size: int | None = None,
     gradient: Tensor | None = None,
     out: RowOutputs | None = None,
@@ -70,56 +62,50 @@ def policy_loss_rows(
 ) -> RowOutputs:
     """Losses of C tokens over a whole vocabulary, and d loss / d logits written over the logits.
 
-    `logits` [C, V] float32 or bfloat16, columns contiguous. `targets` [C] int64; the other per-token tensors are [C]
-    float32. `vocab_size` counts the columns that are not padding (None: all). `gradient` None means in place; it may
-    be another [C, V] buffer, or `bf16_view(logits)`. `threads` bounds the CPU's threads (None: torch's number).
+    `logits` [C, V] float32 or bfloat16, columns contiguous. `vocab_size` counts the columns that are not padding (None:
+    all). `gradient` None means in place; it may be another [C, V] buffer, or `bf16_view(logits)`. `threads` bounds the
+    CPU's threads (None: torch's number).
 
     Raises ValueError on shapes, types or strides that do not fit, KernelUnavailable where the kernels are not built.
     """
     rows = _Rows(logits, logits if gradient is None else gradient, 0, vocab_size, threads)
-    tokens = rows.tokens(
-        targets, temperature, policy_weights, nll_weights, old_logprobs, advantages, ref_logprobs, required=True
-    )
-    loss = _loss(rows.module, coefficients, entropy_coefficient, kl_coefficient, kl_estimator, advantages)
-    return rows.run(tokens, loss, out)
+    return rows.run(rows.tokens(tokens, required=True), _loss(rows.module, terms, tokens.advantages), out)
 
 
 def logprob_rows(
     logits: Tensor,
-    targets: Tensor,
+    tokens: Tokens,
     *,
-    temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     out: RowOutputs | None = None,
     threads: int | None = None,
 ) -> RowOutputs:
-    """Log-prob, entropy and log-sum-exp of C tokens; the logits are read only and ratio, loss, region are idle."""
+    """Log-prob, entropy and log-sum-exp of C tokens; the logits are read only and ratio, loss, region are idle.
+
+    Of `tokens` only targets and temperature are read.
+    """
     rows = _Rows(logits, None, 0, vocab_size, threads)
-    loss = _loss(rows.module, LossCoefficients(kind=LossKind.NLL), 0.0, 0.0, "k3", None)
-    return rows.run(rows.tokens(targets, temperature), loss, out)
+    read = Tokens(targets=tokens.targets, temperature=tokens.temperature)
+    return rows.run(rows.tokens(read), _loss(rows.module, _NO_TERMS, None), out)
 
 
 def stats_rows(
     logits: Tensor,
-    targets: Tensor,
+    tokens: Tokens,
     *,
     vocab_start: int,
     vocab_size: int | None = None,
-    temperature: float | Tensor = 1.0,
-    policy_weights: Tensor | None = None,
-    nll_weights: Tensor | None = None,
     threads: int | None = None,
 ) -> Tensor:
     """Statistics [4, C] float32 of one vocabulary shard: max, sum of exp, entropy part, target logit.
 
-    Column 0 of `logits` [C, V_local] is vocabulary id `vocab_start`; `targets` and `vocab_size` are those of the whole
+    Column 0 of `logits` [C, V_local] is vocabulary id `vocab_start`; targets and `vocab_size` are those of the whole
     vocabulary. With weights, rows of weight zero are not read.
     """
     rows = _Rows(logits, None, vocab_start, vocab_size, threads)
-    tokens = rows.tokens(targets, temperature, policy_weights, nll_weights)
     stats = torch.empty((4, rows.count), dtype=torch.float32, device=logits.device)
     if rows.count:
-        rows.call("stats", rows.struct, tokens, stats.data_ptr())
+        rows.call("stats", rows.struct, rows.tokens(tokens), stats.data_ptr())
     return stats
 
 
@@ -145,40 +131,26 @@ def combine_stats(stats: Tensor) -> Tensor:
 
 def finish_rows(
     logits: Tensor,
-    targets: Tensor,
     stats: Tensor,
+    tokens: Tokens,
+    terms: Terms,
     *,
-    coefficients: LossCoefficients,
-    policy_weights: Tensor | None,
     vocab_start: int,
     vocab_size: int | None = None,
-    nll_weights: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    advantages: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    entropy_coefficient: float = 0.0,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
     gradient: Tensor | None = None,
     out: RowOutputs | None = None,
     threads: int | None = None,
 ) -> RowOutputs:
     """Losses and this shard's gradient from the combined statistics [4, C]; otherwise as `policy_loss_rows`."""
     rows = _Rows(logits, logits if gradient is None else gradient, vocab_start, vocab_size, threads)
-    tokens = rows.tokens(
-        targets, temperature, policy_weights, nll_weights, old_logprobs, advantages, ref_logprobs, required=True
-    )
-    loss = _loss(rows.module, coefficients, entropy_coefficient, kl_coefficient, kl_estimator, advantages)
-    return rows.run(tokens, loss, out, stats)
+    return rows.run(rows.tokens(tokens, required=True), _loss(rows.module, terms, tokens.advantages), out, stats)
 
 
 def logprobs_from_stats(stats: Tensor, *, out: RowOutputs | None = None, threads: int | None = None) -> RowOutputs:
     """What `logprob_rows` gives, from the combined statistics [4, C] alone."""
     rows = _Rows(stats.new_empty((stats.shape[-1], 0)), None, 0, None, threads)
-    tokens = rows.module.Tokens(**dict.fromkeys(_TOKEN_FIELDS, 0), temperature=1.0)
-    loss = _loss(rows.module, LossCoefficients(kind=LossKind.NLL), 0.0, 0.0, "k3", None)
-    return rows.run(tokens, loss, out, stats)
+    tokens = rows.module.Tokens(**dict.fromkeys((*_TOKEN_FIELDS, "temperatures"), 0), temperature=1.0)
+    return rows.run(tokens, _loss(rows.module, _NO_TERMS, None), out, stats)
 
 
 def bf16_view(logits: Tensor) -> Tensor:
@@ -199,8 +171,8 @@ _TOKEN_FIELDS = (
     "old_logprobs",
     "advantages",
     "ref_logprobs",
-    "temperatures",
 )
+_NO_TERMS = Terms(coefficients=LossCoefficients(kind=LossKind.NLL))
 
 
 class _Rows:
@@ -230,35 +202,18 @@ class _Rows:
             gradient_type=_TYPES[logits.dtype if gradient is None else gradient.dtype],
         )
 
-    def tokens(
-        self,
-        targets: Tensor,
-        temperature: float | Tensor,
-        policy_weights: Tensor | None = None,
-        nll_weights: Tensor | None = None,
-        old_logprobs: Tensor | None = None,
-        advantages: Tensor | None = None,
-        ref_logprobs: Tensor | None = None,
-        *,
-        required: bool = False,
-    ) -> Any:
+    def tokens(self, tokens: Tokens, *, required: bool = False) -> Any:
         """The per-token inputs, checked. With `required`, some weight must be given."""
-        if required and policy_weights is None and nll_weights is None:
+        if required and tokens.policy_weights is None and tokens.nll_weights is None:
             raise ValueError("give policy_weights, nll_weights or both: without either no row has a loss")
-        per_token = isinstance(temperature, Tensor)
-        if not per_token and not (math.isfinite(temperature) and temperature > 0):
+        temperature = tokens.temperature
+        per_token = temperature if isinstance(temperature, Tensor) else None
+        number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+        if not (math.isfinite(number) and number > 0):
             raise ValueError(f"temperature must be positive, not {temperature}")
-        given = (
-            targets,
-            policy_weights,
-            nll_weights,
-            old_logprobs,
-            advantages,
-            ref_logprobs,
-            temperature if isinstance(temperature, Tensor) else None,
-        )
-        addresses = {name: self._address(name, tensor) for name, tensor in zip(_TOKEN_FIELDS, given, strict=True)}
-        return self.module.Tokens(**addresses, temperature=1.0 if per_token else float(temperature))
+        addresses = {name: self._address(name, getattr(tokens, name)) for name in _TOKEN_FIELDS}
+        addresses["temperatures"] = self._address("temperature", per_token)
+        return self.module.Tokens(**addresses, temperature=number)
 
     def run(self, tokens: Any, loss: Any, out: RowOutputs | None, stats: Tensor | None = None) -> RowOutputs:
         """One pass, or the finish from `stats`."""
@@ -300,14 +255,8 @@ class _Rows:
         return tensor.data_ptr()
 
 
-def _loss(
-    module: Any,
-    loss: LossCoefficients,
-    entropy: float,
-    kl: float,
-    kl_estimator: KLEstimator,
-    advantages: Tensor | None,
-) -> Any:
+def _loss(module: Any, terms: Terms, advantages: Tensor | None) -> Any:
+    loss = terms.coefficients
     if loss.kind != LossKind.NLL and advantages is None:
         raise ValueError(f"a loss of kind {LossKind(loss.kind).name} needs advantages")
     return module.Coefficients(
@@ -317,9 +266,9 @@ def _loss(
         beta_low=loss.beta_low,
         beta_high=loss.beta_high,
         dual_clip=loss.dual_clip,
-        entropy_coefficient=entropy,
-        kl_coefficient=kl,
-        kl_estimator=get_args(KLEstimator).index(kl_estimator),
+        entropy_coefficient=terms.entropy_coefficient,
+        kl_coefficient=terms.kl_coefficient,
+        kl_estimator=get_args(KLEstimator).index(terms.kl_estimator),
     )
 
 

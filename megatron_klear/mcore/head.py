@@ -52,18 +52,18 @@ class Head:
         With `keep_ratios` the sums have `ratios` [T_local] beside them.
         """
         weight, values = model.head_weight, row.per_token
-        result = self._policy_loss(
-            hidden.squeeze(1),
-            weight,
-            values["targets"],
+        inputs = kernels.PolicyLossInputs(
+            hidden=hidden.squeeze(1),
+            weight=weight,
+            targets=values["targets"],
             loss=loss,
             policy_weights=values["weights"],
             old_logprobs=values.get("old_logprobs"),
             advantages=values.get("advantages"),
             nll_weights=values.get("nll_weights"),
+            ref_logprobs=values.get("ref_logprobs"),
             temperature=temperature,
             entropy_coefficient=entropy_coefficient,
-            ref_logprobs=values.get("ref_logprobs"),
             kl_coefficient=kl_coefficient,
             kl_estimator=kl_estimator,
             main_grad=weight.main_grad,  # type: ignore[attr-defined]  # Megatron's DDP puts it there
@@ -71,6 +71,7 @@ class Head:
             weight_grad="main_grad_tied" if model.head_is_embedding else "main_grad",
             **self._layout,
         )
+        result = self._policy_loss(inputs)
         sums = {
             "loss": result.loss.detach().float(),
             "entropy": torch.where(values["weights"] != 0, result.entropy, 0.0).sum(),

@@ -2,6 +2,7 @@
 
 import torch
 
+from megatron_klear.kernels import PolicyLossInputs
 from megatron_klear.rl.losses import CISPO, DPPO, GPPO, NLL, PPO, REINFORCE, SAPO, CappedCISPO
 
 
@@ -79,7 +80,7 @@ def differentiate(function, arguments, scale=1.0, **more):
     arguments = arguments | more
     for name in ("hidden", "weight"):
         arguments[name] = arguments[name].detach().clone().requires_grad_()
-    output = function(**arguments)
+    output = function(PolicyLossInputs(**arguments))
     (output.loss * scale).backward()
     return output, arguments["hidden"].grad, arguments["weight"].grad
 

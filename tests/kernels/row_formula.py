@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_klear.kernels import Terms, Tokens, rows
+from megatron_klear.kernels.rows import RowOutputs
 from megatron_klear.types import KLEstimator, LossCoefficients, LossKind
 
 KINDS = {
@@ -51,6 +54,19 @@ class Rows:
         """Each tensor changed: moved, sliced."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **{name: change(value) for name, value in tensors.items()})
+
+
+def take_inputs(arguments: dict[str, Any]) -> tuple[Tokens, Terms]:
+    """The tokens and terms among keyword arguments, which are left without them."""
+    tokens, terms = (
+        {f.name: arguments.pop(f.name) for f in fields(kind) if f.name in arguments} for kind in (Tokens, Terms)
+    )
+    return Tokens(**tokens), Terms(**terms)
+
+
+def policy_loss_rows(logits: Tensor, **arguments: Any) -> RowOutputs:
+    """The row kernel under test, with the arguments of `Rows`."""
+    return rows.policy_loss_rows(logits, *take_inputs(arguments), **arguments)
 
 
 def random_rows(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from fused_cases import FAMILY, differentiate, double, errors, problem, relative, same_bits
 
-from megatron_klear.kernels import available, fused_logprobs, fused_policy_loss, fused_policy_loss_ref
+from megatron_klear.kernels import PolicyLossInputs, available, fused_logprobs, fused_policy_loss, fused_policy_loss_ref
 from megatron_klear.rl.losses import GPPO, NLL
 
 pytestmark = pytest.mark.gpu
@@ -72,7 +72,7 @@ def test_forward_only_logprobs():
     arguments = on_gpu(problem(tokens=300, hidden=64, vocab=151_936, valid=151_669))
     names = ("hidden", "weight", "targets", "vocab_size")
     alone = fused_logprobs(**{name: arguments[name] for name in names})
-    output = fused_policy_loss(loss=GPPO(), **arguments)
+    output = fused_policy_loss(PolicyLossInputs(loss=GPPO(), **arguments))
     trained = output.lse != 0
     assert relative(alone.logprobs[trained], output.logprobs[trained]) < 1e-6
 
@@ -83,7 +83,7 @@ def test_compiled_whole_equals_eager(mode):
 
     def step(hidden, main_grad):
         inputs = arguments | {"hidden": hidden * 1.5}
-        return fused_policy_loss(loss=GPPO(), main_grad=main_grad, weight_grad=mode, **inputs).loss
+        return fused_policy_loss(PolicyLossInputs(loss=GPPO(), main_grad=main_grad, weight_grad=mode, **inputs)).loss
 
     def run(function):
         hidden = arguments["hidden"].clone().requires_grad_()
@@ -103,12 +103,12 @@ def test_memory_is_one_chunk_and_32_bytes_a_token():
     arguments["weight"].requires_grad_()
     main_grad = torch.zeros(vocab, hidden, device="cuda")
     gradients = tokens * hidden * 2
-    fused_policy_loss(**arguments, main_grad=main_grad, weight_grad="main_grad_tied").loss.backward()
+    fused_policy_loss(PolicyLossInputs(**arguments, main_grad=main_grad, weight_grad="main_grad_tied")).loss.backward()
     arguments["hidden"].grad = None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    fused_policy_loss(**arguments, main_grad=main_grad, weight_grad="main_grad_tied").loss.backward()
+    fused_policy_loss(PolicyLossInputs(**arguments, main_grad=main_grad, weight_grad="main_grad_tied")).loss.backward()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     workspace = 64 << 20  # of the matrix products, whatever the size

@@ -6,7 +6,15 @@ import pytest
 import torch
 from fused_cases import FAMILY, OWN, PER_TOKEN, differentiate, double, errors, problem, relative, same_bits
 
-from megatron_klear.kernels import available, fused_logprobs, fused_policy_loss, fused_policy_loss_ref, gemm, ops
+from megatron_klear.kernels import (
+    PolicyLossInputs,
+    available,
+    fused_logprobs,
+    fused_policy_loss,
+    fused_policy_loss_ref,
+    gemm,
+    ops,
+)
 from megatron_klear.kernels import policy_loss as face
 from megatron_klear.kernels.chunks import Terms
 from megatron_klear.rl.losses import GPPO, GSPO, NLL, PPO, REINFORCE
@@ -40,7 +48,7 @@ def test_errors_against_float64_are_within_twice_those_of_torch(name):
     assert ours["region"] == 0
     for key in ("loss", "logprobs", "entropy", "lse", "hidden", "weight"):
         assert ours[key] <= 2 * theirs[key] + 1e-7, (key, ours, theirs)
-    got, wanted = fused_policy_loss(**arguments).logprobs, exact[0].logprobs
+    got, wanted = fused_policy_loss(PolicyLossInputs(**arguments)).logprobs, exact[0].logprobs
     assert (got - wanted).abs().max() < 1e-5
 
 
@@ -132,7 +140,9 @@ def test_main_grad_receives_the_heads_gradient(tied):
         head = torch.nn.Parameter(arguments["weight"].clone())
         head.grad_added_to_main_grad = False
         states = arguments["hidden"].clone().requires_grad_()
-        output = function(**arguments | {"hidden": states, "weight": head}, main_grad=main_grad, weight_grad=mode)
+        output = function(
+            PolicyLossInputs(**arguments | {"hidden": states, "weight": head}, main_grad=main_grad, weight_grad=mode)
+        )
         output.loss.backward()
         assert relative(main_grad, 2 * expected[2]) < 1e-5
         assert relative(states.grad, expected[1]) < 1e-5
@@ -168,11 +178,11 @@ def test_no_gradient_is_made_that_nobody_wants(frozen, monkeypatch):
     rows = count_rows(monkeypatch)
     wanted = ({"hidden", "weight"} - {frozen}).pop()
     leaf = arguments[wanted].clone().requires_grad_()
-    fused_policy_loss(**arguments | {wanted: leaf}).loss.backward()
+    fused_policy_loss(PolicyLossInputs(**arguments | {wanted: leaf})).loss.backward()
     assert relative(leaf.grad, expected[wanted]) < 1e-6
     assert (rows["weight"] == 0) is (frozen == "weight")
     with torch.no_grad():
-        output = fused_policy_loss(**arguments | {wanted: leaf})
+        output = fused_policy_loss(PolicyLossInputs(**arguments | {wanted: leaf}))
     assert not output.loss.requires_grad
 
 
@@ -196,12 +206,12 @@ def test_sequence_ratio_runs_as_shifted_old_logprobs():
     trained = (arguments["policy_weights"] != 0) | (arguments["nll_weights"] != 0)
     first = fused_logprobs(*(arguments[name] for name in ("hidden", "weight", "targets"))).logprobs
     old = loss.sequence_old_logprobs(first, arguments["old_logprobs"], trained, bounds)
-    output = fused_policy_loss(**arguments | {"loss": loss.token_loss(), "old_logprobs": old})
+    output = fused_policy_loss(PolicyLossInputs(**arguments | {"loss": loss.token_loss(), "old_logprobs": old}))
     for a, b in ((0, 40), (40, 41), (41, 96)):
         ratio = output.ratio[a:b][trained[a:b]]
         assert len(ratio) == 0 or relative(ratio, ratio[:1].expand_as(ratio)) < 1e-5
     with pytest.raises(TypeError, match="token_loss"):
-        fused_policy_loss(**arguments | {"loss": loss})
+        fused_policy_loss(PolicyLossInputs(**arguments | {"loss": loss}))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, torch.linspace(0.5, 1.5, 96)], ids=["1", "0.6", "per_token"])
@@ -211,12 +221,12 @@ def test_forward_only_logprobs_are_those_of_the_loss(temperature):
     names = ("hidden", "weight", "targets", "vocab_size", "temperature")
     alone = fused_logprobs(**{name: arguments[name] for name in names}, chunk_tokens=13)
     some = fused_logprobs(**{name: arguments[name] for name in names}, trained=trained)
-    output = fused_policy_loss(loss=GPPO(), **arguments)
+    output = fused_policy_loss(PolicyLossInputs(loss=GPPO(), **arguments))
     for name in ("logprobs", "entropy", "lse"):
         assert relative(getattr(some, name), getattr(output, name)) < 1e-6
         assert relative(getattr(alone, name)[trained], getattr(some, name)[trained]) < 1e-6
         assert (getattr(some, name)[~trained] == 0).all()
-    again = fused_policy_loss(**arguments | {"loss": GPPO(), "old_logprobs": alone.logprobs})
+    again = fused_policy_loss(PolicyLossInputs(**arguments | {"loss": GPPO(), "old_logprobs": alone.logprobs}))
     assert (again.ratio[trained] - 1).abs().max() < 1e-5
 
 
@@ -249,7 +259,7 @@ def test_not_finite_logits_show_in_the_loss():
     arguments = problem() | {"loss": GPPO()}
     token = int((arguments["policy_weights"] != 0).nonzero()[0])
     arguments["hidden"][token] = torch.nan
-    assert torch.isnan(fused_policy_loss(**arguments).loss)
+    assert torch.isnan(fused_policy_loss(PolicyLossInputs(**arguments)).loss)
 
 
 def bad(**changes):
@@ -279,7 +289,7 @@ def bad(**changes):
 )
 def test_bad_input_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        fused_policy_loss(**problem() | {"loss": PPO(0.2, 0.2)} | changes)
+        fused_policy_loss(PolicyLossInputs(**problem() | {"loss": PPO(0.2, 0.2)} | changes))
 
 
 def test_without_the_kernels_the_reference_runs_and_says_so_once(monkeypatch, caplog):
@@ -320,7 +330,7 @@ def test_compiled_whole_equals_eager(mode):
 
     def step(hidden, weight, main_grad):
         inputs = arguments | {"hidden": hidden * 1.5, "weight": weight}
-        return fused_policy_loss(loss=GPPO(), main_grad=main_grad, weight_grad=mode, **inputs)
+        return fused_policy_loss(PolicyLossInputs(loss=GPPO(), main_grad=main_grad, weight_grad=mode, **inputs))
 
     def run(function):
         main_grad = None if mode == "autograd" else torch.zeros_like(arguments["weight"])
@@ -356,7 +366,7 @@ def test_memory_is_one_chunk_and_32_bytes_a_token(compacted):
     main_grad = torch.zeros(vocab, hidden)
 
     def step():
-        output = fused_policy_loss(**arguments, main_grad=main_grad)
+        output = fused_policy_loss(PolicyLossInputs(**arguments, main_grad=main_grad))
         output.loss.backward()
         return output
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from fused_cases import PER_TOKEN, Sigmoid, differentiate, errors, problem, relative
 
-from megatron_klear.kernels import available, fused_logprobs, fused_policy_loss, fused_policy_loss_ref
+from megatron_klear.kernels import PolicyLossInputs, available, fused_logprobs, fused_policy_loss, fused_policy_loss_ref
 from megatron_klear.rl.losses import GPPO, NLL
 
 if not available().built:
@@ -109,7 +109,7 @@ def compiled_step(arguments):
     mine = shard_of(arguments, dist.group.WORLD, True)
 
     def step(hidden):
-        return fused_policy_loss(**mine | {"hidden": hidden}).loss
+        return fused_policy_loss(PolicyLossInputs(**mine | {"hidden": hidden})).loss
 
     hidden = mine["hidden"].clone().requires_grad_()
     loss = torch.compile(step, backend="aot_eager")(hidden)

@@ -7,11 +7,12 @@ from typing import get_args
 
 import pytest
 import torch
-from row_formula import KINDS, Rows, expected, far, random_rows, relative_error
+from row_formula import KINDS, Rows, expected, far, policy_loss_rows, random_rows, relative_error, take_inputs
 from torch import Tensor
 
 from megatron_klear.kernels import available, rows
-from megatron_klear.kernels.rows import RowOutputs, bf16_view, combine_stats, logprob_rows, policy_loss_rows
+from megatron_klear.kernels.inputs import Tokens
+from megatron_klear.kernels.rows import RowOutputs, bf16_view, combine_stats, logprob_rows
 from megatron_klear.types import KLEstimator
 
 pytestmark = pytest.mark.skipif(available().cpu_isa is None, reason=available().reason)
@@ -130,12 +131,11 @@ def test_vocabulary_shards_equal_one_pass(dtype: torch.dtype, ranks: int, entrop
     whole, gradient = run(chunk)
     width = 4096 // ranks  # the last of four shards is all padding
     shards = [chunk.logits[:, i * width : (i + 1) * width].clone() for i in range(ranks)]
-    arguments = chunk.arguments()
-    shared = {name: arguments.pop(name) for name in ("targets", "temperature", "vocab_size", "policy_weights")}
-    stats = [rows.stats_rows(shard, vocab_start=i * width, **shared) for i, shard in enumerate(shards)]
+    tokens, terms = take_inputs(arguments := chunk.arguments())
+    stats = [rows.stats_rows(shard, tokens, vocab_start=i * width, **arguments) for i, shard in enumerate(shards)]
     merged = combine_stats(torch.stack(stats))
     for i, shard in enumerate(shards):
-        out = rows.finish_rows(shard, stats=merged, vocab_start=i * width, **shared, **arguments)
+        out = rows.finish_rows(shard, merged, tokens, terms, vocab_start=i * width, **arguments)
         for name in VALUES:
             torch.testing.assert_close(getattr(out, name), getattr(whole, name), atol=1e-6, rtol=1e-5)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-3  # a bf16 rounding that falls the other way
@@ -149,7 +149,8 @@ def test_vocabulary_shards_equal_one_pass(dtype: torch.dtype, ranks: int, entrop
 def test_combining_follows_the_order_of_the_ranks() -> None:
     chunk = random_rows(8, 300, "nll")
     parts = [
-        rows.stats_rows(part, chunk.targets, vocab_start=i * 100) for i, part in enumerate(chunk.logits.split(100, 1))
+        rows.stats_rows(part, Tokens(targets=chunk.targets), vocab_start=i * 100)
+        for i, part in enumerate(chunk.logits.split(100, 1))
     ]
     first = combine_stats(torch.stack([part.contiguous() for part in parts]))
     assert torch.equal(first, combine_stats(torch.stack(parts)))
@@ -160,7 +161,7 @@ def test_logprob_rows_read_only_and_equal_to_the_loss_path() -> None:
     chunk = random_rows(12, 5003, "nll", padding=3, temperature=0.7)
     chunk = replace(chunk, policy_weights=torch.ones(12))
     before = chunk.logits.clone()
-    plain = logprob_rows(chunk.logits, chunk.targets, temperature=0.7, vocab_size=chunk.vocab_size)
+    plain = logprob_rows(chunk.logits, Tokens(targets=chunk.targets, temperature=0.7), vocab_size=chunk.vocab_size)
     out, _ = run(chunk)
     assert torch.equal(chunk.logits.nan_to_num(), before.nan_to_num())
     for name in ("logprobs", "entropy", "lse", "status"):

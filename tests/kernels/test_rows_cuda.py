@@ -7,11 +7,12 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from row_formula import KINDS, Rows, expected, random_rows, relative_error
+from row_formula import KINDS, Rows, expected, policy_loss_rows, random_rows, relative_error, take_inputs
 from torch import Tensor
 
 from megatron_klear.kernels import available, rows
-from megatron_klear.kernels.rows import RowOutputs, bf16_view, combine_stats, policy_loss_rows
+from megatron_klear.kernels.inputs import Tokens
+from megatron_klear.kernels.rows import RowOutputs, bf16_view, combine_stats
 
 CUDA = torch.device("cuda", 0)
 NAMES = [field.name for field in fields(RowOutputs)]
@@ -128,15 +129,16 @@ def test_small_vocabulary_shards(dtype: torch.dtype, ranks: int, narrow: bool) -
     moved = chunk.map(lambda tensor: tensor.to(CUDA))
     width = 4096 // ranks
     shards = [moved.logits[:, i * width : (i + 1) * width].contiguous() for i in range(ranks)]
-    arguments = moved.arguments()
-    shared = {name: arguments.pop(name) for name in ("targets", "temperature", "vocab_size", "policy_weights")}
-    stats = torch.stack([rows.stats_rows(shard, vocab_start=i * width, **shared) for i, shard in enumerate(shards)])
+    tokens, terms = take_inputs(arguments := moved.arguments())
+    stats = torch.stack(
+        [rows.stats_rows(shard, tokens, vocab_start=i * width, **arguments) for i, shard in enumerate(shards)]
+    )
     merged = combine_stats(stats)
     assert torch.equal(merged.cpu(), combine_stats(stats.cpu()))  # bitwise
     narrow = narrow and dtype == torch.float32
     parts = [bf16_view(shard) if narrow else shard for shard in shards]
     for i, (shard, part) in enumerate(zip(shards, parts, strict=True)):
-        out = rows.finish_rows(shard, stats=merged, vocab_start=i * width, gradient=part, **shared, **arguments)
+        out = rows.finish_rows(shard, merged, tokens, terms, vocab_start=i * width, gradient=part, **arguments)
         for name in NAMES:
             torch.testing.assert_close(getattr(out, name).cpu(), getattr(whole, name), atol=1e-5, rtol=4e-5)
     tolerance = 1e-6 if parts[0].dtype == torch.float32 else 4e-3
@@ -149,8 +151,8 @@ def test_small_logprob_rows_agree_and_only_read() -> None:
     chunk = random_rows(12, 5003, "nll", padding=3, temperature=0.7)
     moved = on_cuda(chunk)
     before = moved.logits.clone()
-    out = rows.logprob_rows(moved.logits, moved.targets, temperature=0.7, vocab_size=chunk.vocab_size)
-    twin = rows.logprob_rows(chunk.logits, chunk.targets, temperature=0.7, vocab_size=chunk.vocab_size)
+    out = rows.logprob_rows(moved.logits, Tokens(targets=moved.targets, temperature=0.7), vocab_size=chunk.vocab_size)
+    twin = rows.logprob_rows(chunk.logits, Tokens(targets=chunk.targets, temperature=0.7), vocab_size=chunk.vocab_size)
     assert torch.equal(moved.logits.nan_to_num(), before.nan_to_num())
     for name in NAMES:
         torch.testing.assert_close(getattr(out, name).cpu(), getattr(twin, name), atol=1e-5, rtol=1e-5)
@@ -210,7 +212,7 @@ def test_small_launches_follow_the_current_stream(kernel: str) -> None:
 def test_unaligned_rows_are_refused() -> None:
     logits = torch.zeros(4, 997, device=CUDA)
     with pytest.raises(ValueError, match="16 bytes"):
-        rows.logprob_rows(logits, torch.zeros(4, dtype=torch.int64, device=CUDA))
+        rows.logprob_rows(logits, Tokens(targets=torch.zeros(4, dtype=torch.int64, device=CUDA)))
     tight = torch.zeros(4, 1000, device=CUDA)[:, 3:]
     with pytest.raises(ValueError, match="16 bytes"):
-        rows.logprob_rows(tight, torch.zeros(4, dtype=torch.int64, device=CUDA))
+        rows.logprob_rows(tight, Tokens(targets=torch.zeros(4, dtype=torch.int64, device=CUDA)))

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from row_formula import KINDS, Rows, expected, random_rows, relative_error
+from row_formula import KINDS, Rows, expected, policy_loss_rows, random_rows, relative_error
 from torch import Tensor
 
 from megatron_klear.kernels import available
-from megatron_klear.kernels.rows import RowOutputs, bf16_view, policy_loss_rows
+from megatron_klear.kernels.rows import RowOutputs, bf16_view
 
 pytestmark = pytest.mark.skipif(available().cpu_isa is None, reason=available().reason)
 INFINITY = float("inf")
@@ -150,7 +150,7 @@ def test_empty_chunks(shape: tuple[int, int]) -> None:
     logits = torch.empty(shape)
     ones = torch.ones(shape[0])
     out = policy_loss_rows(
-        logits, torch.zeros(shape[0], dtype=torch.int64), coefficients=KINDS["nll"], policy_weights=ones
+        logits, targets=torch.zeros(shape[0], dtype=torch.int64), coefficients=KINDS["nll"], policy_weights=ones
     )
     assert out.loss.shape == (shape[0],)
     assert out.status.eq(5).all()  # a vocabulary without columns holds no target and sums to nothing

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_klear.kernels import fused_policy_loss, gemm
+from megatron_klear.kernels import PolicyLossInputs, Terms, Tokens, fused_policy_loss, gemm
 from megatron_klear.kernels.rows import policy_loss_rows
 from megatron_klear.rl.losses import GPPO, NLL, PPO
 from megatron_klear.types import TokenLoss
@@ -136,10 +136,10 @@ def _from_hidden(problem: Problem) -> Iterator[Contender]:
 
     def ours(logits_dtype: torch.dtype, loss: TokenLoss) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            output = fused_policy_loss(
-                p.hidden,
-                p.weight,
-                p.targets,
+            inputs = PolicyLossInputs(
+                hidden=p.hidden,
+                weight=p.weight,
+                targets=p.targets,
                 loss=loss,
                 policy_weights=p.weights,
                 old_logprobs=p.old_logprobs,
@@ -148,7 +148,7 @@ def _from_hidden(problem: Problem) -> Iterator[Contender]:
                 weight_grad="main_grad_tied",
                 logits_dtype=logits_dtype,
             )
-            return torch.autograd.grad(output.loss, p.hidden)[0]
+            return torch.autograd.grad(fused_policy_loss(inputs).loss, p.hidden)[0]
 
         return run
 
@@ -253,6 +253,11 @@ def _from_logits(problem: Problem, dtype: torch.dtype) -> Iterator[Contender]:
     p = problem
     scratch = torch.empty_like(p.logits(dtype)).requires_grad_()
     size = scratch.numel() * dtype.itemsize
+    given = {"old_logprobs": p.old_logprobs, "advantages": p.advantages}
+    tokens, terms = (
+        Tokens(targets=p.targets, policy_weights=p.weights, **given),
+        Terms(coefficients=LOSS.coefficients()),
+    )
 
     def restore() -> None:
         with torch.no_grad():
@@ -260,8 +265,7 @@ def _from_logits(problem: Problem, dtype: torch.dtype) -> Iterator[Contender]:
 
     def ours() -> Tensor:
         logits = scratch.detach()
-        given = {"old_logprobs": p.old_logprobs, "advantages": p.advantages}
-        policy_loss_rows(logits, p.targets, coefficients=LOSS.coefficients(), policy_weights=p.weights, **given)
+        policy_loss_rows(logits, tokens, terms)
         return logits
 
     def plain(logits: Tensor) -> Tensor:
