@@ -78,7 +78,7 @@ def _blocks(text: str) -> list[_Block]:
             blocks[-1].lines.append(line)
             continue
         opened = _opens(line)
-        if fence and (opened is None or not opened[1]):
+        if fence and not (opened and opened[1] and line.strip().casefold() == opened[0] + opened[1]):
             blocks[-1].closed, fence = True, ""
         elif opened is not None:
             fence, language = opened

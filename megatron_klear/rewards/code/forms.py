@@ -16,6 +16,7 @@ Each may be JSON in a text.
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -199,12 +200,11 @@ def _read_humaneval(truth: dict[str, Any]) -> Problem:
 
 def _without(prompt: str, entry: str) -> str:
     """What a prompt of HumanEval holds besides the function to write: imports and helpers."""
-    try:
-        tree = ast.parse(prompt)
-    except SyntaxError:
-        return ""
-    kept = [entry_ for entry_ in tree.body if getattr(entry_, "name", None) != entry]
-    return ast.unparse(ast.Module(kept, []))
+    for source in (prompt, prompt + "    pass\n"):
+        with contextlib.suppress(SyntaxError, ValueError):
+            kept = [part for part in ast.parse(source).body if getattr(part, "name", None) != entry]
+            return ast.unparse(ast.Module(kept, []))
+    return ""
 
 
 def _defines(program: str, entry: str) -> bool:
@@ -234,14 +234,21 @@ _READERS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], Problem]], ...
 
 
 def _plain(value: Any) -> Any:
-    """Arrays of numpy as lists, and an object that stands as JSON in a text as an object."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(entry) if hasattr(entry, "tolist") else entry for entry in value]
+    """Arrays of numpy as lists, at any depth, and an object that stands as JSON in a text as an object."""
+    value = _listed(value)
     if isinstance(value, str) and value[:1] in ("{", "["):
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
             return value
+    return value
+
+
+def _listed(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_listed(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _listed(entry) for key, entry in value.items()}
     return value

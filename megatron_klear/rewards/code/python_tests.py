@@ -16,6 +16,8 @@ from .problem import Check, Problem, Test
 
 _BUILTINS = frozenset(dir(builtins))
 _LINKED = frozenset(("list_node", "tree_node", "ListNode", "TreeNode", "is_same_list", "is_same_tree"))
+_COMPARES = frozenset(("isclose", "fabs", "sqrt", "Counter", "deque"))
+"""Of the prelude, what tests themselves call."""
 _SOLUTION_MODULES = frozenset(("solution", "main", "your_module", "your_solution"))
 
 
@@ -61,12 +63,16 @@ def read_source(source: str, *, entry: str = "", trusted: str = "", before: str 
 def check_source(check: Check, under_test: frozenset[str]) -> str:
     """The source of a check with what it takes for granted in front: imports, helpers, pytest's names.
 
-    What it still lacks is asked of the program: the names under test, and no others.
+    What it still lacks is asked of the program: the names under test, and no others. Those that the prelude or Python
+    has as well are imported from the program, or a test of `gcd` would test `math.gcd`.
     """
     tree = ast.parse(check.source)
     made = {name for statement in tree.body for name in bound(statement)}
-    free = loaded(tree) - made - under_test - {CANDIDATE} - _BUILTINS
-    header = [_starred()[name] for name in sorted(free) if name in _starred()]
+    read = loaded(tree) - made
+    shadowed = sorted(read & under_test & (_BUILTINS | _starred().keys()))
+    free = read - under_test - {CANDIDATE} - _BUILTINS
+    header = [f"from solution import {name}" for name in shadowed]
+    header += [_starred()[name] for name in sorted(free) if name in _starred()]
     if "pytest" in free:
         header.append(PYTEST)
     if free & _LINKED:
@@ -87,8 +93,13 @@ def names_under_test(tree: ast.Module, imported: set[str]) -> frozenset[str]:
     ours = free - _BUILTINS - _starred().keys() - _LINKED - {"pytest"}
     if ours:
         return frozenset(ours)
-    called = {_outermost(node.test) for node in ast.walk(tree) if isinstance(node, ast.Assert)} - made - {""}
-    return frozenset((called - _BUILTINS) or called)
+    asserts = [node.test for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    called = {name for test in asserts for node in ast.walk(test) if (name := _called(node))} - made - _COMPARES
+    return frozenset(called - _BUILTINS) or frozenset(_outermost(test) for test in asserts) - made - {""}
+
+
+def _called(node: ast.AST) -> str:
+    return node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
 
 
 def _outermost(test: ast.expr) -> str:
@@ -97,7 +108,7 @@ def _outermost(test: ast.expr) -> str:
         test = test.left
     if isinstance(test, ast.UnaryOp):
         test = test.operand
-    return test.func.id if isinstance(test, ast.Call) and isinstance(test.func, ast.Name) else ""
+    return _called(test)
 
 
 @cache

@@ -10,7 +10,7 @@ from megatron_klear.types import ProgramResult, Score, Verdict
 from ..base import Scheme
 from ..format import OPEN, Thinking, split_thinking
 from ..sandbox.outcome import Limits, Sandbox
-from .extract import Extracted, find_program
+from .extract import Extracted, find_program, whole_program
 from .forms import FormError, read_problem
 from .judge import Result, judge, sampled
 from .problem import Problem
@@ -25,7 +25,7 @@ def _opened(settings: CodeSettings) -> Sandbox:
     """The sandbox of this process, started at the first program; it goes with the process."""
     from ..sandbox import open_sandbox
 
-    return open_sandbox(settings.sandbox, packages=settings.packages)
+    return open_sandbox(settings.sandbox)
 
 
 class CodeReward:
@@ -70,7 +70,8 @@ class CodeReward:
             )
         if parts.answer is None and response.lstrip().startswith(OPEN):
             return self.grade(Extracted(None, Thinking.NOT_CLOSED.value), ground_truth)
-        return self.grade(find_program(response if parts.answer is None else parts.answer), ground_truth)
+        find = whole_program if self.settings.whole_programs else find_program
+        return self.grade(find(response if parts.answer is None else parts.answer), ground_truth)
 
     def grade(self, extracted: Extracted, ground_truth: Any) -> Score:
         """Judge what was found in a response."""

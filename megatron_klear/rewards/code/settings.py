@@ -27,6 +27,8 @@ class CodeSettings:
     memory_gib: float = 1.0
     max_tests: int = 0
     packages: tuple[str, ...] = ()
+    whole_programs: bool = False
+    """A response without a fence that is Python as a whole is a program: for predictions kept so, never in a run."""
 
     @property
     def longest_seconds(self) -> float:
