@@ -1,0 +1,119 @@
+"""How the process that waits for programs is started: bubblewrap, the interpreter, a user of its own."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from megatron_klear.rewards.base import RewardError
+
+INSIDE = Path(__file__).with_name("inside")
+_PLACE = "/sandbox/inside"
+_SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
+_DEVICES = ("null", "zero", "full", "random", "urandom")
+_ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",
+    "LC_ALL": "C.UTF-8",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+_USER_RANGES = ((0x70000000, 1 << 27), (20_000, 40_000))
+"""First and number of the users that slots take: outside all that systems hand out; in containers with few, others."""
+_SLOTS_PER_PROCESS = 32
+_COUNTER = itertools.count()
+
+
+def interpreter() -> Path:
+    """The Python that programs run on: the one that this environment was made from."""
+    return Path(getattr(sys, "_base_executable", sys.executable)).resolve()
+
+
+def own_user() -> int:
+    """A user for one slot that no other has; 0 where this process may not become another."""
+    if os.geteuid() != 0:
+        return 0
+    number = os.getpid() * _SLOTS_PER_PROCESS + next(_COUNTER) % _SLOTS_PER_PROCESS
+    for first, count in _USER_RANGES:
+        if all(_is_mapped(first, count, Path(f"/proc/self/{kind}_map")) for kind in ("uid", "gid")):
+            return first + number % count
+    return 0
+
+
+def _is_mapped(first: int, count: int, path: Path) -> bool:
+    rows = (map(int, line.split()) for line in path.read_text().splitlines())
+    return any(start <= first and first + count <= start + size for start, _, size in rows)
+
+
+def python_command(place: Path | str, control: int, user: int, *, namespaces: bool) -> list[str]:
+    """The zygote's own command, with its files at `place`."""
+    options = ["-I", "-B", "-X", "utf8"]
+    return [str(interpreter()), *options, str(place), str(control), str(user), str(int(namespaces))]
+
+
+def bubblewrap_command(control: int, user: int) -> list[str]:
+    """The command that starts a zygote in namespaces of its own, with a control socket on that descriptor.
+
+    It sees the system's libraries and the interpreter's, read-only; no home, no /etc, no /sys, no network. Raises
+    RewardError where bubblewrap is not installed.
+    """
+    program = shutil.which("bwrap")
+    if program is None:
+        raise RewardError(
+            "programs run in bubblewrap, and there is no `bwrap` on PATH; install it (Debian and Ubuntu: `apt-get "
+            "install bubblewrap`)"
+        )
+    command = [program, "--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    command += ["--as-pid-1", "--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv"]
+    for name, value in _ENVIRONMENT.items():
+        command += ["--setenv", name, value]
+    command += [*_system(), *_python(), *_devices(), "--tmpfs", "/tmp", "--dir", "/proc"]
+    if not user:
+        command += ["--unshare-user", "--proc", "/proc"]
+        if os.geteuid() == 0:
+            command += ["--uid", "65534", "--gid", "65534"]
+    command += ["--perms", "0755", "--dir", str(Path(_PLACE).parent), "--ro-bind", str(INSIDE), _PLACE]
+    command += ["--remount-ro", "/dev", "--remount-ro", "/"]
+    return [*command, *python_command(_PLACE, control, user, namespaces=True)]
+
+
+def _system() -> list[str]:
+    command = []
+    for parent in ("/usr", "/usr/share", "/etc"):
+        command += ["--perms", "0755", "--dir", parent]  # bubblewrap makes parents that lack for its own user alone
+    for directory in map(Path, _SYSTEM):
+        if directory.is_symlink():
+            command += ["--symlink", str(directory.readlink()), str(directory)]
+        elif directory.is_dir():
+            command += ["--ro-bind", str(directory), str(directory)]
+    command += ["--ro-bind-try", "/usr/share/zoneinfo", "/usr/share/zoneinfo"]
+    return [*command, "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+
+
+def _python() -> list[str]:
+    """The interpreter and its library, without packages that were installed into it."""
+    executable, library = interpreter(), Path(sys.base_prefix).resolve() / "lib"
+    places = [executable] + [library] * (not library.is_relative_to("/usr/lib"))
+    command = []
+    for place in places:
+        for parent in reversed(place.parents[:-1]):
+            if not parent.is_relative_to("/usr/lib"):
+                command += ["--perms", "0755", "--dir", str(parent)]
+        command += ["--ro-bind", str(place), str(place)]
+    for name in ("site-packages", "dist-packages"):
+        packages = Path(sysconfig.get_path("stdlib", vars={"base": sys.base_prefix})).resolve() / name
+        if packages.is_dir():
+            command += ["--perms", "0755", "--tmpfs", str(packages), "--remount-ro", str(packages)]
+    return command
+
+
+def _devices() -> list[str]:
+    command = ["--perms", "0755", "--tmpfs", "/dev"]
+    for name in _DEVICES:
+        command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    for name, target in (("fd", "self/fd"), ("stdin", "self/fd/0"), ("stdout", "self/fd/1"), ("stderr", "self/fd/2")):
+        command += ["--symlink", f"/proc/{target}", f"/dev/{name}"]
+    return [*command, "--perms", "0755", "--dir", "/dev/shm"]
