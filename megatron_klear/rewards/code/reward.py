@@ -9,23 +9,25 @@ from megatron_klear.types import ProgramResult, Score, Verdict
 
 from ..base import Scheme
 from ..format import OPEN, Thinking, split_thinking
-from ..sandbox.outcome import Limits, Sandbox
+from ..sandbox.outcome import Limits, Program, Sandbox
 from .extract import Extracted, find_program, whole_program
 from .forms import FormError, read_problem
 from .judge import Result, judge, sampled
 from .problem import Problem
-from .settings import RELEASED_TESTS, CodeSettings
+from .settings import RELEASED_TESTS, CodeSettings, SandboxKind
 
 _GIB = 1 << 30
 _WALL_FACTOR = 4  # a test's time by the clock over its computing time: a busy machine fails no program
 
 
 @functools.cache
-def _opened(settings: CodeSettings) -> Sandbox:
-    """The sandbox of this process, started at the first program; it goes with the process."""
+def _opened(kind: SandboxKind, packages: tuple[str, ...]) -> Sandbox:
+    """The sandbox of this process, which it ends with. It has run a program, so that what it lacks is told at once."""
     from ..sandbox import open_sandbox
 
-    return open_sandbox(settings.sandbox)
+    sandbox = open_sandbox(kind)
+    sandbox.run(Program(source=""), [b""])
+    return sandbox
 
 
 class CodeReward:
@@ -55,7 +57,7 @@ class CodeReward:
     def prepare(self) -> None:
         """Start the sandbox. Raises RewardError, with the remedy, where this machine has none."""
         if self._sandbox is None:
-            self._sandbox = _opened(self.settings)
+            self._sandbox = _opened(self.settings.sandbox, self.settings.packages)
 
     def __call__(self, response: str, ground_truth: Any) -> Score:
         """Judge one response. Raises RewardError where the sandbox does not work."""
