@@ -6,7 +6,7 @@ from typing import Literal
 
 from .outcome import Limits, Outcome, Program, Sandbox, Status
 
-__all__ = ["Kind", "Limits", "Outcome", "Program", "Sandbox", "Status", "open_sandbox"]
+__all__ = ["Kind", "Limits", "Outcome", "Program", "Sandbox", "Status", "check_sandbox", "open_sandbox"]
 Kind = Literal["bubblewrap", "landlock"]
 
 
@@ -18,3 +18,13 @@ def open_sandbox(kind: Kind = "bubblewrap") -> Sandbox:
     from .kinds import opened
 
     return opened(kind)
+
+
+def check_sandbox(kind: Kind = "bubblewrap") -> str:
+    """Run a program in a sandbox of that kind; what this machine has, in words.
+
+    Raises RewardError, which says in a sentence what is wrong and what mends it.
+    """
+    from .kinds import checked
+
+    return checked(kind)

@@ -15,7 +15,7 @@ INSIDE = Path(__file__).with_name("inside")
 _PLACE = "/sandbox/inside"
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "LC_ALL": "C.UTF-8",
     "OMP_NUM_THREADS": "1",
@@ -48,10 +48,26 @@ def _is_mapped(first: int, count: int, path: Path) -> bool:
     return any(start <= first and first + count <= start + size for start, _, size in rows)
 
 
-def python_command(place: Path | str, control: int, user: int, *, namespaces: bool) -> list[str]:
+def landlock_command(control: int, user: int) -> list[str]:
+    """The command that starts a zygote outside all namespaces, with a control socket on that descriptor."""
+    reaches = all(path.stat().st_mode & 0o001 for path in (interpreter(), *interpreter().parents))
+    return _python_command(INSIDE, control, user, namespaces=False, read_all=bool(user) and not reaches)
+
+
+def landlock_paths() -> dict[str, list[str]]:
+    """What programs may read there, and to which files they may write."""
+    readable = [*_SYSTEM, "/usr/share/zoneinfo", "/etc/ld.so.cache", str(_python_library())]
+    return {"readable": readable, "devices": [f"/dev/{name}" for name in _DEVICES]}
+
+
+def _python_command(place: Path | str, control: int, user: int, *, namespaces: bool, read_all: bool) -> list[str]:
     """The zygote's own command, with its files at `place`."""
-    options = ["-I", "-B", "-X", "utf8"]
-    return [str(interpreter()), *options, str(place), str(control), str(user), str(int(namespaces))]
+    told = [control, user, int(namespaces), int(read_all)]
+    return [str(interpreter()), "-I", "-B", "-X", "utf8", str(place), *map(str, told)]
+
+
+def _python_library() -> Path:
+    return Path(sys.base_prefix).resolve() / "lib"
 
 
 def bubblewrap_command(control: int, user: int) -> list[str]:
@@ -66,9 +82,13 @@ def bubblewrap_command(control: int, user: int) -> list[str]:
             "programs run in bubblewrap, and there is no `bwrap` on PATH; install it (Debian and Ubuntu: `apt-get "
             "install bubblewrap`)"
         )
+    if interpreter().is_relative_to("/tmp") or interpreter().is_relative_to("/dev"):
+        raise RewardError(
+            f"the interpreter {interpreter()} lies in a folder that programs get empty; move it elsewhere"
+        )
     command = [program, "--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     command += ["--as-pid-1", "--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv"]
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         command += ["--setenv", name, value]
     command += [*_system(), *_python(), *_devices(), "--tmpfs", "/tmp", "--dir", "/proc"]
     if not user:
@@ -77,7 +97,7 @@ def bubblewrap_command(control: int, user: int) -> list[str]:
             command += ["--uid", "65534", "--gid", "65534"]
     command += ["--perms", "0755", "--dir", str(Path(_PLACE).parent), "--ro-bind", str(INSIDE), _PLACE]
     command += ["--remount-ro", "/dev", "--remount-ro", "/"]
-    return [*command, *python_command(_PLACE, control, user, namespaces=True)]
+    return [*command, *_python_command(_PLACE, control, user, namespaces=True, read_all=False)]
 
 
 def _system() -> list[str]:
@@ -95,7 +115,7 @@ def _system() -> list[str]:
 
 def _python() -> list[str]:
     """The interpreter and its library, without packages that were installed into it."""
-    executable, library = interpreter(), Path(sys.base_prefix).resolve() / "lib"
+    executable, library = interpreter(), _python_library()
     places = [executable] + [library] * (not library.is_relative_to("/usr/lib"))
     command = []
     for place in places:

@@ -14,6 +14,7 @@ from megatron_klear.rewards.base import RewardError
 from .channels import Channels
 from .endings import outcome_of, unanswered
 from .outcome import DEFAULT_LIMITS, Limits, Outcome, Program, Verdict
+from .remedies import remedy
 from .zygote import LostError, Zygote
 
 _GRACE_SECONDS = 10.0
@@ -54,10 +55,10 @@ class _Work:
 class Slot:
     """A Sandbox: a process that waits for programs, started with the first of them and again where it was lost."""
 
-    def __init__(self, start: Callable[[], Zygote], *, namespaces: bool, own_user: bool) -> None:
+    def __init__(self, start: Callable[[], Zygote], **constants: Any) -> None:
         self._start = start
         self._zygote: Zygote | None = None
-        self._constants = {"namespaces": namespaces, "own_user": own_user, "descriptors": _DESCRIPTORS}
+        self._constants = {"descriptors": _DESCRIPTORS, **constants}
         self.starts = 0
         """How often its process has been started."""
 
@@ -127,7 +128,7 @@ class Slot:
 
     @contextlib.contextmanager
     def _closed_on_error(self) -> Iterator[None]:
-        """Whatever ends the block, a time limit's exception too, ends the sandbox, which may be in the midst of a test."""
+        """What ends the block, a time limit's exception too, ends the sandbox: it may be in the midst of a test."""
         try:
             yield
         except BaseException:
@@ -240,7 +241,8 @@ def _raise_if_broken(report: dict[str, Any]) -> None:
     if report["status"] == "prelude":
         raise RewardError(f"the prelude of a program fails: {report['note']}")
     if report["status"] == "failed":
-        raise RewardError(f"the sandbox cannot make a program's namespaces: {report['note']}")
+        why = f"the sandbox cannot set up a program ({report['note']})"
+        raise RewardError(f"{why}: {remedy(report['note'])}")
 
 
 def _encoded(source: str) -> bytes:

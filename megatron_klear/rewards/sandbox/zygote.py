@@ -14,6 +14,8 @@ from typing import Any
 
 from megatron_klear.rewards.base import RewardError
 
+from .remedies import remedy
+
 _START_SECONDS = 60.0  # on a busy machine
 _EXIT_SECONDS = 2.0
 _MESSAGE_BYTES = 1 << 16
@@ -52,7 +54,7 @@ class Zygote:
             self.receive(_START_SECONDS)
         except LostError as error:
             self.close()
-            raise RewardError(f"the sandbox does not start: {error}") from None
+            raise RewardError(f"the sandbox does not start ({error}): {remedy(str(error))}") from None
         except BaseException:
             self.close()
             raise

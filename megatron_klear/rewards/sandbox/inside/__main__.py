@@ -1,4 +1,4 @@
-"""The zygote's start: `python -I inside CONTROL_DESCRIPTOR USER NAMESPACES`."""
+"""The zygote's start: `python -I inside CONTROL_DESCRIPTOR USER NAMESPACES READ_ALL`."""
 
 import importlib
 import sys

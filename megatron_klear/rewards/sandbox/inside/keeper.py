@@ -17,10 +17,15 @@ import sys
 import time
 from typing import Any
 
-from . import runner, seccomp, system
+from . import landlock, runner, seccomp, system
 
-PROGRAM_FILTER = system.Filter(seccomp.program_filter(system.MACHINE))
-NO_NEW_PROCESSES = system.Filter(seccomp.no_new_processes(system.MACHINE))
+_PROGRAM_FILTERS = {
+    namespaces: system.Filter(seccomp.program_filter(system.MACHINE, namespaces=namespaces))
+    for namespaces in (True, False)
+}
+_NO_NEW_PROCESSES = system.Filter(seccomp.no_new_processes(system.MACHINE))
+LINKED = ("linked", "check")
+"""Modes of the two programs of a trusted test; each is one test."""
 WRITABLE = ("/tmp", "/dev/shm")
 _TEMPORARY = "size=16m,nr_inodes=1k"
 _STREAMS = 4
@@ -45,7 +50,9 @@ def keep(request: dict[str, Any], control: socket.socket, descriptors: list[int]
             system.mount("tmpfs", place, _TEMPORARY)
         system.mount("proc", "/proc", "hidepid=2,subset=pid")
         system.drop_capabilities()
-        os.chdir("/tmp")
+    else:
+        system.die_with_parent(signal.SIGKILL)
+    os.chdir("/tmp" if request["namespaces"] else "/")
     system.set_dumpable(False)
     _limit(request)
     control = socket.socket(fileno=fcntl.fcntl(control.detach(), fcntl.F_DUPFD_CLOEXEC, _ABOVE_ALL))
@@ -54,7 +61,7 @@ def keep(request: dict[str, Any], control: socket.socket, descriptors: list[int]
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     runner.open_streams()
     sys.argv[:] = ["main.py"]
-    PROGRAM_FILTER.load()
+    _PROGRAM_FILTERS[request["namespaces"]].load()
     try:
         code = compile(source, "main.py", "exec", dont_inherit=True)
     except BaseException as error:
@@ -89,8 +96,8 @@ def _limit(request: dict[str, Any]) -> None:
         resource.RLIMIT_FSIZE: request["output"],
     }.items():
         _lower(name, value)
-    if request["own_user"]:
-        _lower(resource.RLIMIT_NPROC, request["threads"] + 2)
+    if request["user_processes"]:  # else the user has others, whose number is not known
+        _lower(resource.RLIMIT_NPROC, request["threads"] + request["user_processes"])
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(request["cpu"]) + 1, hard))
 
@@ -119,7 +126,7 @@ def _arrange(descriptors: list[int]) -> bytes | str:
 class _Process:
     """A test's process, T."""
 
-    def __init__(self, job: runner.Job, linked: bool) -> None:
+    def __init__(self, job: runner.Job, request: dict[str, Any]) -> None:
         ours, theirs = socket.socketpair()
         self.channel = fcntl.fcntl(ours.fileno(), fcntl.F_DUPFD_CLOEXEC, _ABOVE_ALL)
         ours.close()
@@ -127,7 +134,7 @@ class _Process:
         theirs.close()
         self.pid = os.fork()
         if self.pid == 0:
-            self._become_test(job, other, linked)
+            self._become_test(job, other, request)
         os.close(other)
         if job.mode == "check":
             os.close(runner.LINK)  # the program is to see when its test has ended
@@ -141,12 +148,16 @@ class _Process:
             self.poll.register(runner.LINK, 0)  # tells of its end alone
 
     @staticmethod
-    def _become_test(job: runner.Job, channel: int, linked: bool) -> None:
+    def _become_test(job: runner.Job, channel: int, request: dict[str, Any]) -> None:
         try:
             os.setsid()  # signals to its group reach nobody else
             os.dup2(channel, runner.CHANNEL)
-            os.closerange(runner.LINK + linked, _MAX_FILES)
-            NO_NEW_PROCESSES.load()
+            os.closerange(runner.LINK + (job.mode in LINKED), _MAX_FILES)
+            if not request["namespaces"]:
+                system.die_with_parent(signal.SIGKILL)
+                landlock.restrict([*request["readable"], "/proc/self"], request["devices"])
+                system.Filter(seccomp.no_foreign_signals(system.MACHINE, os.getpid())).load()
+            _NO_NEW_PROCESSES.load()
         except BaseException:
             os._exit(runner.NOT_READY)
         runner.run_tests(job)
@@ -166,7 +177,7 @@ class Keeper:
     def __init__(self, request: dict[str, Any], control: socket.socket, job: runner.Job) -> None:
         self.request, self.control, self.job = request, control, job
         self.process: _Process | None = None
-        self.linked = request["mode"] in ("linked", "check")
+        self.linked = request["mode"] in LINKED
         self.free = self._free_inodes()
 
     def serve(self) -> None:
@@ -175,13 +186,15 @@ class Keeper:
             if command == b"fresh" and self.process:
                 self.process.end()
                 self.process = None
-            process = self.process or _Process(self.job, self.linked)
+            process = self.process or _Process(self.job, self.request)
             report = self._run(process)
             self.process = process if report["wait"] is None else None
             report["left_files"] = self.free != self._free_inodes()
             reply(self.control, report)
             if report["left_files"] or self.linked:
-                return
+                break
+        if self.process and not self.request["namespaces"]:  # namespaces end with this process, and all in them
+            self.process.end()
 
     def _run(self, process: _Process) -> dict[str, Any]:
         began, first = time.monotonic(), process.first

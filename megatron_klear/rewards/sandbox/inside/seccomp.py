@@ -76,6 +76,9 @@ _FCNTL_REFUSED = (8, 10, 15, 1024, 1026)
 """F_SETOWN, F_SETSIG, F_SETOWN_EX, by which a file signals a process; F_SETLEASE, F_NOTIFY."""
 _IOCTL_ALLOWED = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """TCGETS and TIOCGWINSZ, which say that a file is no terminal; FIONREAD, FIONBIO, FIONCLEX, FIOCLEX."""
+_NOT_UNDER_LANDLOCK = set("truncate chmod fchmod fchmodat utime utimes futimesat utimensat".split())
+"""What changes files without opening them, of which Landlock knows nothing."""
+_SET_DEATH_SIGNAL = 1
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER_AT, _ARCHITECTURE_AT = 0, 4
 
@@ -99,11 +102,14 @@ def number(name: str, machine: str) -> int:
     return numbers(f"{_ALLOWED} {_KILLED} {_REFUSED} {_CHECKED}", machine)[name]
 
 
-def program_filter(machine: str) -> bytes:
-    """The filter of a keeper and the processes of its tests."""
+def program_filter(machine: str, *, namespaces: bool = True) -> bytes:
+    """The filter of a keeper and the processes of its tests, with namespaces of their own or without."""
     wanted = dict.fromkeys(numbers(_ALLOWED, machine).values(), ALLOW)
     wanted |= dict.fromkeys(numbers(_KILLED, machine).values(), KILL)
     wanted |= dict.fromkeys(numbers(_REFUSED, machine).values(), REFUSE)
+    if not namespaces:
+        wanted |= {at: ALLOW for name, at in numbers(_KILLED, machine).items() if name.startswith("landlock_")}
+        wanted |= {at: REFUSE for name, at in numbers(_ALLOWED, machine).items() if name in _NOT_UNDER_LANDLOCK}
     parts = [
         _op(_LOAD, _ARCHITECTURE_AT) + _op(_EQUAL, _AUDIT[machine], 1, 0) + _op(_RETURN, KILL),
         _op(_LOAD, _NUMBER_AT) + _op(_AT_LEAST, _X32, 0, 1) + _op(_RETURN, KILL),
@@ -124,11 +130,12 @@ def no_new_processes(machine: str) -> bytes:
 
 
 def no_foreign_signals(machine: str, pid: int) -> bytes:
-    """The filter of a process without namespaces besides: it signals itself alone."""
+    """The filter of a process without namespaces besides: it signals itself alone, and dies with its keeper."""
     own = _by_argument(0, (pid,), ALLOW, REFUSE)
     refused = [number(name, machine) for name in ("tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")]
     parts = [_op(_LOAD, _NUMBER_AT), *(_when(number(name, machine), own) for name in ("kill", "tgkill"))]
     parts += [_when(one, _op(_RETURN, REFUSE)) for one in refused]
+    parts.append(_when(number("prctl", machine), _by_argument(0, (_SET_DEATH_SIGNAL,), REFUSE, ALLOW)))
     return b"".join([*parts, _op(_RETURN, ALLOW)])
 
 

@@ -10,7 +10,9 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 NEW_MOUNTS, NEW_USERS, NEW_PIDS = 0x20000, 0x10000000, 0x20000000
 _PLAIN_MOUNT = 2 | 4 | 8  # nosuid, nodev, noexec
 _SET_DEATH_SIGNAL, _SET_DUMPABLE, _SET_SECCOMP, _DROP_BOUNDING, _NO_NEW_PRIVILEGES = 1, 4, 22, 24, 38
+_KEEP_CAPABILITIES, _SET_SUBREAPER = 8, 36
 _LAST_CAPABILITY = 63
+_READ_ALL = 1 << 2  # CAP_DAC_READ_SEARCH
 _CAPABILITIES_VERSION = 0x20080522
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 MACHINE = os.uname().machine
@@ -39,13 +41,16 @@ def mount(kind: str, where: str, options: str = "") -> None:
     checked(mounted, f"mount {kind} on {where}")
 
 
-def become(uid: int) -> None:
-    """Leave root for good, for a user that owns nothing."""
+def become(uid: int, *, read_all: bool = False) -> None:
+    """Leave root for good, for a user that owns nothing; with `read_all` it may read every file all the same."""
     for capability in range(_LAST_CAPABILITY + 1):
         LIBC.prctl(_DROP_BOUNDING, capability, 0, 0, 0)  # EINVAL for those that this kernel does not know
+    if read_all:
+        checked(LIBC.prctl(_KEEP_CAPABILITIES, 1, 0, 0, 0), "keep capabilities")
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
+    drop_capabilities(_READ_ALL if read_all else 0)
 
 
 def drop_capabilities(kept: int = 0) -> None:
@@ -69,6 +74,11 @@ def set_dumpable(value: bool) -> None:
 def die_with_parent(signal_number: int) -> None:
     """Be sent a signal when the parent's thread that made this process ends."""
     checked(LIBC.prctl(_SET_DEATH_SIGNAL, signal_number, 0, 0, 0), "parent death signal")
+
+
+def adopt_orphans() -> None:
+    """Become the parent of what the descendants of this process leave behind."""
+    checked(LIBC.prctl(_SET_SUBREAPER, 1, 0, 0, 0), "child subreaper")
 
 
 class _FilterProgram(ctypes.Structure):

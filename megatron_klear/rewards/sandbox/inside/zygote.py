@@ -40,15 +40,16 @@ _OUT_OF_MEMORY_FIRST = "1000"
 
 def main(arguments: list[str]) -> None:
     """Become nobody, say that all is ready, and serve programs until the outside is gone."""
-    descriptor, user, namespaces = (int(argument) for argument in arguments)
+    descriptor, user, namespaces, read_all = (int(argument) for argument in arguments)
     for limit in (resource.RLIMIT_CPU, resource.RLIMIT_AS):  # the grading process's own, which it may have met already
         _, hard = resource.getrlimit(limit)
         resource.setrlimit(limit, (hard, hard))
     if user:
         if namespaces:
             system.mount("proc", "/proc")  # bubblewrap's own has parts covered, and the kernel then refuses another
-        system.become(user)
+        system.become(user, read_all=bool(read_all))
     system.die_with_parent(signal.SIGKILL)
+    system.adopt_orphans()
     system.forbid_new_privileges()
     system.set_dumpable(True)  # or a minder could not map its user
     with contextlib.suppress(OSError):
@@ -118,6 +119,8 @@ def mind(request: dict[str, Any], control: socket.socket, descriptors: list[int]
     try:
         if request["namespaces"]:
             system.unshare()
+        else:
+            system.die_with_parent(signal.SIGKILL)
         pid = os.fork()
         if pid == 0:
             _be_keeper(request, control, descriptors, names)
