@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..sandbox.values import encode_arguments
-from .prelude import PRELUDE
+from .prelude import prelude
 from .problem import AnyOf, Case, Problem, Text
 
 
@@ -44,7 +44,7 @@ def call_problem(inputs: Any, outputs: Any, name: str) -> Problem:
             wanted = _json(wanted, f"output {number}")
         values = (wanted, wanted[0]) if wrapped and isinstance(wanted, list) else (wanted,)
         cases.append(Case(encode_arguments(arguments), AnyOf(values)))
-    return Problem(mode="call", tests=tuple(cases), entry=name, prelude=PRELUDE)
+    return Problem(mode="call", tests=tuple(cases), entry=name, prelude=prelude([name]))
 
 
 def _pairs(inputs: Any, outputs: Any) -> list[tuple[Any, Any]]:

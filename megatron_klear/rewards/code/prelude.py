@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
+from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+
 STARRED = (
     *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics"),
     *("itertools", "functools", "operator", "io", "sys", "json", "typing", "builtins"),
@@ -13,6 +18,30 @@ NAMED = (
 
 PRELUDE = "".join([*(f"from {name} import *\n" for name in STARRED), *(f"import {name}\n" for name in NAMED)])
 """LiveCodeBench's, with builtins last: else `math.pow` hides `pow`, and right programs return floats."""
+
+
+@cache
+def starred() -> dict[str, str]:
+    """The names of the prelude, and the statement that imports each."""
+    found = {}
+    for module in STARRED:
+        if module != "builtins":
+            loaded = import_module(module)
+            names = getattr(loaded, "__all__", [name for name in dir(loaded) if not name.startswith("_")])
+            found.update({name: f"from {module} import {name}" for name in names})
+    return found | {module: f"import {module}" for module in NAMED}
+
+
+def prelude(under_test: Iterable[str]) -> str:
+    """What stands in front of a program: not the functions that it should define, which the prelude may have as well.
+
+    A program that defines no `gcd` would pass the tests of one.
+    """
+    taken = sorted(name for name in under_test if name in starred() or hasattr(builtins, name))
+    return PRELUDE + "".join(
+        f"def {name}(*_, **__):\n    raise NameError('the program defines no {name}')\n" for name in taken
+    )
+
 
 LINKED = """
 class ListNode:

@@ -6,12 +6,10 @@ import ast
 import builtins
 import keyword
 from collections.abc import Sequence
-from functools import cache
-from importlib import import_module
 
 from .asserts import CANDIDATE, split
 from .names import bound, loaded
-from .prelude import LINKED, NAMED, PRELUDE, PYTEST, STARRED
+from .prelude import LINKED, PYTEST, prelude, starred
 from .problem import Check, Problem, Test
 
 _BUILTINS = frozenset(dir(builtins))
@@ -55,7 +53,7 @@ def read_source(source: str, *, entry: str = "", trusted: str = "", before: str 
             Check(check_source(test, under_test | {entry})) if isinstance(test, Check) else test for test in tests
         ),
         entry=entry,
-        prelude=PRELUDE + linked,
+        prelude=prelude(under_test | ({entry} if "Solution" not in loaded(tree) else set())) + linked,
         whole=True,
     )
 
@@ -69,10 +67,10 @@ def check_source(check: Check, under_test: frozenset[str]) -> str:
     tree = ast.parse(check.source)
     made = {name for statement in tree.body for name in bound(statement)}
     read = loaded(tree) - made
-    shadowed = sorted(read & under_test & (_BUILTINS | _starred().keys()))
+    shadowed = sorted(read & under_test & (_BUILTINS | starred().keys()))
     free = read - under_test - {CANDIDATE} - _BUILTINS
     header = [f"from solution import {name}" for name in shadowed]
-    header += [_starred()[name] for name in sorted(free) if name in _starred()]
+    header += [starred()[name] for name in sorted(free) if name in starred()]
     if "pytest" in free:
         header.append(PYTEST)
     if free & _LINKED:
@@ -90,7 +88,7 @@ def names_under_test(tree: ast.Module, imported: set[str]) -> frozenset[str]:
         return frozenset(imported)
     made = {name for statement in tree.body for name in bound(statement)}
     free = loaded(tree) - made - {CANDIDATE}
-    ours = free - _BUILTINS - _starred().keys() - _LINKED - {"pytest"}
+    ours = free - _BUILTINS - starred().keys() - _LINKED - {"pytest"}
     if ours:
         return frozenset(ours)
     asserts = [node.test for node in ast.walk(tree) if isinstance(node, ast.Assert)]
@@ -109,18 +107,6 @@ def _outermost(test: ast.expr) -> str:
     if isinstance(test, ast.UnaryOp):
         test = test.operand
     return _called(test)
-
-
-@cache
-def _starred() -> dict[str, str]:
-    """The statement that imports a name of the prelude."""
-    found = {}
-    for module in STARRED:
-        if module != "builtins":
-            loaded_module = import_module(module)
-            names = getattr(loaded_module, "__all__", [n for n in dir(loaded_module) if not n.startswith("_")])
-            found.update({name: f"from {module} import {name}" for name in names})
-    return found | {module: f"import {module}" for module in NAMED}
 
 
 def _of_check(
