@@ -19,8 +19,9 @@ from megatron_klear.rewards.code.judge import sampled
 from megatron_klear.rewards.code.reward import CodeReward
 from megatron_klear.rewards.code.settings import CodeSettings, SandboxKind
 from megatron_klear.rewards.pool import GradingPool
-from megatron_klear.rewards.worker import Request
-from megatron_klear.types import ProgramResult, Prompt, Verdict
+from megatron_klear.rewards.wire import RemoteJob, read_job, write_job
+from megatron_klear.rewards.worker import Request, WorkerJob, answer_json, read_answer
+from megatron_klear.types import ProgramResult, Prompt, Score, Verdict
 
 SQUARES = {"inputs": [f"{n}\n" for n in range(4)], "outputs": [f"{n * n}\n" for n in range(4)]}
 RIGHT = "print(int(input()) ** 2)"
@@ -148,6 +149,15 @@ def test_the_settings_reach_the_reward() -> None:
     found = resolve("code", reward_settings(config))
     assert isinstance(found, CodeReward)
     assert found.settings == CodeSettings(kind="hard", total_seconds=30.0, packages=("a",))
+
+
+def test_the_settings_reach_graders_on_other_nodes() -> None:
+    settings = RewardSettings(code=CodeSettings(kind="hard", packages=("a", "b")))
+    worker = WorkerJob(settings=settings, data_sources=("code",), timeout_seconds=70.0, memory_bytes=1)
+    job = RemoteJob(job=worker, variables={}, paths=(), folder="/")
+    assert read_job(write_job(job)) == job
+    score = Score(reward=0.5, verdict=Verdict.WRONG, program=ProgramResult("failed", 1, 2))
+    assert read_answer(answer_json(3, score)) == (3, score)
 
 
 def test_a_time_too_short_for_all_tests_is_told_before_a_run() -> None:

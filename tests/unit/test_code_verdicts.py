@@ -137,6 +137,9 @@ ROWS: dict[str, Row] = {
     "a subclass of int, right": returns("type('I', (int,), {})(3)", 3),
     "equal to everything": returns("type('A', (), {'__eq__': lambda *_: True})()", 4, "failed", "failed"),
     "equal to everything, inside": returns("[type('A', (), {'__eq__': lambda *_: True})()]", [4], "failed", "failed"),
+    "more digits than Python reads": Row(
+        "def f(n):\n    return n * 10", {"inputs": [big(5001)], "outputs": [big(5002)], "fn_name": "f"}
+    ),
     "no value": returns("None", 0, "failed", "failed"),
     "an argument changed": asserts("def f(x):\n    x.sort()", "x = [2, 1]\nf(x)\nassert x == [1, 2]"),
     "an argument changed instead of a value": asserts(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from ..sandbox.values import encode_arguments
 from .prelude import prelude
 from .problem import AnyOf, Case, Problem, Text
+
+_LONG = 1000  # digits
 
 
 class FormError(ValueError):
@@ -81,8 +84,13 @@ def _arguments(given: Any, number: int) -> list[Any]:
     raise FormError(f"input {number} is of type {type(given).__name__}, expected a list of arguments or JSON lines")
 
 
+def load_json(text: str) -> Any:
+    """JSON with integers of any length, which Python by itself refuses. Raises ValueError or RecursionError."""
+    return json.loads(text, parse_int=lambda digits: int(Decimal(digits)) if len(digits) > _LONG else int(digits))
+
+
 def _json(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return load_json(text)
     except (ValueError, RecursionError) as error:
         raise FormError(f"{place}, {text[:40]!r}, is no JSON ({error})") from None

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .cases import FormError, call_problem, stdin_problem
+from .cases import FormError, call_problem, load_json, stdin_problem
 from .livecodebench import PackedTestsError, unpack_tests
 from .problem import Problem
 from .python_tests import TestSourceError, read_source
@@ -83,7 +82,7 @@ def _read_text(text: str | bytes, *, files: bool, nested: bool) -> Problem | Non
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
     try:
-        inner = json.loads(text)
+        inner = load_json(text)
     except (ValueError, RecursionError):
         try:
             ast.parse(text)
@@ -154,8 +153,8 @@ def _read_file(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        return json.loads(text)
+            return [load_json(line) for line in text.splitlines() if line.strip()]
+        return load_json(text)
     except (OSError, ValueError) as error:
         raise FormError(f"{path} cannot be read as JSON: {error}") from None
 
@@ -238,7 +237,7 @@ def _plain(value: Any) -> Any:
     value = _listed(value)
     if isinstance(value, str) and value[:1] in ("{", "["):
         try:
-            return json.loads(value)
+            return load_json(value)
         except (ValueError, RecursionError):
             return value
     return value
