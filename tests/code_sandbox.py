@@ -18,7 +18,7 @@ DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 def shared_sandbox() -> Sandbox:
     """One sandbox for the tests of a process; they are skipped, with its words, where this machine can have none."""
     try:
-        sandbox = open_sandbox("bubblewrap")
+        sandbox = open_sandbox("bubblewrap", packages=("sortedcontainers",))
         sandbox.run(Program(source="print(1)"), [b""])
     except RewardError as error:
         pytest.skip(f"no sandbox here: {error}")

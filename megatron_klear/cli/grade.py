@@ -4,7 +4,8 @@ klear grade math --input predictions.jsonl --output graded.jsonl
 klear grade code --input responses.jsonl --output graded.jsonl
 
 math: each row of the input has `gold` (the right answer) and `pred` (an answer, or a whole response); the output has
-the same rows with `verdict`: right, wrong, malformed (no answer can be read), timeout or error; and `verdict_note`, why.
+the same rows with `verdict`: right, wrong, malformed (no answer can be read), timeout or error; and `verdict_note`,
+why.
 
 code: each row has `response`, of which the last block of Python after the thinking is run (or the whole, where it is
 Python and has no block), or `program`, which is run as it is; and `tests`, a ground truth of any form. The output has

@@ -26,12 +26,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--comparison", choices=get_args(Comparison), default=_DEFAULTS.comparison, help="when an answer is right"
     )
     command.add_argument("--sandbox", choices=get_args(SandboxKind), default=_DEFAULTS.sandbox)
+    command.add_argument("--url", default="", help="of a remote sandbox: http://host:port/run_code")
     command.add_argument("--cpu-seconds", type=float, default=_DEFAULTS.cpu_seconds, help="of one test")
     command.add_argument("--total-seconds", type=float, default=_DEFAULTS.total_seconds, help="of all tests of a row")
     command.add_argument("--memory-gib", type=float, default=_DEFAULTS.memory_gib, help="address space of a program")
     command.add_argument("--max-tests", type=int, default=_DEFAULTS.max_tests, help="of a row; 0 is all (default)")
     command.add_argument(
-        "--package", action="append", default=[], help="a pure Python package that programs may import (repeatable)"
+        "--package",
+        action="append",
+        metavar="NAME",
+        help=f"a pure Python package that programs may import (repeatable; default {', '.join(_DEFAULTS.packages)})",
     )
 
 
@@ -40,6 +44,8 @@ def check_arguments(options: argparse.Namespace, command: argparse.ArgumentParse
     for name in ("cpu_seconds", "total_seconds", "memory_gib"):
         if getattr(options, name) <= 0:
             command.error(f"--{name.replace('_', '-')} must be above 0")
+    if (options.sandbox == "remote") != bool(options.url):
+        command.error("--url goes with --sandbox remote")
     if options.max_tests < 0:
         command.error("--max-tests must not be below 0")
 
@@ -50,11 +56,12 @@ def settings_of(options: argparse.Namespace) -> RewardSettings:
         kind=options.kind,
         comparison=options.comparison,
         sandbox=options.sandbox,
+        url=options.url,
         cpu_seconds=options.cpu_seconds,
         total_seconds=options.total_seconds,
         memory_gib=options.memory_gib,
         max_tests=options.max_tests,
-        packages=tuple(options.package),
+        packages=_DEFAULTS.packages if options.package is None else tuple(options.package),
         whole_programs=True,
     )
     return RewardSettings(require_thinking=False, code=code)

@@ -117,8 +117,11 @@ class CodeRewardConfig(Settings):
     comparison: Literal["judge", "livecodebench", "tokens"] = "judge"
     """`judge`: lines of tokens, decimals within 1e-6, exact types of returned values. `livecodebench`: that benchmark's
     rules to the letter. `tokens`: as `judge`, wherever lines break."""
-    sandbox: Literal["bubblewrap", "landlock"] = "bubblewrap"
-    """`landlock` is the weaker one, for machines that forbid namespaces."""
+    sandbox: Literal["bubblewrap", "landlock", "remote"] = "bubblewrap"
+    """`landlock` is the weaker one, for machines that forbid namespaces. `remote` is a service that speaks
+    SandboxFusion's `run_code`."""
+    url: str = ""
+    """Of the remote sandbox, as `http://host:port/run_code`."""
     cpu_seconds: float = Field(default=6.0, gt=0)
     """Computing time of a program on one test; by the clock it has four times as much."""
     total_seconds: float = Field(default=60.0, gt=0)
@@ -128,8 +131,18 @@ class CodeRewardConfig(Settings):
     max_tests: int = Field(default=0, ge=0)
     """Run at most so many tests of a problem, drawn by a seed of the program and the tests; 0 runs all (`released`:
     16)."""
-    packages: tuple[str, ...] = ()
-    """Pure Python packages of this environment that programs may import besides the standard library."""
+    packages: tuple[str, ...] = ("sortedcontainers",)
+    """Pure Python packages of this environment that programs may import besides the standard library; contest sites
+    have the one that is the default."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CodeRewardConfig:
+        if (self.sandbox == "remote") != self.url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"reward.code.url {self.url!r} and reward.code.sandbox {self.sandbox!r} do not go together: a remote "
+                "sandbox has an address that begins with http:// or https://, the others have none"
+            )
+        return self
 
 
 class RewardConfig(Settings):

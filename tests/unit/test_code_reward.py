@@ -304,5 +304,5 @@ def test_the_kinds_of_sandbox_are_named_alike() -> None:
 
     from megatron_klear.rewards.sandbox import Kind
 
-    assert get_args(Kind) == get_args(SandboxKind)
+    assert get_args(SandboxKind) == (*get_args(Kind), "remote")
     assert json.loads(CodeRewardConfig().model_dump_json())["sandbox"] == "bubblewrap"

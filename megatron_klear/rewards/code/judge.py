@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..sandbox.outcome import Limits, Outcome, Program, Sandbox
-from ..sandbox.values import decode
+from ..sandbox.values import decode, encode
 from .compare_text import same_as_livecodebench as livecodebench_text
 from .compare_text import same_text, same_tokens
 from .compare_values import same_as_livecodebench as livecodebench_value
@@ -36,6 +36,7 @@ _TEXT: dict[Comparison, Callable[[bytes, bytes], bool]] = {
     "livecodebench": livecodebench_text,
     "tokens": same_tokens,
 }
+_SPARE_BYTES, _MANY_TIMES = 4096, 32
 _SHOWN = 60  # characters of an output in a note
 _EXIT = "exit "  # how the note of a crash begins that was an exit by the program's own will
 
@@ -102,6 +103,8 @@ def passes(case: Case, outcome: Outcome, comparison: Comparison) -> bool:
         return (outcome.status == "done" or exited) and _TEXT[comparison](outcome.stdout, expected.text)
     if outcome.status != "done":
         return False
+    if len(outcome.result) > _longest(expected):
+        return False
     value = decode(outcome.result)
     match expected:
         case AnyOf(values=values):
@@ -111,6 +114,12 @@ def passes(case: Case, outcome: Outcome, comparison: Comparison) -> bool:
             return value is wanted
         case Near():
             return _near(value, expected)
+
+
+def _longest(expected: AnyOf | Is | Near) -> int:
+    """Bytes beyond which no value can be the expected one: what is longer may be made to take long to read."""
+    held = expected.values if isinstance(expected, AnyOf) else ()
+    return _SPARE_BYTES + _MANY_TIMES * max((len(encode(value)) for value in held), default=0)
 
 
 def sampled(problem: Problem, count: int, program: str) -> Problem:
@@ -164,6 +173,8 @@ def _wrong(test: Test, outcome: Outcome) -> str:
             wanted: Any = values[0]
         case Is(value=value) | Near(value=value):
             wanted = value
+    if len(outcome.result) > _longest(test.expected):
+        return f"gave a value of {len(outcome.result)} bytes, expected {_short(wanted)}"
     return f"gave {_short(decode(outcome.result))}, expected {_short(wanted)}"
 
 

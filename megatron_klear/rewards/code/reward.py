@@ -21,11 +21,12 @@ _WALL_FACTOR = 4  # a test's time by the clock over its computing time: a busy m
 
 
 @functools.cache
-def _opened(kind: SandboxKind, packages: tuple[str, ...]) -> Sandbox:
+def _opened(kind: SandboxKind, packages: tuple[str, ...], url: str) -> Sandbox:
     """The sandbox of this process, which it ends with. It has run a program, so that what it lacks is told at once."""
     from ..sandbox import open_sandbox
+    from .remote import RemoteSandbox
 
-    sandbox = open_sandbox(kind)
+    sandbox = RemoteSandbox(url) if kind == "remote" else open_sandbox(kind, packages)
     sandbox.run(Program(source=""), [b""])
     return sandbox
 
@@ -57,7 +58,7 @@ class CodeReward:
     def prepare(self) -> None:
         """Start the sandbox. Raises RewardError, with the remedy, where this machine has none."""
         if self._sandbox is None:
-            self._sandbox = _opened(self.settings.sandbox, self.settings.packages)
+            self._sandbox = _opened(self.settings.sandbox, self.settings.packages, self.settings.url)
 
     def __call__(self, response: str, ground_truth: Any) -> Score:
         """Judge one response. Raises RewardError where the sandbox does not work."""

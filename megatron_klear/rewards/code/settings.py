@@ -7,7 +7,7 @@ from typing import Literal
 
 Kind = Literal["soft", "hard", "released"]
 Comparison = Literal["judge", "livecodebench", "tokens"]
-SandboxKind = Literal["bubblewrap", "landlock"]
+SandboxKind = Literal["bubblewrap", "landlock", "remote"]
 
 SPARE_SECONDS = 5.0
 """Of a response's time, for reading its tests, starting the sandbox and comparing."""
@@ -22,11 +22,12 @@ class CodeSettings:
     kind: Kind = "soft"
     comparison: Comparison = "judge"
     sandbox: SandboxKind = "bubblewrap"
+    url: str = ""
     cpu_seconds: float = 6.0
     total_seconds: float = 60.0
     memory_gib: float = 1.0
     max_tests: int = 0
-    packages: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ("sortedcontainers",)
     whole_programs: bool = False
     """A response without a fence that is Python as a whole is a program: for predictions kept so, never in a run."""
 
