@@ -86,8 +86,12 @@ PROGRAMS: dict[str, tuple[str, Any, str]] = {
     "returns": ("def f(x, y):\n    print('hm')\n    return len(x), y", CALLS, "passed"),
     "returns something else": ("def f(x, y):\n    return y", CALLS, "failed"),
     "prints what it should return": ("def f(x, y):\n    print([2, 'a'])", CALLS, "failed"),
-    "is asserted": ("class Solution:\n    def f(self, x: int) -> dict:\n        return {x + 1: (sqrt(2.25),)}", CHECK, "passed"),
-    "equal to everything": ("class Solution:\n    def f(self, x):\n        return type('A', (), {'__eq__': 1})()", CHECK, "failed"),
+    "is asserted": (
+        "class Solution:\n    def f(self, x: int) -> dict:\n        return {x + 1: (sqrt(2.25),)}", CHECK, "passed"
+    ),
+    "equal to everything": (
+        "class Solution:\n    def f(self, x):\n        return type('A', (), {'__eq__': 1})()", CHECK, "failed"
+    ),
     "crashes": ("print(1 / 0)", SQUARES, "crashed"),
     "exits": ("print(4)\nexit(1)", SQUARES, "crashed"),
     "memory": ("raise MemoryError", SQUARES, "memory"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from .outcome import Limits, Outcome, Program, Sandbox, Status
@@ -10,14 +11,16 @@ __all__ = ["Kind", "Limits", "Outcome", "Program", "Sandbox", "Status", "check_s
 Kind = Literal["bubblewrap", "landlock"]
 
 
-def open_sandbox(kind: Kind = "bubblewrap") -> Sandbox:
+def open_sandbox(kind: Kind = "bubblewrap", packages: Sequence[str] = ()) -> Sandbox:
     """A sandbox for the thread that calls this; its process starts with the first program.
+
+    Programs import Python's library, and of `packages` those that are named: pure Python, installed here.
 
     Raises RewardError, with the remedy, where this machine cannot have one of that kind.
     """
     from .kinds import opened
 
-    return opened(kind)
+    return opened(kind, packages)
 
 
 def check_sandbox(kind: Kind = "bubblewrap") -> str:

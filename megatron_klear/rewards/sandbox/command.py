@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_klear.rewards.base import RewardError
 
 INSIDE = Path(__file__).with_name("inside")
-_PLACE = "/sandbox/inside"
+_OPTIONS = ("-P", "-s", "-B", "-X", "utf8")
+"""As -I, but that one disregards PYTHONHASHSEED as well; the environment holds nothing else."""
+_PLACE, _PACKAGES = "/sandbox/inside", "/sandbox/packages"
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 ENVIRONMENT = {
@@ -48,29 +52,43 @@ def _is_mapped(first: int, count: int, path: Path) -> bool:
     return any(start <= first and first + count <= start + size for start, _, size in rows)
 
 
-def landlock_command(control: int, user: int) -> list[str]:
+def package_places(names: Sequence[str]) -> list[Path]:
+    """Folders or files of packages that programs may import. Raises RewardError where one is not installed here."""
+    places = []
+    for name in names:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        if spec is None or spec.origin is None:
+            raise RewardError(f"programs are to have the package {name!r}, which is not installed here; install it")
+        origin = Path(spec.origin).resolve()
+        places.append(origin.parent if spec.submodule_search_locations else origin)
+    return places
+
+
+def landlock_command(control: int, user: int, packages: Sequence[Path] = ()) -> list[str]:
     """The command that starts a zygote outside all namespaces, with a control socket on that descriptor."""
-    reaches = all(path.stat().st_mode & 0o001 for path in (interpreter(), *interpreter().parents))
-    return _python_command(INSIDE, control, user, namespaces=False, read_all=bool(user) and not reaches)
+    needed = {parent for path in (interpreter(), INSIDE, *packages) for parent in (path, *path.parents)}
+    reaches = all(path.stat().st_mode & 0o001 for path in needed if path.is_dir())
+    command = _python_command(INSIDE, control, user, namespaces=False, read_all=bool(user) and not reaches)
+    return [*command, *map(str, packages)]
 
 
-def landlock_paths() -> dict[str, list[str]]:
+def landlock_paths(packages: Sequence[Path] = ()) -> dict[str, list[str]]:
     """What programs may read there, and to which files they may write."""
-    readable = [*_SYSTEM, "/usr/share/zoneinfo", "/etc/ld.so.cache", str(_python_library())]
+    readable = [*_SYSTEM, "/usr/share/zoneinfo", "/etc/ld.so.cache", str(_python_library()), *map(str, packages)]
     return {"readable": readable, "devices": [f"/dev/{name}" for name in _DEVICES]}
 
 
 def _python_command(place: Path | str, control: int, user: int, *, namespaces: bool, read_all: bool) -> list[str]:
     """The zygote's own command, with its files at `place`."""
     told = [control, user, int(namespaces), int(read_all)]
-    return [str(interpreter()), "-I", "-B", "-X", "utf8", str(place), *map(str, told)]
+    return [str(interpreter()), *_OPTIONS, str(place), *map(str, told)]
 
 
 def _python_library() -> Path:
     return Path(sys.base_prefix).resolve() / "lib"
 
 
-def bubblewrap_command(control: int, user: int) -> list[str]:
+def bubblewrap_command(control: int, user: int, packages: Sequence[Path] = ()) -> list[str]:
     """The command that starts a zygote in namespaces of its own, with a control socket on that descriptor.
 
     It sees the system's libraries and the interpreter's, read-only; no home, no /etc, no /sys, no network. Raises
@@ -96,8 +114,12 @@ def bubblewrap_command(control: int, user: int) -> list[str]:
         if os.geteuid() == 0:
             command += ["--uid", "65534", "--gid", "65534"]
     command += ["--perms", "0755", "--dir", str(Path(_PLACE).parent), "--ro-bind", str(INSIDE), _PLACE]
+    inside = [f"{_PACKAGES}/{place.name}" for place in packages]
+    command += ["--perms", "0755", "--dir", _PACKAGES]
+    for place, bound in zip(packages, inside, strict=True):
+        command += ["--ro-bind", str(place), bound]
     command += ["--remount-ro", "/dev", "--remount-ro", "/"]
-    return [*command, *_python_command(_PLACE, control, user, namespaces=True, read_all=False)]
+    return [*command, *_python_command(_PLACE, control, user, namespaces=True, read_all=False), *inside]
 
 
 def _system() -> list[str]:

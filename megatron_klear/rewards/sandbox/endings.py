@@ -6,9 +6,9 @@ import os
 import signal
 from typing import Any
 
+from .inside import runner
 from .outcome import Outcome, Status
 
-_NO_MEMORY = 77
 _BY_SIGNAL: dict[int, tuple[Status, str]] = {
     signal.SIGSYS: ("contained", "it made a system call that programs may not make"),
     signal.SIGXFSZ: ("output", "it wrote more than it may"),
@@ -57,9 +57,11 @@ def _ending(report: dict[str, Any], stderr: bytes) -> tuple[Status, str]:
         number = os.WTERMSIG(wait)
         return _BY_SIGNAL.get(number, ("crashed", f"ended by {_signal_name(number)}"))
     code = os.WEXITSTATUS(wait)
-    if code == _NO_MEMORY:
+    if code == runner.NO_MEMORY:
         return "memory", "it asked for more memory than it may have"
-    return ("crashed", last_line(stderr) or f"exit code {code}") if code else ("done", "")
+    if code == runner.EXCEPTION:
+        return "crashed", last_line(stderr) or "an exception"
+    return ("crashed", f"exit {code}") if code else ("done", "")
 
 
 def last_line(text: bytes) -> str:

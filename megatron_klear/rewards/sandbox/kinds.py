@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 
 from megatron_klear.rewards.base import RewardError
 
-from .command import ENVIRONMENT, bubblewrap_command, landlock_command, landlock_paths, own_user
+from .command import ENVIRONMENT, bubblewrap_command, landlock_command, landlock_paths, own_user, package_places
 from .inside import landlock
-from .outcome import Program, Sandbox
+from .outcome import Program
 from .remedies import remedy
 from .slot import Slot
 from .zygote import Zygote, plain_environment
 
 _HONEST = Program(source="print(int(input()) + 1)")
-_NAMESPACE_PROCESSES = 2
-"""Of a slot's user in a program's own namespaces: its keeper and the test."""
+_NAMESPACE_PROCESSES = 3
+"""Of a slot's user in a program's own namespaces: minder, keeper and test."""
 _PLAIN_PROCESSES = 8
 """Of a slot's user without namespaces: zygote, and twice minder, keeper and test, with one to spare."""
 
@@ -38,12 +39,12 @@ def _version() -> str:
     return ran.stdout.strip() or "bubblewrap of unknown version"
 
 
-def opened(kind: str) -> Sandbox:
+def opened(kind: str, packages: Sequence[str] = ()) -> Slot:
     """A sandbox of that kind. Raises RewardError."""
-    user = own_user()
+    user, places = own_user(), package_places(packages)
     if kind == "bubblewrap":
         return Slot(
-            lambda: Zygote(lambda control: bubblewrap_command(control, user), plain_environment()),
+            lambda: Zygote(lambda control: bubblewrap_command(control, user, places), plain_environment()),
             namespaces=True,
             user_processes=_NAMESPACE_PROCESSES,
         )
@@ -51,12 +52,12 @@ def opened(kind: str) -> Sandbox:
         raise RewardError(f"no sandbox is called {kind!r}; there are bubblewrap and landlock")
     if (found := landlock.version()) < landlock.NEEDED_VERSION:
         raise RewardError(
-            f"this kernel has {f'version {found} of Landlock' if found else 'no Landlock, or has it switched off'}, and "
-            f"the sandbox called landlock needs version {landlock.NEEDED_VERSION} (Linux 6.2); use bubblewrap"
+            f"the sandbox called landlock needs version {landlock.NEEDED_VERSION} of Landlock (Linux 6.2), and this "
+            f"kernel has {f'version {found}' if found else 'none, or has it switched off'}; use the one called bubblewrap"
         )
     return Slot(
-        lambda: Zygote(lambda control: landlock_command(control, user), ENVIRONMENT),
+        lambda: Zygote(lambda control: landlock_command(control, user, places), ENVIRONMENT),
         namespaces=False,
         user_processes=_PLAIN_PROCESSES if user else 0,
-        **landlock_paths(),
+        **landlock_paths(places),
     )

@@ -73,7 +73,7 @@ class Outcome:
     peak_bytes: int = 0
     """Largest resident memory of the process; 0 where its process went on to the next test."""
     note: str = ""
-    """Why it did not end well, in words."""
+    """Why it did not end well, in words: an exception's last line, or "exit 3" where the program left by itself."""
 
 
 Verdict = Callable[[int, Outcome], bool]

@@ -97,7 +97,8 @@ class Slot:
                     self._run_some(work, self._alive())
                 except LostError as error:
                     self.close()
-                    work.take(Outcome(status="contained", note=f"the sandbox was lost: {error}"), last=True)
+                    if not work.over:
+                        work.take(Outcome(status="contained", note=f"the sandbox was lost: {error}"), last=True)
         return work.outcomes + [Outcome(status="skipped")] * (len(inputs) - len(work.outcomes))
 
     def run_check(self, program: Program, check: str, *, limits: Limits = DEFAULT_LIMITS) -> Outcome:
@@ -173,6 +174,8 @@ class Slot:
         zygote.command(b"fresh" if fresh else b"test")
         report = zygote.receive(max(work.left_seconds, 0) + _GRACE_SECONDS)
         _raise_if_broken(report)
+        if "end" in report:
+            raise LostError("the program's minder has ended")
         if "first" not in report:
             work.take(unanswered(report), last=True)
             return False, False
@@ -238,9 +241,9 @@ def _await_end(zygote: Zygote, seconds: float = _GRACE_SECONDS) -> dict[str, dic
 
 def _raise_if_broken(report: dict[str, Any]) -> None:
     """What is no fault of a program is told, never scored."""
-    if report["status"] == "prelude":
+    if report.get("status") == "prelude":
         raise RewardError(f"the prelude of a program fails: {report['note']}")
-    if report["status"] == "failed":
+    if report.get("status") == "failed":
         why = f"the sandbox cannot set up a program ({report['note']})"
         raise RewardError(f"{why}: {remedy(report['note'])}")
 

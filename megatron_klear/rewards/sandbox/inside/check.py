@@ -14,7 +14,7 @@ _UNSAFE = (StopIteration, StopAsyncIteration)
 """Raised into a test they would end its loops, all(...) among them, as if nothing were left to check."""
 
 
-class ProgramError(Exception):
+class ProgramError(RuntimeError):
     """The program raised something that the test cannot be given."""
 
 

@@ -71,6 +71,7 @@ def keep(request: dict[str, Any], control: socket.socket, descriptors: list[int]
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
     sys.setrecursionlimit(request["recursion"])
+    sys.set_int_max_str_digits(0)
     job = runner.Job(code, request["mode"], request["entry"], names, request["recursion"])
     gc.freeze()  # a collection would touch, and so copy, the whole heap
     try:
@@ -189,6 +190,9 @@ class Keeper:
             process = self.process or _Process(self.job, self.request)
             report = self._run(process)
             self.process = process if report["wait"] is None else None
+            if self.process and (command == b"fresh" or self.linked):
+                _, usage = self.process.end()
+                report["peak"], self.process = usage.ru_maxrss << 10, None
             report["left_files"] = self.free != self._free_inodes()
             reply(self.control, report)
             if report["left_files"] or self.linked:

@@ -18,8 +18,8 @@ from typing import Any
 from . import values
 from .link import answer_calls
 
-NO_MEMORY, NOT_READY = 77, 78
-"""Exit codes: a MemoryError; the process could not be made ready."""
+EXCEPTION, NO_MEMORY, NOT_READY = 76, 77, 78
+"""Exit codes: an exception, told from an exit of the program's own; a MemoryError; the process was not made ready."""
 RESULT, CHANNEL, LINK = 3, 4, 5
 """Descriptors: the returned value, the keeper, the trusted test that calls this program."""
 AGAIN = b"."
@@ -89,7 +89,7 @@ def _ending(part: Callable[[], object]) -> int:
     except BaseException as error:
         with contextlib.suppress(BaseException):
             _show(error)
-        return 1
+        return EXCEPTION
     return 0
 
 

@@ -76,7 +76,7 @@ _FCNTL_REFUSED = (8, 10, 15, 1024, 1026)
 """F_SETOWN, F_SETSIG, F_SETOWN_EX, by which a file signals a process; F_SETLEASE, F_NOTIFY."""
 _IOCTL_ALLOWED = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """TCGETS and TIOCGWINSZ, which say that a file is no terminal; FIONREAD, FIONBIO, FIONCLEX, FIOCLEX."""
-_NOT_UNDER_LANDLOCK = set(["truncate", "chmod", "fchmod", "fchmodat", "utime", "utimes", "futimesat", "utimensat"])
+_NOT_UNDER_LANDLOCK = ("truncate", "chmod", "fchmod", "fchmodat", "utime", "utimes", "futimesat", "utimensat")
 """What changes files without opening them, of which Landlock knows nothing."""
 _SET_DEATH_SIGNAL = 1
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06

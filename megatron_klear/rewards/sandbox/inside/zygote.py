@@ -13,6 +13,7 @@ import copy
 import functools
 import gc
 import heapq
+import importlib
 import itertools
 import json
 import math
@@ -25,7 +26,9 @@ import select
 import signal
 import socket
 import string
+import sys
 import typing
+from pathlib import Path
 from typing import Any
 
 from . import check, keeper, system
@@ -40,7 +43,8 @@ _OUT_OF_MEMORY_FIRST = "1000"
 
 def main(arguments: list[str]) -> None:
     """Become nobody, say that all is ready, and serve programs until the outside is gone."""
-    descriptor, user, namespaces, read_all = (int(argument) for argument in arguments)
+    descriptor, user, namespaces, read_all = (int(argument) for argument in arguments[:4])
+    packages = arguments[4:]
     for limit in (resource.RLIMIT_CPU, resource.RLIMIT_AS):  # the grading process's own, which it may have met already
         _, hard = resource.getrlimit(limit)
         resource.setrlimit(limit, (hard, hard))
@@ -55,6 +59,7 @@ def main(arguments: list[str]) -> None:
     with contextlib.suppress(OSError):
         system.write("/proc/self/oom_score_adj", _OUT_OF_MEMORY_FIRST)
     _thread.stack_size(_THREAD_STACK_BYTES)  # glibc's default is the limit on the main thread's, which is large
+    _load(packages)
     control = socket.socket(fileno=descriptor)
     gc.collect()
     gc.freeze()
@@ -70,6 +75,14 @@ def main(arguments: list[str]) -> None:
         for one in descriptors:
             os.close(one)
         keeper.reply(control, {"end": True})
+
+
+def _load(packages: list[str]) -> None:
+    """Import packages, each given by its folder or file, for the programs that will ask for them."""
+    for place in map(Path, packages):
+        sys.path.append(str(place.parent))
+        importlib.import_module(place.stem)
+        sys.path.remove(str(place.parent))
 
 
 def serve(
@@ -95,10 +108,25 @@ def serve(
         os.close(one)
     descriptors.clear()
     for pid in minders:
-        os.waitpid(pid, 0)
+        _await(pid, control)
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
+
+
+def _await(minder: int, control: socket.socket) -> None:
+    """Wait for a minder; end at once, and with this process all that it started, where the outside has gone.
+
+    The signal of a parent's death does not do: bubblewrap, the parent, has no right to signal another user.
+    """
+    handle = os.pidfd_open(minder)
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    poll.register(control, 0)  # tells of its end alone
+    if handle not in [descriptor for descriptor, _ in poll.poll()]:
+        os._exit(0)
+    os.close(handle)
+    os.waitpid(minder, 0)
 
 
 def _names(prelude: str, preludes: dict[str, dict[str, Any]]) -> dict[str, Any]:
