@@ -1,12 +1,12 @@
-"""Soft against hard reward for programs: the tiny code stage trained by either, from the same start, over several seeds.
+"""Soft against hard reward for programs: the tiny code stage trained by either from one start, over several seeds.
 
-    python tools/benchmark/code_reward.py                          examples/gppo_code_tiny_cpu.toml, 3 seeds, ~40 minutes
+    python tools/benchmark/code_reward.py                          examples/gppo_code_tiny_cpu.toml, 3 seeds
     python tools/benchmark/code_reward.py --seeds 0 --train.steps 20
 
-Needs the data and the fine-tuned model that `bash examples/gppo_code_tiny_cpu.sh` makes first. Reports for every run the share of
-held-out problems solved (all tests passed) before and after, for either reward the gain and between them the difference
-of gains on the same problems, with 95 % intervals: over problems by the bootstrap, seeds averaged, and over seeds by
-Student's t.
+Needs the data and the fine-tuned model that `bash examples/gppo_code_tiny_cpu.sh` makes first. Reports for every run
+the share of held-out problems solved (all tests passed) before and after, for either reward the gain, and between them
+the difference of gains on the same problems, with 95 % intervals: over problems by the bootstrap, seeds averaged, and
+over seeds by Student's t.
 """
 
 from __future__ import annotations
