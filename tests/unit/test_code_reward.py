@@ -114,6 +114,8 @@ def test_all_tests_of_a_program_share_its_time() -> None:
     judged = CodeReward(SCHEMES["paper"], settings=told, sandbox=shared_sandbox())
     score = judged(fenced("while True:\n    pass"), SQUARES)
     assert score.program == ProgramResult("timeout", 0, 4)
+    late = "n = int(input())\nif n == 0:\n    print(1 / 0)\nwhile n == 3:\n    pass\nprint(n * n)"
+    assert judged(fenced(late), SQUARES).program == ProgramResult("crashed", 2, 4)
     checks = "\n".join(f"for x in [{n}]:\n    assert f(x) == x" for n in range(4))
     score = judged(fenced("def f(x):\n    while True:\n        pass"), {"functional": checks})
     assert score.program == ProgramResult("timeout", 0, 4)
