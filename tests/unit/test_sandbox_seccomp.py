@@ -104,8 +104,16 @@ def test_without_namespaces_nothing_changes_a_file_that_is_not_open(machine):
 @pytest.mark.parametrize(
     ("name", "x86_64", "aarch64"),
     # uapi/asm/unistd_64.h and asm-generic/unistd.h of Linux
-    [("read", 0, 63), ("openat", 257, 56), ("clone", 56, 220), ("execve", 59, 221), ("socket", 41, 198)]
-    + [("mount", 165, 40), ("ptrace", 101, 117), ("bpf", 321, 280), ("futex", 202, 98), ("io_uring_setup", 425, 425)],
+    [
+        *(("read", 0, 63), ("openat", 257, 56), ("clone", 56, 220), ("execve", 59, 221), ("socket", 41, 198)),
+        *(
+            ("mount", 165, 40),
+            ("ptrace", 101, 117),
+            ("bpf", 321, 280),
+            ("futex", 202, 98),
+            ("io_uring_setup", 425, 425),
+        ),
+    ],
 )
 def test_numbers_are_the_kernels(name, x86_64, aarch64):
     assert (seccomp.number(name, "x86_64"), seccomp.number(name, "aarch64")) == (x86_64, aarch64)

@@ -180,6 +180,6 @@ def checking_names(descriptor: int, names: dict[str, Any], entry: str) -> dict[s
             found[entry] = found["candidate"]
     module = types.ModuleType("solution")
     module.__dict__["__getattr__"] = found.of_module
-    module.__dict__["__all__"] = sorted(program.names)
+    module.__dict__["__all__"] = []  # what the test does not define is the program's anyway; nothing hides abs or math
     sys.modules["solution"] = module
     return found
