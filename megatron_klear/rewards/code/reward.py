@@ -24,9 +24,10 @@ _WALL_FACTOR = 4  # a test's time by the clock over its computing time: a busy m
 def _opened(kind: SandboxKind, packages: tuple[str, ...], url: str) -> Sandbox:
     """The sandbox of this process, which it ends with. It has run a program, so that what it lacks is told at once."""
     from ..sandbox import open_sandbox
-    from .remote import RemoteSandbox
+    from ..sandbox.remote import RemoteSandbox
+    from .remote import PrintedValues
 
-    sandbox = RemoteSandbox(url) if kind == "remote" else open_sandbox(kind, packages)
+    sandbox = PrintedValues(RemoteSandbox(url)) if kind == "remote" else open_sandbox(kind, packages)
     sandbox.run(Program(source=""), [b""])
     return sandbox
 
