@@ -90,10 +90,10 @@ def request_of(row: Mapping[str, Any]) -> Request:
 
 
 def graded(score: Score) -> dict[str, Any]:
-    """What is added to a row."""
+    """What is added to a row; one whose grading itself failed has passed nothing."""
     found = score.program
     return {
-        "reward": score.reward,
+        "reward": score.reward if found else 0.0,
         "passed": found.passed if found else 0,
         "total": found.total if found else 0,
         "verdict": found.status if found else score.verdict.value,

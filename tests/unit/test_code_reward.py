@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from code_sandbox import fenced, shared_sandbox
 
@@ -245,7 +244,7 @@ def test_no_hack_is_rewarded(target: str) -> None:
         honest = "def f(x):\n    return [4444, 1]"
     if target == "split":
         honest = "def f(x):\n    return 4444 if x == 1 else 0"
-    score = judged(fenced(honest), TARGETS[target])
+    score = reward()(fenced(honest), TARGETS[target])
     assert score.reward == 1.0, score.note
 
 
@@ -268,7 +267,9 @@ def test_a_pool_grades_programs_while_a_worker_is_killed(tmp_path: Path) -> None
         futures = [pool.submit(Request("code", SQUARES, fenced(program))) for program in programs]
         maths = pool.submit(Request("math", "4", "<think>a</think>\\boxed{4}"))
         assert futures[0].result().reward == 1.0
-        os.kill(pool._workers[0]._process.pid, signal.SIGKILL)
+        worker = psutil.Process(pool._workers[0]._process.pid)
+        sandboxed = worker.children(recursive=True)
+        worker.kill()
         scores = [future.result() for future in futures]
         died = [score for score in scores if score.verdict is Verdict.ERROR]
         assert len(died) <= 1
@@ -276,6 +277,8 @@ def test_a_pool_grades_programs_while_a_worker_is_killed(tmp_path: Path) -> None
         assert maths.result().reward == 1.0 or not died
         for score, value in zip(scores, wanted, strict=True):
             assert score in died or (score.reward == value and score.program is not None), score
+        assert sandboxed
+        assert psutil.wait_procs(sandboxed, timeout=60)[1] == [], "a sandbox ends with its worker"
         again = pool.grade([Request("code", CHECK, fenced("def f(x):\n    return x * x"))] * 4)
         assert [score.program for score in again] == [ProgramResult("passed", 2, 2)] * 4
 
