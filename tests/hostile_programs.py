@@ -308,6 +308,7 @@ CHEATING = {
         "import fcntl, os\nfor i in range(4):\n    fcntl.flock(i, 2)\n"
         "    fcntl.fcntl(i, fcntl.F_SETFL, os.O_APPEND | os.O_NONBLOCK | os.O_DIRECT)\nraise SystemExit(5)",
     ),
+    "seals": ("crashed", "import fcntl\nfor i in range(4):\n    fcntl.fcntl(i, 1033, 15)"),
     "leases": ("crashed", "import fcntl\nfor i in range(4):\n    fcntl.fcntl(i, 1024, 1)"),
     "maps its stdin": ("crashed", "import mmap\nm = mmap.mmap(0, 4)\nm[:4] = b'9 9\\n'\nraise SystemExit(5)"),
     "waits for the next test": (

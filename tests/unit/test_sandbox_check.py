@@ -98,6 +98,11 @@ PASSES = {
         "def f(n):\n    yield from range(n)",
         "assert list(candidate(3)) == [0, 1, 2]\nassert sum(candidate(3)) == 3",
     ),
+    "generators without end": (
+        "def f(n):\n    while True:\n        yield n\n        n += 1",
+        "import itertools\nassert list(itertools.islice(candidate(3), 4)) == [3, 4, 5, 6]\n"
+        "g = candidate(1)\nassert (next(g), next(g)) == (1, 2)",
+    ),
     "imports of the solution": (
         "def f(x):\n    return x\nlimit = 1",
         "import solution\nfrom solution import f as g, limit\nassert g(1) == solution.f(1) == limit\n"
@@ -165,6 +170,12 @@ FAILS = {
     "always equal text": EVIL_OBJECT.format(base="(str)", given="('x')"),
     "always equal class": "class Meta(type):\n    def __eq__(self, other):\n        return True\n"
     "class A(metaclass=Meta):\n    pass\ndef f(x):\n    return A",
+    "items too long": "def f(x):\n    yield 'x' * (20 << 20)",
+    "items that are none": (
+        'import os, struct\nclass A:\n    def __iter__(self):\n        content = b\'["l", [["s", "value"], 1]]\'\n'
+        "        os.write(5, struct.pack('<I', len(content)) + content)\n        return self\ndef f(x):\n    return A()"
+    ),
+    "an iterator at its end": "def f(x):\n    return iter([])",
     "not a number": "def f(x):\n    return float('nan')",
     "builtins": "import builtins\nbuiltins.abs = lambda x: 0\nabs = lambda x: 0\nall = lambda x: True\n"
     "AssertionError = ValueError\ndef f(x):\n    return 3",
@@ -202,6 +213,8 @@ def test_nothing_but_right_values_passes(slot, name):
         "assert abs(candidate(1) - 2) < 1e-9",
         "assert all(map(lambda case: candidate(case[0]) == case[1], [(1, 2), (20, 40)]))",
         "cases = iter([(1, 2), (20, 40)])\nassert all(candidate(x) == y for x, y in cases)",
+        "assert all(map(lambda x: next(candidate(x)) == 2 * x, [1, 20]))",
+        "found = list(candidate(1))\nassert all(x == 2 for x in found) and len(found) == 1",
     ):
         if name in ("exit after the first call", "closed link") and "abs" in test:
             continue  # one call, rightly answered

@@ -62,7 +62,7 @@ def test_calls_with_looked_at_arguments(machine):
     assert verdict(program, machine, ioctl, 0, 0x5401) == ALLOW
     assert verdict(program, machine, ioctl, 0, 0x5412) == NO_TERMINAL
     assert verdict(program, machine, fcntl, 0, 3) == ALLOW
-    for refused in (8, 10, 15, 1024, 1 << 32 | 8):
+    for refused in (8, 10, 15, 1024, 1033, 1 << 32 | 8):
         assert verdict(program, machine, fcntl, 0, refused) == REFUSE
     assert verdict(program, machine, prlimit, 0, 7) == ALLOW
     assert verdict(program, machine, prlimit, 1, 7) == REFUSE

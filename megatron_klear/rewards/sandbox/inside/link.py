@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 from . import values
 
 _LENGTH = struct.Struct("<I")
-_MOST_ITEMS = 1_000_000
 
 
 def send(descriptor: int, content: bytes) -> None:
@@ -80,8 +80,10 @@ def _answer(asked: Any, names: dict[str, Any], candidate: Any) -> list[Any]:
             arguments, keywords = rest
             value = target(*arguments, **keywords)
             return ["value", value, arguments, keywords]
-        if action == "items":
-            return ["value", [one for one, _ in zip(target, range(_MOST_ITEMS), strict=False)]]
+        if action == "iterator":
+            return ["value", iter(target)]
+        if action == "next":
+            return ["value", list(itertools.islice(target, rest[0]))]
         if action == "length":
             return ["value", len(target)]
         if action == "item":

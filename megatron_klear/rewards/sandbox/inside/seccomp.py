@@ -72,8 +72,8 @@ KILL, REFUSE, MISSING, NO_TERMINAL, ALLOW = 0x80000000, 0x00050001, 0x00050026, 
 """Kill the process; EPERM; ENOSYS; ENOTTY; let it be."""
 _X32 = 0x40000000
 _CLONE_THREAD = 0x10000
-_FCNTL_REFUSED = (8, 10, 15, 1024, 1026)
-"""F_SETOWN, F_SETSIG, F_SETOWN_EX, by which a file signals a process; F_SETLEASE, F_NOTIFY."""
+_FCNTL_REFUSED = (8, 10, 15, 1024, 1026, 1033)
+"""F_SETOWN, F_SETSIG, F_SETOWN_EX, by which a file signals a process; F_SETLEASE, F_NOTIFY; F_ADD_SEALS."""
 _IOCTL_ALLOWED = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """TCGETS and TIOCGWINSZ, which say that a file is no terminal; FIONREAD, FIONBIO, FIONCLEX, FIOCLEX."""
 _NOT_UNDER_LANDLOCK = ("truncate", "chmod", "fchmod", "fchmodat", "utime", "utimes", "futimesat", "utimensat")
