@@ -19,6 +19,7 @@ import ast
 import contextlib
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,7 @@ def _read_humaneval(truth: dict[str, Any]) -> Problem:
         """The program with what the prompt defines besides; the prompt's function with its body where that is all."""
         return f"{helpers}\n{program}" if _defines(program, entry) else prompt + program
 
-    return Problem(**{name: getattr(problem, name) for name in problem.__slots__} | {"complete": complete})
+    return replace(problem, complete=complete)
 
 
 def _without(prompt: str, entry: str) -> str:
