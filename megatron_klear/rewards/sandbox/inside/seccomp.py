@@ -7,6 +7,7 @@ whose memory no limit counts; whatever kernels learn after this was written.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterable
 
@@ -92,6 +93,7 @@ def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return struct.pack("<HBBI", code, if_true, if_false, value)
 
 
+@functools.cache
 def numbers(table: str, machine: str) -> dict[str, int]:
     """Names and numbers of a table's calls on x86_64 or aarch64."""
     rows = (row.split(":") for row in table.split())
