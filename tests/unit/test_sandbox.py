@@ -372,7 +372,7 @@ sandbox.run(Program(source="import time\\nif input():\\n    time.sleep(99)"), [b
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_worker_takes_its_slot_with_it(kind):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-c", WORKER, kind]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as worker:
         processes = descendants(int(worker.stdout.readline()))
