@@ -212,6 +212,10 @@ READING = {
     ),
 }
 KERNEL = {
+    "asks to be dumped": (
+        "crashed",
+        "import ctypes, os\nif ctypes.CDLL(None).prctl(4, 1, 0, 0, 0) == 0:\n    print(3)\n    os._exit(0)\nos.abort()",
+    ),
     "ptrace": ("contained", _SYSCALL.format("101, 16, 1, 0, 0")),
     "process_vm_readv": ("contained", _SYSCALL.format("310, 1, 0, 0, 0, 0, 0")),
     "process_vm_writev": ("contained", _SYSCALL.format("311, 1, 0, 0, 0, 0, 0")),

@@ -214,8 +214,9 @@ def test_limits_hold(slot):
     outcomes = slot.run(
         Program(source="while True:\n    pass"), [b""] * 9, limits=Limits(cpu_seconds=0.2, total_seconds=0.5)
     )
-    assert [o.status for o in outcomes[:2]] == ["timeout", "timeout"]
-    assert outcomes[-1].status == "skipped"
+    statuses = [o.status for o in outcomes]
+    assert statuses == sorted(statuses, reverse=True)
+    assert (statuses[0], statuses[-1]) == ("timeout", "skipped")
 
 
 def test_threads_are_limited(contained):
@@ -371,7 +372,7 @@ sandbox.run(Program(source="import time\\nif input():\\n    time.sleep(99)"), [b
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_worker_takes_its_slot_with_it(kind):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-c", WORKER, kind]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as worker:
         processes = descendants(int(worker.stdout.readline()))

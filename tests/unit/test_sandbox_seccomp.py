@@ -58,7 +58,10 @@ def test_calls_of_another_architecture_kill(machine):
 @pytest.mark.parametrize("machine", MACHINES)
 def test_calls_with_looked_at_arguments(machine):
     program = seccomp.program_filter(machine)
-    ioctl, fcntl, prlimit = (seccomp.number(name, machine) for name in ("ioctl", "fcntl", "prlimit64"))
+    names = ("ioctl", "fcntl", "prlimit64", "prctl")
+    ioctl, fcntl, prlimit, prctl = (seccomp.number(name, machine) for name in names)
+    assert verdict(program, machine, prctl, 4, 1) == REFUSE
+    assert verdict(program, machine, prctl, 15) == ALLOW
     assert verdict(program, machine, ioctl, 0, 0x5401) == ALLOW
     assert verdict(program, machine, ioctl, 0, 0x5412) == NO_TERMINAL
     assert verdict(program, machine, fcntl, 0, 3) == ALLOW

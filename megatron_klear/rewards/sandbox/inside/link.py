@@ -43,13 +43,13 @@ class _Objects:
 
     def __init__(self) -> None:
         self.kept: list[Any] = []
+        self.numbers: dict[int, int] = {}
 
     def encode(self, value: Any) -> Any:
-        for number, one in enumerate(self.kept):
-            if one is value:
-                return ["@", [number, type(value).__name__]]
-        self.kept.append(value)
-        return ["@", [len(self.kept) - 1, type(value).__name__]]
+        number = self.numbers.setdefault(id(value), len(self.kept))
+        if number == len(self.kept):
+            self.kept.append(value)
+        return ["@", [number, type(value).__name__]]
 
     def decode(self, content: Any) -> Any:
         return self.kept[content[0]]
