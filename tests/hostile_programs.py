@@ -58,11 +58,13 @@ MEMORY = {
     ),
     "pipes filled": (
         "crashed",
-        "import os, fcntl\nwhile True:\n    r, w = os.pipe()\n    fcntl.fcntl(w, 1031, 1 << 20)\n    os.write(w, bytes(1 << 16))",
+        "import os, fcntl\nwhile True:\n    r, w = os.pipe()\n    fcntl.fcntl(w, 1031, 1 << 20)\n"
+        "    os.write(w, bytes(1 << 16))",
     ),
     "recursion in C": (
         "crashed memory",
-        "import sys\nsys.setrecursionlimit(10**9)\nclass A:\n    def __getattr__(s, n):\n        return getattr(s, n)\nA().x",
+        "import sys\nsys.setrecursionlimit(10**9)\nclass A:\n    def __getattr__(s, n):\n"
+        "        return getattr(s, n)\nA().x",
     ),
     "endless recursion": (
         "crashed memory",
@@ -104,7 +106,8 @@ TIME = {
     "stops itself": ("timeout", "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\nwhile True:\n    pass"),
     "busy threads": (
         "timeout",
-        "import threading, hashlib\ndef f():\n    while True:\n        hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10**6)\n"
+        "import threading, hashlib\ndef f():\n    while True:\n"
+        "        hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10**6)\n"
         "for _ in range(8):\n    threading.Thread(target=f).start()",
     ),
     "endless at its end": ("timeout", "import atexit\n@atexit.register\ndef f():\n    while True:\n        pass"),
@@ -171,38 +174,48 @@ NETWORK = {
 READING = {
     "home": (
         "crashed",
-        "import os\nfound = [f for r, d, fs in os.walk('/root') for f in fs if '.ssh' in r]\nprint(open('/root/.bashrc').read())",
+        "import os\nfound = [f for r, d, fs in os.walk('/root') for f in fs if '.ssh' in r]\n"
+        "print(open('/root/.bashrc').read())",
     ),
     "passwords": ("crashed", "print(open('/etc/shadow').read())"),
     "users": ("crashed", "print(open('/etc/passwd').read())"),
     "environment": (
         "crashed",
-        "import os\nassert not [k for k in os.environ if 'KEY' in k or 'TOKEN' in k or k == 'PATH']\nopen('/proc/1/environ').read()",
+        "import os\nassert not [k for k in os.environ if 'KEY' in k or 'TOKEN' in k or k == 'PATH']\n"
+        "open('/proc/1/environ').read()",
     ),
     "memory of the parent": ("crashed", "import os\nopen(f'/proc/{os.getppid()}/mem', 'rb').read(1)"),
     "descriptors of the parent": ("crashed", "import os\nprint(os.listdir('/proc/1/fd'))"),
     "command lines": (
         "crashed",
-        "import os\nfor p in os.listdir('/proc'):\n    if p.isdigit() and int(p) != os.getpid():\n        raise SystemExit('seen: ' + open(f'/proc/{p}/cmdline').read())\nraise SystemExit(3)",
+        "import os\nfor p in os.listdir('/proc'):\n    if p.isdigit() and int(p) != os.getpid():\n"
+        "        raise SystemExit('seen: ' + open(f'/proc/{p}/cmdline').read())\nraise SystemExit(3)",
     ),
     "inherited descriptors": (
         "crashed",
-        "import os\nfound = []\nfor i in range(5, 1024):\n    try:\n        os.fstat(i)\n        found.append(i)\n    except OSError:\n        pass\nraise SystemExit('left open' if found else 3)",
+        "import os\nfound = []\nfor i in range(5, 1024):\n    try:\n        os.fstat(i)\n"
+        "        found.append(i)\n    except OSError:\n        pass\nraise SystemExit('left open' if found else 3)",
     ),
     "kernel memory": ("crashed", "open('/proc/kcore', 'rb').read(1)"),
     "kernel log": ("crashed contained", "open('/dev/kmsg', 'rb').read(1)"),
     "disk": ("crashed", "open('/dev/vda', 'rb').read(1)"),
     "expected outputs on disk": (
         "crashed",
-        "import glob\nfound = [open(f).read() for f in glob.glob('/**/*expected*', recursive=True)[:9]]\nraise SystemExit(3)",
+        "import glob\nfound = [open(f).read() for f in glob.glob('/**/*expected*', recursive=True)[:9]]\n"
+        "raise SystemExit(3)",
     ),
     "the grader's modules": ("crashed", "import megatron_klear"),
     "expected outputs in memory": (
         "crashed done",
-        "import gc\nfor one in gc.get_objects():\n    if isinstance(one, dict) and 'expected' in one:\n        print(one['expected'])",
+        "import gc\nfor one in gc.get_objects():\n    if isinstance(one, dict) and 'expected' in one:\n"
+        "        print(one['expected'])",
     ),
 }
 KERNEL = {
+    "asks to be dumped": (
+        "crashed",
+        "import ctypes, os\nif ctypes.CDLL(None).prctl(4, 1, 0, 0, 0) == 0:\n    print(3)\n    os._exit(0)\nos.abort()",
+    ),
     "ptrace": ("contained", _SYSCALL.format("101, 16, 1, 0, 0")),
     "process_vm_readv": ("contained", _SYSCALL.format("310, 1, 0, 0, 0, 0, 0")),
     "process_vm_writev": ("contained", _SYSCALL.format("311, 1, 0, 0, 0, 0, 0")),
@@ -260,7 +273,8 @@ CHEATING = {
     "answers for a verifier": ("done", "print('VERDICT: right\\nreward: 1.0')"),
     "writes in every descriptor": (
         "crashed contained",
-        'import os\nfor i in range(64):\n    try:\n        os.write(i, b\'{"first": true, "status": "done", "wait": null}\')\n'
+        "import os\nfor i in range(64):\n    try:\n"
+        '        os.write(i, b\'{"first": true, "status": "done", "wait": null}\')\n'
         "    except OSError:\n        pass\nraise SystemExit(5)",
     ),
     "says that tests have ended": ("done crashed", "import os\nfor _ in range(99):\n    os.write(4, b'.')\nprint(3)"),
@@ -273,26 +287,32 @@ CHEATING = {
     ),
     "patches builtins": (
         "crashed",
-        "import builtins\nbuiltins.print = builtins.input = lambda *a: '3'\nbuiltins.sum = lambda a: 3\nraise SystemExit(5)",
+        "import builtins\nbuiltins.print = builtins.input = lambda *a: '3'\nbuiltins.sum = lambda a: 3\n"
+        "raise SystemExit(5)",
     ),
     "patches test frameworks": (
         "crashed done",
-        "import unittest, sys, types\nunittest.TestCase.assertEqual = lambda *a: None\nsys.modules['pytest'] = types.ModuleType('pytest')\nprint('OK')",
+        "import unittest, sys, types\nunittest.TestCase.assertEqual = lambda *a: None\n"
+        "sys.modules['pytest'] = types.ModuleType('pytest')\nprint('OK')",
     ),
     "traces its driver": (
         "done crashed",
-        "import sys\ndef f(frame, event, argument):\n    frame.f_trace_opcodes = True\n    return f\nsys.settrace(f)\nprint('1 passed')",
+        "import sys\ndef f(frame, event, argument):\n    frame.f_trace_opcodes = True\n    return f\n"
+        "sys.settrace(f)\nprint('1 passed')",
     ),
     "another stdout": ("done crashed", "import sys, io\nsys.stdout = io.StringIO('3')\nprint(3, file=sys.stderr)"),
     "always equal": (
         "done crashed",
-        "class Equal(str):\n    def __eq__(self, other):\n        return True\n    __hash__ = str.__hash__\nprint(Equal('right'))",
+        "class Equal(str):\n    def __eq__(self, other):\n        return True\n    __hash__ = str.__hash__\n"
+        "print(Equal('right'))",
     ),
     "input as output": ("done crashed output", "import os\nos.sendfile(1, 0, 0, 1 << 20)"),
     "locks and flags of its streams": (
         "crashed",
-        "import fcntl, os\nfor i in range(4):\n    fcntl.flock(i, 2)\n    fcntl.fcntl(i, fcntl.F_SETFL, os.O_APPEND | os.O_NONBLOCK | os.O_DIRECT)\nraise SystemExit(5)",
+        "import fcntl, os\nfor i in range(4):\n    fcntl.flock(i, 2)\n"
+        "    fcntl.fcntl(i, fcntl.F_SETFL, os.O_APPEND | os.O_NONBLOCK | os.O_DIRECT)\nraise SystemExit(5)",
     ),
+    "seals": ("crashed", "import fcntl\nfor i in range(4):\n    fcntl.fcntl(i, 1033, 15)"),
     "leases": ("crashed", "import fcntl\nfor i in range(4):\n    fcntl.fcntl(i, 1024, 1)"),
     "maps its stdin": ("crashed", "import mmap\nm = mmap.mmap(0, 4)\nm[:4] = b'9 9\\n'\nraise SystemExit(5)"),
     "waits for the next test": (

@@ -26,7 +26,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--comparison", choices=get_args(Comparison), default=_DEFAULTS.comparison, help="when an answer is right"
     )
     command.add_argument("--sandbox", choices=get_args(SandboxKind), default=_DEFAULTS.sandbox)
-    command.add_argument("--url", default="", help="of a remote sandbox: http://host:port/run_code")
+    command.add_argument("--url", default="", help="of a remote sandbox: http://host:port")
     command.add_argument("--cpu-seconds", type=float, default=_DEFAULTS.cpu_seconds, help="of one test")
     command.add_argument("--total-seconds", type=float, default=_DEFAULTS.total_seconds, help="of all tests of a row")
     command.add_argument("--memory-gib", type=float, default=_DEFAULTS.memory_gib, help="address space of a program")
@@ -90,10 +90,10 @@ def request_of(row: Mapping[str, Any]) -> Request:
 
 
 def graded(score: Score) -> dict[str, Any]:
-    """What is added to a row."""
+    """What is added to a row; one whose grading itself failed has passed nothing."""
     found = score.program
     return {
-        "reward": score.reward,
+        "reward": score.reward if found else 0.0,
         "passed": found.passed if found else 0,
         "total": found.total if found else 0,
         "verdict": found.status if found else score.verdict.value,

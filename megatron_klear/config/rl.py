@@ -121,7 +121,7 @@ class CodeRewardConfig(Settings):
     """`landlock` is the weaker one, for machines that forbid namespaces. `remote` is a service that speaks
     SandboxFusion's `run_code`."""
     url: str = ""
-    """Of the remote sandbox, as `http://host:port/run_code`."""
+    """Of the remote sandbox, as `http://host:port`."""
     cpu_seconds: float = Field(default=6.0, gt=0)
     """Computing time of a program on one test; by the clock it has four times as much."""
     total_seconds: float = Field(default=60.0, gt=0)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from code_sandbox import fenced, shared_sandbox
 
@@ -114,6 +113,8 @@ def test_all_tests_of_a_program_share_its_time() -> None:
     judged = CodeReward(SCHEMES["paper"], settings=told, sandbox=shared_sandbox())
     score = judged(fenced("while True:\n    pass"), SQUARES)
     assert score.program == ProgramResult("timeout", 0, 4)
+    late = "n = int(input())\nif n == 0:\n    print(1 / 0)\nwhile n == 3:\n    pass\nprint(n * n)"
+    assert judged(fenced(late), SQUARES).program == ProgramResult("crashed", 2, 4)
     checks = "\n".join(f"for x in [{n}]:\n    assert f(x) == x" for n in range(4))
     score = judged(fenced("def f(x):\n    while True:\n        pass"), {"functional": checks})
     assert score.program == ProgramResult("timeout", 0, 4)
@@ -243,7 +244,7 @@ def test_no_hack_is_rewarded(target: str) -> None:
         honest = "def f(x):\n    return [4444, 1]"
     if target == "split":
         honest = "def f(x):\n    return 4444 if x == 1 else 0"
-    score = judged(fenced(honest), TARGETS[target])
+    score = reward()(fenced(honest), TARGETS[target])
     assert score.reward == 1.0, score.note
 
 
@@ -266,7 +267,9 @@ def test_a_pool_grades_programs_while_a_worker_is_killed(tmp_path: Path) -> None
         futures = [pool.submit(Request("code", SQUARES, fenced(program))) for program in programs]
         maths = pool.submit(Request("math", "4", "<think>a</think>\\boxed{4}"))
         assert futures[0].result().reward == 1.0
-        os.kill(pool._workers[0]._process.pid, signal.SIGKILL)
+        worker = psutil.Process(pool._workers[0]._process.pid)
+        sandboxed = worker.children(recursive=True)
+        worker.kill()
         scores = [future.result() for future in futures]
         died = [score for score in scores if score.verdict is Verdict.ERROR]
         assert len(died) <= 1
@@ -274,6 +277,8 @@ def test_a_pool_grades_programs_while_a_worker_is_killed(tmp_path: Path) -> None
         assert maths.result().reward == 1.0 or not died
         for score, value in zip(scores, wanted, strict=True):
             assert score in died or (score.reward == value and score.program is not None), score
+        assert sandboxed
+        assert psutil.wait_procs(sandboxed, timeout=60)[1] == [], "a sandbox ends with its worker"
         again = pool.grade([Request("code", CHECK, fenced("def f(x):\n    return x * x"))] * 4)
         assert [score.program for score in again] == [ProgramResult("passed", 2, 2)] * 4
 

@@ -12,7 +12,7 @@ from megatron_klear.rewards.code.forms import read_problem
 from megatron_klear.rewards.code.judge import judge
 from megatron_klear.rewards.sandbox.outcome import Limits
 
-LIMITS = Limits(cpu_seconds=1.0, wall_seconds=5.0, total_seconds=30.0, memory_bytes=512 << 20)
+LIMITS = Limits(cpu_seconds=1.5, wall_seconds=6.0, total_seconds=30.0, memory_bytes=512 << 20)
 
 
 class Row(NamedTuple):

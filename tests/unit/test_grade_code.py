@@ -39,6 +39,12 @@ def test_rows_come_back_with_what_they_are_worth(tmp_path: Path) -> None:
         {"id": 4, "program": "def f(x):\n    return x + x", "tests": tests},
         {"id": 5, "program": "while True:\n    pass", "tests": {"inputs": [""], "outputs": ["1"]}},
         {"id": 6, "program": "import os\nos.fork()", "tests": {"inputs": [""], "outputs": ["1"]}},
+        {"id": 7, "program": "x = '</think>'\nprint(len(x))", "tests": {"inputs": [""], "outputs": ["8"]}},
+        {
+            "id": 8,
+            "response": "<think>```python\nx\n```</think>\nprint(8)",
+            "tests": {"inputs": [""], "outputs": ["8"]},
+        },
     ]
     found = [tuple(row[key] for key in ADDED) for row in graded(tmp_path, rows)]
     assert found == [
@@ -49,6 +55,8 @@ def test_rows_come_back_with_what_they_are_worth(tmp_path: Path) -> None:
         (1.0, 1, 1, "passed"),
         (0.0, 0, 1, "timeout"),
         (0.0, 0, 1, "contained"),
+        (1.0, 1, 1, "passed"),
+        (1.0, 1, 1, "passed"),
     ]
     hard = graded(tmp_path, rows[:2], "--kind", "hard", "--force")
     assert [row["reward"] for row in hard] == [1.0, 0.0]

@@ -3,6 +3,7 @@
 Both kinds of sandbox run the same cases, but for those about files, which Landlock programs may not write.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from megatron_klear.errors import UserError
 from megatron_klear.rewards.base import RewardError
 from megatron_klear.rewards.sandbox import Limits, Program, check_sandbox, open_sandbox
 from megatron_klear.rewards.sandbox.inside import landlock
+from megatron_klear.rewards.sandbox.outcome import DEFAULT_LIMITS
 from megatron_klear.rewards.sandbox.remedies import remedy
 from megatron_klear.rewards.sandbox.values import Opaque, decode, encode_arguments
 from tests.hostile_runs import HONEST, INPUTS, alive, descendants, right
@@ -44,11 +46,13 @@ def contained():
     sandbox.close()
 
 
-def one(sandbox, source, stdin=b"", limits=Limits()):
+def one(sandbox, source, stdin=b"", limits=DEFAULT_LIMITS):
     (outcome,) = sandbox.run(Program(source=source), [stdin], limits=limits)
     return outcome
 
 
+DEPTH_THROUGH_C = 20_000 if sys.version_info < (3, 12) else 200
+"""Later interpreters have a limit of their own on recursion through functions in C."""
 # Source, standard input, standard output; all end well.
 FINE = {
     "input()": ("print(int(input()) + int(input()))", b"1\n2\n", b"3\n"),
@@ -94,10 +98,11 @@ FINE = {
     ),
     "recursion without a raised limit": ("def f(n):\n    return n and 1 + f(n - 1)\nprint(f(20000))", b"", b"20000\n"),
     "recursion through a cache": (
-        "import sys, functools\nsys.setrecursionlimit(10**6)\n@functools.cache\ndef f(n):\n    return n and 1 + f(n - 1)\n"
-        "print(f(20000))",
+        "import sys, functools\nsys.setrecursionlimit(10**6)\n@functools.cache\ndef f(n):\n"
+        "    return n and 1 + f(n - 1)\n"
+        f"print(f({DEPTH_THROUGH_C}))",
         b"",
-        b"20000\n",
+        b"%d\n" % DEPTH_THROUGH_C,
     ),
     "long integers": ("print(len(str(10**5000)))", b"", b"5001\n"),
     "asyncio": ("import asyncio\nasync def f():\n    print(3)\nasyncio.run(f())", b"", b"3\n"),
@@ -140,7 +145,10 @@ def test_right_programs_that_share_a_process_run_alike(slot):
 
 
 def test_files_are_its_own_and_gone_with_its_test(contained):
-    write = "import os\nprint(os.path.exists('/tmp/x'), os.getcwd())\nopen('x', 'w').write('1')\nprint(open('/tmp/x').read())"
+    write = (
+        "import os\nprint(os.path.exists('/tmp/x'), os.getcwd())\nopen('x', 'w').write('1')\n"
+        "print(open('/tmp/x').read())"
+    )
     for passed in (None, lambda i, o: True):
         outcomes = contained.run(Program(source=write), [b""] * 3, passed=passed)
         assert [o.stdout for o in outcomes] == [b"False /tmp\n1\n"] * 3
@@ -206,8 +214,9 @@ def test_limits_hold(slot):
     outcomes = slot.run(
         Program(source="while True:\n    pass"), [b""] * 9, limits=Limits(cpu_seconds=0.2, total_seconds=0.5)
     )
-    assert [o.status for o in outcomes[:2]] == ["timeout", "timeout"]
-    assert outcomes[-1].status == "skipped"
+    statuses = [o.status for o in outcomes]
+    assert statuses == sorted(statuses, reverse=True)
+    assert (statuses[0], statuses[-1]) == ("timeout", "skipped")
 
 
 def test_threads_are_limited(contained):
@@ -226,7 +235,10 @@ def test_what_was_used_is_told(slot):
 
 
 def test_a_call_gets_values_and_returns_one(slot):
-    source = "class Solution:\n    n = 0\n    def f(self, a, b):\n        self.n += 1\n        return a, {b: self.n}\ndef g(x):\n    yield x"
+    source = (
+        "class Solution:\n    n = 0\n    def f(self, a, b):\n        self.n += 1\n"
+        "        return a, {b: self.n}\ndef g(x):\n    yield x"
+    )
     inputs = [encode_arguments([[1.5, None], "b"]), encode_arguments([(2**70, {1, 2}), b"\xff"])]
     outcomes = slot.run(Program(source=source, mode="call", entry="f"), inputs)
     assert [decode(o.result) for o in outcomes] == [([1.5, None], {"b": 1}), ((2**70, {1, 2}), {b"\xff": 1})]
@@ -306,7 +318,8 @@ def test_a_lost_slot_costs_one_sample_and_starts_again(slot):
     def kill(index, outcome):
         processes.update(descendants(slot.process_id))
         for process_id in processes:
-            os.kill(process_id, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # the first takes the others with it
+                os.kill(process_id, signal.SIGKILL)
         return True
 
     outcomes = slot.run(HONEST, INPUTS, passed=kill)
@@ -359,7 +372,7 @@ sandbox.run(Program(source="import time\\nif input():\\n    time.sleep(99)"), [b
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_worker_takes_its_slot_with_it(kind):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-c", WORKER, kind]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as worker:
         processes = descendants(int(worker.stdout.readline()))

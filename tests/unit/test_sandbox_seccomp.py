@@ -58,11 +58,14 @@ def test_calls_of_another_architecture_kill(machine):
 @pytest.mark.parametrize("machine", MACHINES)
 def test_calls_with_looked_at_arguments(machine):
     program = seccomp.program_filter(machine)
-    ioctl, fcntl, prlimit = (seccomp.number(name, machine) for name in ("ioctl", "fcntl", "prlimit64"))
+    names = ("ioctl", "fcntl", "prlimit64", "prctl")
+    ioctl, fcntl, prlimit, prctl = (seccomp.number(name, machine) for name in names)
+    assert verdict(program, machine, prctl, 4, 1) == REFUSE
+    assert verdict(program, machine, prctl, 15) == ALLOW
     assert verdict(program, machine, ioctl, 0, 0x5401) == ALLOW
     assert verdict(program, machine, ioctl, 0, 0x5412) == NO_TERMINAL
     assert verdict(program, machine, fcntl, 0, 3) == ALLOW
-    for refused in (8, 10, 15, 1024, 1 << 32 | 8):
+    for refused in (8, 10, 15, 1024, 1033, 1 << 32 | 8):
         assert verdict(program, machine, fcntl, 0, refused) == REFUSE
     assert verdict(program, machine, prlimit, 0, 7) == ALLOW
     assert verdict(program, machine, prlimit, 1, 7) == REFUSE
@@ -104,8 +107,16 @@ def test_without_namespaces_nothing_changes_a_file_that_is_not_open(machine):
 @pytest.mark.parametrize(
     ("name", "x86_64", "aarch64"),
     # uapi/asm/unistd_64.h and asm-generic/unistd.h of Linux
-    [("read", 0, 63), ("openat", 257, 56), ("clone", 56, 220), ("execve", 59, 221), ("socket", 41, 198)]
-    + [("mount", 165, 40), ("ptrace", 101, 117), ("bpf", 321, 280), ("futex", 202, 98), ("io_uring_setup", 425, 425)],
+    [
+        *(("read", 0, 63), ("openat", 257, 56), ("clone", 56, 220), ("execve", 59, 221), ("socket", 41, 198)),
+        *(
+            ("mount", 165, 40),
+            ("ptrace", 101, 117),
+            ("bpf", 321, 280),
+            ("futex", 202, 98),
+            ("io_uring_setup", 425, 425),
+        ),
+    ],
 )
 def test_numbers_are_the_kernels(name, x86_64, aarch64):
     assert (seccomp.number(name, "x86_64"), seccomp.number(name, "aarch64")) == (x86_64, aarch64)

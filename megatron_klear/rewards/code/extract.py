@@ -8,6 +8,7 @@ import textwrap
 from dataclasses import dataclass
 
 _FENCE = re.compile(r"(?P<run>`{3,}|~{3,})[{.\s]*(?P<language>[\w+#-]*)(?:[\s:,{}.=][^`]*)?\Z")
+_MOST_PARSED = 100_000  # characters
 _PYTHON = frozenset(("python", "py", "python3", "py3"))
 
 
@@ -61,7 +62,9 @@ def whole_program(text: str) -> Extracted:
 
 
 def is_python(source: str) -> bool:
-    """Whether a source can be parsed; never runs or compiles it."""
+    """Whether a source can be parsed; never runs or compiles it. Long ones take time: they are left to the sandbox."""
+    if len(source) > _MOST_PARSED:
+        return True
     try:
         ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):

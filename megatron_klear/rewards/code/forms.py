@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +196,7 @@ def _read_humaneval(truth: dict[str, Any]) -> Problem:
         """The program with what the prompt defines besides; the prompt's function with its body where that is all."""
         return f"{helpers}\n{program}" if _defines(program, entry) else prompt + program
 
-    return Problem(**{name: getattr(problem, name) for name in problem.__slots__} | {"complete": complete})
+    return replace(problem, complete=complete)
 
 
 def _without(prompt: str, entry: str) -> str:
@@ -207,10 +209,9 @@ def _without(prompt: str, entry: str) -> str:
 
 
 def _defines(program: str, entry: str) -> bool:
-    try:
-        return any(getattr(statement, "name", None) in (entry, "Solution") for statement in ast.parse(program).body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
+    """Whether a program makes the function itself. It is not parsed: that is for the sandbox to do."""
+    made = rf"^(?:(?:async\s+)?def\s+{entry}\b|{entry}\s*(?::.*)?=|class\s+(?:{entry}|Solution)\b)"
+    return re.search(made, program, re.MULTILINE) is not None
 
 
 def _read_mbpp(truth: dict[str, Any]) -> Problem:

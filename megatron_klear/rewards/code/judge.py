@@ -70,18 +70,18 @@ def judge(
     deadline = time.monotonic() + limits.total_seconds
     found: dict[int, Outcome] = {}
     cases = [(number, test) for number, test in enumerate(problem.tests) if isinstance(test, Case)]
-
-    def passed(place: int, outcome: Outcome) -> bool:
-        return passes(cases[place][1], outcome, comparison)
+    answers = _Answers([case for _, case in cases], comparison, deadline)
 
     def enough(place: int, outcome: Outcome) -> bool:
-        return first_failure_decides and not passed(place, outcome)
+        right_in_time = answers.right(place, outcome)  # asked of every outcome that counts, as soon as it is there
+        return first_failure_decides and not right_in_time
 
+    right: set[int] = set()
     if cases:
         inputs = [case.input for _, case in cases]
-        outcomes = sandbox.run(asked, inputs, limits=limits, passed=passed, enough=enough)
+        outcomes = sandbox.run(asked, inputs, limits=limits, passed=answers.right, enough=enough)
         found.update(zip((number for number, _ in cases), outcomes, strict=True))
-    right = {number for number, case in cases if passes(case, found[number], comparison)}
+        right |= {number for place, (number, _) in enumerate(cases) if answers.right(place, found[number])}
     for number, test in enumerate(problem.tests):
         if not isinstance(test, Check) or (first_failure_decides and len(right) < len(found)):
             continue
@@ -93,6 +93,23 @@ def judge(
         if found[number].status == "done":
             right.add(number)
     return _result(problem.tests, found, right)
+
+
+class _Answers:
+    """Which answers are right. Each is read once: it may have been made to take long."""
+
+    def __init__(self, cases: Sequence[Case], comparison: Comparison, deadline: float) -> None:
+        self._cases, self._comparison, self._deadline = cases, comparison, deadline
+        self._known: dict[int, tuple[Outcome, bool]] = {}
+
+    def right(self, place: int, outcome: Outcome) -> bool:
+        """Whether what came of a case is right; nothing is after the deadline."""
+        known = self._known.get(place)
+        if known is None or known[0] is not outcome:
+            in_time = time.monotonic() < self._deadline
+            known = outcome, in_time and passes(self._cases[place], outcome, self._comparison)
+            self._known[place] = known
+        return known[1]
 
 
 def passes(case: Case, outcome: Outcome, comparison: Comparison) -> bool:
@@ -173,7 +190,7 @@ def _wrong(test: Test, outcome: Outcome) -> str:
             wanted: Any = values[0]
         case Is(value=value) | Near(value=value):
             wanted = value
-    if len(outcome.result) > _longest(test.expected):
+    if len(outcome.result) > _SPARE_BYTES:
         return f"gave a value of {len(outcome.result)} bytes, expected {_short(wanted)}"
     return f"gave {_short(decode(outcome.result))}, expected {_short(wanted)}"
 

@@ -16,6 +16,7 @@ from .judge import Result, judge, sampled
 from .problem import Problem
 from .settings import RELEASED_TESTS, CodeSettings, SandboxKind
 
+_FENCE = "```"
 _GIB = 1 << 30
 _WALL_FACTOR = 4  # a test's time by the clock over its computing time: a busy machine fails no program
 
@@ -24,9 +25,10 @@ _WALL_FACTOR = 4  # a test's time by the clock over its computing time: a busy m
 def _opened(kind: SandboxKind, packages: tuple[str, ...], url: str) -> Sandbox:
     """The sandbox of this process, which it ends with. It has run a program, so that what it lacks is told at once."""
     from ..sandbox import open_sandbox
-    from .remote import RemoteSandbox
+    from ..sandbox.remote import RemoteSandbox
+    from .remote import PrintedValues
 
-    sandbox = RemoteSandbox(url) if kind == "remote" else open_sandbox(kind, packages)
+    sandbox = PrintedValues(RemoteSandbox(url)) if kind == "remote" else open_sandbox(kind, packages)
     sandbox.run(Program(source=""), [b""])
     return sandbox
 
@@ -62,6 +64,8 @@ class CodeReward:
 
     def __call__(self, response: str, ground_truth: Any) -> Score:
         """Judge one response. Raises RewardError where the sandbox does not work."""
+        if self.settings.whole_programs and response.startswith(_FENCE):
+            return self.grade(find_program(response), ground_truth)  # a program may speak of thinking
         parts = split_thinking(response)
         if self.require_thinking and parts.thinking is not Thinking.KEPT:
             reward = self.scheme.value(Verdict.MALFORMED, parts.thinking)

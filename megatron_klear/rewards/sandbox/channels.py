@@ -7,6 +7,7 @@ from types import TracebackType
 
 from .outcome import Limits
 
+_STDERR_BYTES = 64 << 10
 SOURCE, STDIN, STDOUT, STDERR, RESULT = range(5)
 
 
@@ -42,9 +43,10 @@ class Channels:
         _fill(self._ours[STDIN], stdin)
 
     def answers(self, limits: Limits) -> tuple[bytes, bytes, bytes]:
-        """Standard output, standard error and the returned value, each up to the limit on output."""
-        stdout, stderr, result = (_content(one, limits.output_bytes) for one in self._ours[STDOUT:])
-        return stdout, stderr, result
+        """Standard output, the end of standard error, and the returned value, up to the limit on output."""
+        stdout, stderr, result = self._ours[STDOUT:]
+        most = limits.output_bytes
+        return _content(stdout, most), _content(stderr, most)[-_STDERR_BYTES:], _content(result, most)
 
     def close_theirs(self) -> None:
         """Once they are sent."""

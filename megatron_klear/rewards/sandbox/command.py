@@ -91,8 +91,8 @@ def _python_library() -> Path:
 def bubblewrap_command(control: int, user: int, packages: Sequence[Path] = ()) -> list[str]:
     """The command that starts a zygote in namespaces of its own, with a control socket on that descriptor.
 
-    It sees the system's libraries and the interpreter's, read-only; no home, no /etc, no /sys, no network. Raises
-    RewardError where bubblewrap is not installed.
+    It sees the system's libraries and the interpreter's, read-only; no home, no /sys, no network, and of /etc the
+    loader's cache alone. Raises RewardError where bubblewrap is not installed.
     """
     program = shutil.which("bwrap")
     if program is None:

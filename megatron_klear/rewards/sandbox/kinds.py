@@ -51,9 +51,10 @@ def opened(kind: str, packages: Sequence[str] = ()) -> Slot:
     if kind != "landlock":
         raise RewardError(f"no sandbox is called {kind!r}; there are bubblewrap and landlock")
     if (found := landlock.version()) < landlock.NEEDED_VERSION:
+        has = f"version {found}" if found else "none, or has it switched off"
         raise RewardError(
             f"the sandbox called landlock needs version {landlock.NEEDED_VERSION} of Landlock (Linux 6.2), and this "
-            f"kernel has {f'version {found}' if found else 'none, or has it switched off'}; use the one called bubblewrap"
+            f"kernel has {has}; use the sandbox called bubblewrap"
         )
     return Slot(
         lambda: Zygote(lambda control: landlock_command(control, user, places), ENVIRONMENT),

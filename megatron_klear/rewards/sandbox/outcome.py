@@ -66,6 +66,7 @@ class Outcome:
     status: Status
     stdout: bytes = b""
     stderr: bytes = b""
+    """Its last 64 KiB."""
     result: bytes = b""
     """A value as `values.decode` reads it."""
     cpu_seconds: float = 0.0

@@ -11,8 +11,9 @@ _SWITCHES = {
 }
 """Settings of kernels that forbid user namespaces: the value that does, one that does not, another way."""
 _CONTAINER = (
-    "in a container, start it with `--cap-add SYS_ADMIN` or `--security-opt seccomp=` and a profile that permits "
-    "unshare and mount; where that is not to be had, the weaker sandbox called landlock needs no namespaces"
+    "in a container, start it with `--cap-add SYS_ADMIN --security-opt apparmor=unconfined` or with a seccomp profile "
+    "that permits unshare and mount (and with `--security-opt systempaths=unconfined` where proc cannot be mounted); "
+    "where that is not to be had, the weaker sandbox called landlock needs no namespaces"
 )
 _HOME = (
     "bubblewrap cannot reach the interpreter or this package as the user that it runs as: take a Python outside of "

@@ -170,7 +170,10 @@ class Slot:
     def _test(self, work: _Work, zygote: Zygote, channels: Channels, fresh: bool) -> tuple[bool, bool]:
         """One test; whether the next needs a process of its own, and whether it can be asked for here."""
         index = len(work.outcomes)
-        channels.begin(work.inputs[index])
+        try:
+            channels.begin(work.inputs[index])
+        except OSError as error:
+            raise LostError(f"the input cannot be handed over ({error.strerror})") from None
         zygote.command(b"fresh" if fresh else b"test")
         report = zygote.receive(max(work.left_seconds, 0) + _GRACE_SECONDS)
         _raise_if_broken(report)

@@ -45,6 +45,7 @@ class Zygote:
                     stdout=subprocess.DEVNULL,
                     stderr=self._errors,
                     env=environment,
+                    start_new_session=True,
                 )
         except BaseException:
             self._control.close()

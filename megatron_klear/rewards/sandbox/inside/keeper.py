@@ -81,10 +81,12 @@ def keep(request: dict[str, Any], control: socket.socket, descriptors: list[int]
 
 
 def _words(error: BaseException) -> str:
+    """What is wrong, printable whatever the source holds."""
     try:
-        return f"{type(error).__name__}: {error}"[:300]
+        words = f"{type(error).__name__}: {error}"[:300]
     except BaseException:
-        return type(error).__name__
+        words = type(error).__name__
+    return words.encode(errors="backslashreplace").decode()
 
 
 def _limit(request: dict[str, Any]) -> None:

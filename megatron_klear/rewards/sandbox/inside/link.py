@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 from . import values
 
 _LENGTH = struct.Struct("<I")
-_MOST_ITEMS = 1_000_000
 
 
 def send(descriptor: int, content: bytes) -> None:
@@ -43,13 +43,13 @@ class _Objects:
 
     def __init__(self) -> None:
         self.kept: list[Any] = []
+        self.numbers: dict[int, int] = {}
 
     def encode(self, value: Any) -> Any:
-        for number, one in enumerate(self.kept):
-            if one is value:
-                return ["@", [number, type(value).__name__]]
-        self.kept.append(value)
-        return ["@", [len(self.kept) - 1, type(value).__name__]]
+        number = self.numbers.setdefault(id(value), len(self.kept))
+        if number == len(self.kept):
+            self.kept.append(value)
+        return ["@", [number, type(value).__name__]]
 
     def decode(self, content: Any) -> Any:
         return self.kept[content[0]]
@@ -80,8 +80,10 @@ def _answer(asked: Any, names: dict[str, Any], candidate: Any) -> list[Any]:
             arguments, keywords = rest
             value = target(*arguments, **keywords)
             return ["value", value, arguments, keywords]
-        if action == "items":
-            return ["value", [one for one, _ in zip(target, range(_MOST_ITEMS), strict=False)]]
+        if action == "iterator":
+            return ["value", iter(target)]
+        if action == "next":
+            return ["value", list(itertools.islice(target, rest[0]))]
         if action == "length":
             return ["value", len(target)]
         if action == "item":

@@ -7,6 +7,7 @@ whose memory no limit counts; whatever kernels learn after this was written.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterable
 
@@ -25,7 +26,7 @@ getegid:108:177 setpgid:109:154 getppid:110:173 getpgrp:111:- setsid:112:157 get
 getresgid:120:150 getpgid:121:155 getsid:124:156 capget:125:90 rt_sigpending:127:136 rt_sigtimedwait:128:137
 rt_sigqueueinfo:129:138 rt_sigsuspend:130:133 sigaltstack:131:132 utime:132:- statfs:137:43 fstatfs:138:44
 getpriority:140:141 sched_getparam:143:121 sched_getscheduler:145:120 sched_get_priority_max:146:125
-sched_get_priority_min:147:126 sched_rr_get_interval:148:127 prctl:157:167 arch_prctl:158:- setrlimit:160:164
+sched_get_priority_min:147:126 sched_rr_get_interval:148:127 arch_prctl:158:- setrlimit:160:164
 gettid:186:178 tkill:200:130 time:201:- futex:202:98 sched_getaffinity:204:123 epoll_create:213:- getdents64:217:61
 set_tid_address:218:96 restart_syscall:219:128 fadvise64:221:223 timer_create:222:107 timer_settime:223:110
 timer_gettime:224:108 timer_getoverrun:225:109 timer_delete:226:111 clock_gettime:228:113 clock_getres:229:114
@@ -35,7 +36,7 @@ linkat:265:37 symlinkat:266:36 readlinkat:267:78 fchmodat:268:53 faccessat:269:4
 set_robust_list:273:99 get_robust_list:274:100 splice:275:76 tee:276:77 utimensat:280:88 epoll_pwait:281:22
 signalfd:282:- timerfd_create:283:85 eventfd:284:- fallocate:285:47 timerfd_settime:286:86 timerfd_gettime:287:87
 signalfd4:289:74 eventfd2:290:19 epoll_create1:291:20 dup3:292:24 pipe2:293:59 preadv:295:69 pwritev:296:70
-rt_tgsigqueueinfo:297:240 getcpu:309:168 renameat2:316:276 getrandom:318:278 membarrier:324:283
+rt_tgsigqueueinfo:297:240 getcpu:309:168 renameat2:316:276 getrandom:318:278
 copy_file_range:326:285 preadv2:327:286 pwritev2:328:287 statx:332:291 rseq:334:293 pidfd_open:434:434
 close_range:436:436 openat2:437:437 faccessat2:439:439 epoll_pwait2:441:441
 """
@@ -63,7 +64,7 @@ setpriority:141:140 sched_setparam:142:118 sched_setscheduler:144:119 sched_seta
 set_mempolicy:238:237 ioprio_set:251:30 sched_setattr:314:274
 """
 _CHECKED = """
-ioctl:16:29 fcntl:72:25 prlimit64:302:261
+ioctl:16:29 fcntl:72:25 prctl:157:167 prlimit64:302:261
 """
 
 _COLUMN = {"x86_64": 1, "aarch64": 2}
@@ -72,13 +73,14 @@ KILL, REFUSE, MISSING, NO_TERMINAL, ALLOW = 0x80000000, 0x00050001, 0x00050026, 
 """Kill the process; EPERM; ENOSYS; ENOTTY; let it be."""
 _X32 = 0x40000000
 _CLONE_THREAD = 0x10000
-_FCNTL_REFUSED = (8, 10, 15, 1024, 1026)
-"""F_SETOWN, F_SETSIG, F_SETOWN_EX, by which a file signals a process; F_SETLEASE, F_NOTIFY."""
+_FCNTL_REFUSED = (8, 10, 15, 1024, 1026, 1033)
+"""F_SETOWN, F_SETSIG, F_SETOWN_EX, by which a file signals a process; F_SETLEASE, F_NOTIFY; F_ADD_SEALS."""
 _IOCTL_ALLOWED = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """TCGETS and TIOCGWINSZ, which say that a file is no terminal; FIONREAD, FIONBIO, FIONCLEX, FIOCLEX."""
 _NOT_UNDER_LANDLOCK = ("truncate", "chmod", "fchmod", "fchmodat", "utime", "utimes", "futimesat", "utimensat")
 """What changes files without opening them, of which Landlock knows nothing."""
-_SET_DEATH_SIGNAL = 1
+_SET_DEATH_SIGNAL, _SET_DUMPABLE = 1, 4
+"""Of prctl. What can be dumped may be handed to a program of the system's when it crashes, whatever its limits."""
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER_AT, _ARCHITECTURE_AT = 0, 4
 
@@ -91,6 +93,7 @@ def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return struct.pack("<HBBI", code, if_true, if_false, value)
 
 
+@functools.cache
 def numbers(table: str, machine: str) -> dict[str, int]:
     """Names and numbers of a table's calls on x86_64 or aarch64."""
     rows = (row.split(":") for row in table.split())
@@ -115,6 +118,7 @@ def program_filter(machine: str, *, namespaces: bool = True) -> bytes:
         _op(_LOAD, _NUMBER_AT) + _op(_AT_LEAST, _X32, 0, 1) + _op(_RETURN, KILL),
         _when(number("ioctl", machine), _by_argument(1, _IOCTL_ALLOWED, ALLOW, NO_TERMINAL)),
         _when(number("fcntl", machine), _by_argument(1, _FCNTL_REFUSED, REFUSE, ALLOW)),
+        _when(number("prctl", machine), _by_argument(0, (_SET_DUMPABLE,), REFUSE, ALLOW)),
         _when(number("prlimit64", machine), _by_argument(0, (0,), ALLOW, REFUSE)),
         _by_ranges(wanted),
     ]
