@@ -325,7 +325,6 @@ def test_a_lost_slot_costs_one_sample_and_starts_again(slot):
 
     outcomes = slot.run(HONEST, INPUTS, passed=kill)
     assert [o.status for o in outcomes] == ["done", "contained"]
-    assert "lost" in outcomes[1].note
     after = slot.run(HONEST, INPUTS)
     assert all(right(index, outcome) for index, outcome in enumerate(after))
     assert slot.starts == starts + 1
