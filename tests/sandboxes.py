@@ -33,22 +33,25 @@ mount --bind "$2" /mnt/code
 mount --bind "$3" /mnt/packages
 cd /
 user="$4" executable="/mnt/python/$5"
-shift 5
+eval "$6"
+shift 6
 exec setpriv --reuid "$user" --regid "$user" --clear-groups env -i PATH="$PATH" \\
     PYTHONPATH=/mnt/code:/mnt/packages "$executable" -B "$@"
 """
 
 
-def as_another_user(*arguments: str) -> subprocess.CompletedProcess[str]:
+def as_another_user(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
     """Run Python in the checkout as a user that is not root and may reach neither root's home nor its files.
 
-    The interpreter, the checkout and the packages are where that user reads them, in mounts of the process's own.
+    The interpreter, the checkout and the packages are where that user reads them, in mounts of the process's own;
+    `before` is what root does there first.
     """
     import numpy
 
     prefix = Path(sys.base_prefix).resolve()
     packages = Path(numpy.__file__).parent.parent
-    places = [str(prefix), str(ROOT), str(packages), _USER, str(interpreter().relative_to(prefix))]
+    executable = str(interpreter().relative_to(prefix))
+    places = [str(prefix), str(ROOT), str(packages), _USER, executable, before]
     command = ["unshare", "--mount", "bash", "-c", _AS_ANOTHER, "bash", *places, *arguments]
     return subprocess.run(command, text=True, capture_output=True, timeout=300)
 

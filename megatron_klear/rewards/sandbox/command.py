@@ -28,6 +28,7 @@ ENVIRONMENT = {
 _USER_RANGES = ((0x70000000, 1 << 27), (20_000, 40_000))
 """First and number of the users that slots take: outside all that systems hand out; in containers with few, others."""
 _SLOTS_PER_PROCESS = 32
+_READ_ALL = 1 << 2  # CAP_DAC_READ_SEARCH
 _COUNTER = itertools.count()
 
 
@@ -65,11 +66,24 @@ def package_places(names: Sequence[str]) -> list[Path]:
 
 
 def landlock_command(control: int, user: int, packages: Sequence[Path] = ()) -> list[str]:
-    """The command that starts a zygote outside all namespaces, with a control socket on that descriptor."""
+    """The command that starts a zygote outside all namespaces, with a control socket on that descriptor.
+
+    Raises RewardError where the user that it becomes cannot be let into the interpreter's folder.
+    """
     needed = {parent for path in (interpreter(), INSIDE, *packages) for parent in (path, *path.parents)}
-    reaches = all(path.stat().st_mode & 0o001 for path in needed if path.is_dir())
-    command = _python_command(INSIDE, control, user, namespaces=False, read_all=bool(user) and not reaches)
+    closed = sorted(str(path) for path in needed if path.is_dir() and not path.stat().st_mode & 0o001)
+    if user and closed and not _may_read_all():
+        raise RewardError(
+            f"programs run as another user, who may not enter {closed[0]}, and this root lacks CAP_DAC_READ_SEARCH to "
+            "let them; take a Python outside of it, or let others enter it"
+        )
+    command = _python_command(INSIDE, control, user, namespaces=False, read_all=bool(user and closed))
     return [*command, *map(str, packages)]
+
+
+def _may_read_all() -> bool:
+    status = Path("/proc/self/status").read_text()
+    return bool(int(status.partition("CapPrm:")[2].split()[0], 16) & _READ_ALL)
 
 
 def landlock_paths(packages: Sequence[Path] = ()) -> dict[str, list[str]]:
