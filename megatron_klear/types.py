@@ -74,6 +74,16 @@ class Verdict(StrEnum):
     ERROR = "error"
 
 
+@dataclass(frozen=True, slots=True)
+class ProgramResult:
+    """How the program of a response fared on its tests."""
+
+    status: str
+    """`passed`, `failed`, `timeout`, `memory`, `crashed`, `contained`, `malformed` or `error`."""
+    passed: int
+    total: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
     """What a reward said of one response."""
@@ -82,6 +92,8 @@ class Score:
     verdict: Verdict
     note: str = ""
     """Why, in words for a person: the answer that was read, the error."""
+    program: ProgramResult | None = None
+    """Of a reward that runs programs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -43,7 +43,7 @@ COMMANDS = {
         "inspect_checkpoint", "what a checkpoint or model folder holds, and whether whole", on_gpu=False
     ),
     "verify": Command("verify", "layouts, resume, weights, mismatch: the gates, on your own model"),
-    "grade": Command("grade", "grade predictions against right answers"),
+    "grade": Command("grade", "grade predictions against right answers, or programs against tests"),
     "report": Command("report", "a page of one or several runs"),
     "gain": Command("gain", "whether a run got better, with confidence intervals"),
     "losses": Command("losses", "the gradient weight of every loss, as a table and a plot"),

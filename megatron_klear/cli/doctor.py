@@ -212,6 +212,21 @@ def probe_vllm() -> Finding:
     return Finding(found=f"{shown.stdout.strip()} ({python})")
 
 
+def probe_sandbox() -> Finding:
+    from megatron_klear.errors import UserError
+    from megatron_klear.rewards.sandbox import check_sandbox
+
+    try:
+        return Finding(found=f"{check_sandbox('bubblewrap')}, tried with a program")
+    except UserError as error:
+        status: Literal["absent", "broken"] = "broken" if shutil.which("bwrap") else "absent"
+        try:
+            instead = f"{check_sandbox('landlock')} works here, for the weaker sandbox called landlock"
+        except UserError:
+            instead = "rewards that run programs cannot be used here"
+        return Finding(status=status, found=str(error), instead=instead)
+
+
 def probe_dependencies() -> Finding:
     from packaging.requirements import Requirement
 
@@ -249,6 +264,7 @@ PROBES: dict[str, Callable[[], Finding]] = {
     "FlashAttention": probe_flash_attention,
     "varlen attention": probe_varlen_attention,
     "vLLM": probe_vllm,
+    "sandbox": probe_sandbox,
 }
 # No run starts without these; the rest has a substitute.
 NEEDED = {"Python", "dependencies", "torch", "Megatron-Core"}

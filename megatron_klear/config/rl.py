@@ -16,6 +16,7 @@ from pydantic import Field, PositiveInt, create_model, model_validator
 
 from megatron_klear.config.base import RunConfig, Settings
 from megatron_klear.config.rollout import LocalRolloutConfig, Rollout
+from megatron_klear.rewards.code.settings import CodeSettings, too_short
 from megatron_klear.rl.advantages import Advantage
 from megatron_klear.rl.losses import GPPO, LOSSES, AnyLoss, resolve_loss
 from megatron_klear.types import KLEstimator
@@ -107,6 +108,43 @@ class SamplingConfig(Settings):
     config.json."""
 
 
+class CodeRewardConfig(Settings):
+    """`[reward.code]`: how programs are run, judged and rewarded."""
+
+    kind: Literal["soft", "hard", "released"] = "soft"
+    """`soft`: the share of tests passed. `hard`: 1 where all are passed, else 0. `released`: 2p - 1 of at most 16
+    tests, all or nothing where they are Python source, as the published code has it."""
+    comparison: Literal["judge", "livecodebench", "tokens"] = "judge"
+    """`judge`: lines of tokens, decimals within 1e-6, exact types of returned values. `livecodebench`: that benchmark's
+    rules to the letter. `tokens`: as `judge`, wherever lines break."""
+    sandbox: Literal["bubblewrap", "landlock", "remote"] = "bubblewrap"
+    """`landlock` is the weaker one, for machines that forbid namespaces. `remote` is a service that speaks
+    SandboxFusion's `run_code`."""
+    url: str = ""
+    """Of the remote sandbox, as `http://host:port`."""
+    cpu_seconds: float = Field(default=6.0, gt=0)
+    """Computing time of a program on one test; by the clock it has four times as much."""
+    total_seconds: float = Field(default=60.0, gt=0)
+    """Time of a program on all of its tests by the clock. `timeout_seconds` must be 5 s longer."""
+    memory_gib: float = Field(default=1.0, gt=0)
+    """Address space of a program."""
+    max_tests: int = Field(default=0, ge=0)
+    """Run at most so many tests of a problem, drawn by a seed of the program and the tests; 0 runs all (`released`:
+    16)."""
+    packages: tuple[str, ...] = ("sortedcontainers",)
+    """Pure Python packages of this environment that programs may import besides the standard library; contest sites
+    have the one that is the default."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CodeRewardConfig:
+        if (self.sandbox == "remote") != self.url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"reward.code.url {self.url!r} and reward.code.sandbox {self.sandbox!r} do not go together: a remote "
+                "sandbox has an address that begins with http:// or https://, the others have none"
+            )
+        return self
+
+
 class RewardConfig(Settings):
     """`[reward]`: how responses are judged."""
 
@@ -132,9 +170,13 @@ class RewardConfig(Settings):
     functions: dict[str, str] = Field(default_factory=dict)
     """Rewards by data_source: your own by dotted path, `"my_task" = "my_module:reward"`, or a built-in by its name,
     `"my/set" = "math"`."""
+    code: CodeRewardConfig = CodeRewardConfig()
 
     @model_validator(mode="after")
     def _check(self) -> RewardConfig:
+        told = "code" in self.model_fields_set
+        if told and (words := too_short(CodeSettings(**self.code.model_dump()), self.timeout_seconds)):
+            raise ValueError(words)
         if self.ray_address and self.backend != "ray":
             raise ValueError(
                 f'reward.ray_address {self.ray_address!r} is for reward.backend = "ray", which is {self.backend!r}'

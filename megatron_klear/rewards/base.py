@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from megatron_klear.errors import UserError
 from megatron_klear.types import Score, Verdict
 
+from .code.settings import CodeSettings, too_short
 from .format import Thinking
 from .own import OwnReward as _Yours
 from .own import SignatureError
@@ -68,6 +69,7 @@ SCHEMES: Mapping[SchemeName, Scheme] = {
 where an unfinished response scores above a wrong one."""
 
 _MATH = "megatron_klear.rewards.math:MathReward"
+_CODE = "megatron_klear.rewards.code.reward:CodeReward"
 BUILT_IN: Mapping[str, str] = {
     **dict.fromkeys(("math", "gsm8k", "arithmetic", "aime", "amc", "hmmt"), _MATH),
     # data_source values of verl's prepared data, and names of data sets on the hub
@@ -80,11 +82,16 @@ BUILT_IN: Mapping[str, str] = {
     ),
     **dict.fromkeys(("openmathinstruct", "openmathreasoning", "orz", "svamp", "skywork-math"), _MATH),
     "reasoning_gym": "megatron_klear.rewards.reasoning_gym:ReasoningGymReward",
+    **dict.fromkeys(("code", "coder1_longcot", "livecodebench", "lcb", "lcbv5", "humaneval", "humanevalplus"), _CODE),
+    **dict.fromkeys(("mbpp", "mbppplus", "leetcode", "leetcodedataset", "codeforces", "code_contests"), _CODE),
+    **dict.fromkeys(("codecontests", "taco", "apps", "kodcode", "primeintellect", "deepcoder"), _CODE),
+    **dict.fromkeys(("verifiable-coding-problems", "klearreasoner-codesub"), _CODE),
+    **dict.fromkeys(("primeintellect/numinamath", "klearreasoner-mathsub"), _MATH),
 }
 """Rewards that come with the package, by the start of the `data_source` or of its last path component, without case;
 classes made with the reward's settings."""
 _MOST_TOLD = 3
-_TOLD = ("math", "gsm8k", "arithmetic", "aime", "amc", "hmmt", "reasoning_gym")
+_TOLD = ("math", "gsm8k", "arithmetic", "aime", "amc", "hmmt", "reasoning_gym", "code")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +101,7 @@ class RewardSettings:
     scheme: SchemeName = "paper"
     require_thinking: bool = True
     functions: Mapping[str, str] | None = None
+    code: CodeSettings = field(default_factory=CodeSettings)
 
 
 def find(data_source: str, functions: Mapping[str, str] | None = None) -> tuple[str, bool]:
@@ -126,26 +134,27 @@ def check_sources(data_sources: Iterable[str], functions: Mapping[str, str] | No
 
 
 def check_truths(rows: Iterable[tuple[str, str, Any]], functions: Mapping[str, str] | None = None) -> None:
-    """Raise RewardError where the maths reward cannot read a ground truth; cheap, for all rows before a run.
+    """Raise RewardError where a ground truth cannot be read by the reward of maths or of code; for all rows of a run.
 
-    A row is its place as errors name it, its `data_source` and its ground truth. What a reward of your own takes only
-    it knows.
+    It is cheap. A row is its place as errors name it, its `data_source` and its ground truth. What a reward of your own
+    takes only it knows.
     """
     paths: dict[str, str] = {}
     bad: list[str] = []
     for place, data_source, ground_truth in rows:
         if data_source not in paths:
             paths[data_source] = find(data_source, functions)[0]
-        if paths[data_source] != _MATH:
-            continue
         try:
-            read_truths(ground_truth)
+            if paths[data_source] == _MATH:
+                read_truths(ground_truth)
+            elif paths[data_source] == _CODE:
+                _check_code(ground_truth)
         except TruthError as error:
             bad.append(f"{place} (data_source {data_source!r}): {error}")
     if bad:
         told = "; ".join(bad[:_MOST_TOLD]) + (f"; and {len(bad) - _MOST_TOLD} more" if len(bad) > _MOST_TOLD else "")
         raise RewardError(
-            f"{told}. Mend or remove what is no answer, or give its data_source another reward in [reward.functions]"
+            f"{told}. Mend or remove what cannot be read, or give its data_source another reward in [reward.functions]"
         )
 
 
@@ -154,12 +163,19 @@ def resolve(data_source: str, settings: RewardSettings) -> Reward:
     path, built_in = find(data_source, settings.functions)
     found = _import(path)
     if built_in:
-        reward: Reward = found(SCHEMES[settings.scheme], require_thinking=settings.require_thinking)
+        own = {"settings": settings.code} if path == _CODE else {}
+        reward: Reward = found(SCHEMES[settings.scheme], require_thinking=settings.require_thinking, **own)
         return reward
     try:
         return _Yours(found)
     except SignatureError as error:
         raise RewardError(f"[reward.functions]: {path!r} {error}") from None
+
+
+def prepare(reward: Reward) -> None:
+    """Let a built-in reward start what it needs besides itself. Raises RewardError where it cannot."""
+    if not isinstance(reward, _Yours) and hasattr(reward, "prepare"):
+        reward.prepare()
 
 
 def judge(
@@ -169,6 +185,22 @@ def judge(
     if isinstance(reward, _Yours):
         return reward(response, ground_truth, data_source=data_source, extra_info=extra_info)
     return reward(response, ground_truth)
+
+
+def check_time(data_sources: Iterable[str], settings: RewardSettings, timeout_seconds: float) -> None:
+    """Raise RewardError where one of the data sources is of code, and a response's time is too short for its tests."""
+    for data_source in sorted(set(data_sources)):
+        if find(data_source, settings.functions)[0] == _CODE and (words := too_short(settings.code, timeout_seconds)):
+            raise RewardError(f"data_source {data_source!r} is of code: {words}")
+
+
+def _check_code(ground_truth: Any) -> None:
+    from .code.forms import FormError, check_form
+
+    try:
+        check_form(ground_truth)
+    except FormError as error:
+        raise TruthError(str(error)) from None
 
 
 def _fits(name: str, data_source: str) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .base import RewardSettings
+from .code.settings import CodeSettings
 from .plain import from_json, to_json
 from .truth_store import TruthRef
 from .worker import Answer, NoAnswerError, Request, WorkerJob, read_answer
@@ -41,8 +42,9 @@ def read_job(content: bytes) -> RemoteJob:
     """What `write_job` wrote."""
     told: dict[str, Any] = from_json(content)
     settings, worker = told.pop("settings"), told.pop("worker")
+    packages = tuple(settings["code"]["packages"])
     job = WorkerJob(
-        settings=RewardSettings(**settings),
+        settings=RewardSettings(**settings | {"code": CodeSettings(**settings["code"] | {"packages": packages})}),
         data_sources=tuple(worker.pop("data_sources")),
         trials=tuple(_request(fields) for fields in worker.pop("trials")),
         **worker,

@@ -14,12 +14,12 @@ import resource
 import signal
 import struct
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
-from megatron_klear.types import Score, Verdict
+from megatron_klear.types import ProgramResult, Score, Verdict
 
-from .base import Reward, RewardError, RewardSettings, judge, resolve
+from .base import Reward, RewardError, RewardSettings, judge, prepare, resolve
 from .truth_store import Truth, TruthReadError, TruthRef, read_truth
 
 LENGTH = struct.Struct("<Q")
@@ -98,7 +98,13 @@ def answer_json(number: int, answer: Answer) -> bytes:
     """An answer to the request of that number as JSON."""
     content: dict[str, Any] = {"number": number}
     if isinstance(answer, Score):
-        told = {"reward": answer.reward, "verdict": answer.verdict.value, "note": answer.note[:_MAX_NOTE]}
+        told: dict[str, Any] = {
+            "reward": answer.reward,
+            "verdict": answer.verdict.value,
+            "note": answer.note[:_MAX_NOTE],
+        }
+        if answer.program is not None:
+            told["program"] = [answer.program.status, answer.program.passed, answer.program.total]
         content["score"] = told
     elif isinstance(answer, Refused):
         content["refused"] = answer.words
@@ -114,8 +120,7 @@ def read_answer(content: bytes) -> tuple[int, Answer]:
         number = int(told.pop("number"))
         ((kind, value),) = told.items()
         if kind == "score":
-            score = Score(reward=float(value["reward"]), verdict=Verdict(value["verdict"]), note=str(value["note"]))
-            return number, score
+            return number, _read_score(value)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise NoAnswerError(f"no answer of a grading process: {error}") from None
     if kind == "refused":
@@ -123,6 +128,15 @@ def read_answer(content: bytes) -> tuple[int, Answer]:
     if kind == "words":
         return number, str(value)
     raise NoAnswerError(f"no answer of a grading process: {kind!r}")
+
+
+def _read_score(value: Any) -> Score:
+    program = None
+    if "program" in value:
+        status, passed, total = value["program"]
+        program = ProgramResult(str(status), int(passed), int(total))
+    verdict = Verdict(value["verdict"])
+    return Score(reward=float(value["reward"]), verdict=verdict, note=str(value["note"]), program=program)
 
 
 def serve() -> None:
@@ -139,6 +153,7 @@ def serve() -> None:
         try:
             for data_source in job.data_sources:
                 rewards[data_source] = resolve(data_source, job.settings)
+                prepare(rewards[data_source])
         except RewardError as error:
             _send(answers, 0, Refused(str(error)))
             return
@@ -212,7 +227,7 @@ def _grade(request: Request, rewards: dict[str, Reward], settings: RewardSetting
             data_source=request.data_source,
             extra_info=truth.extra_info,
         )
-        return Score(reward=float(score.reward), verdict=Verdict(score.verdict), note=str(score.note))
+        return replace(score, reward=float(score.reward), verdict=Verdict(score.verdict), note=str(score.note))
     except TruthReadError as error:
         return str(error)
     except SystemExit as error:

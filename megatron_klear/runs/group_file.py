@@ -6,11 +6,12 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_klear.types import Group, Prompt, Sample, Score, Verdict, VersionSpan
+from megatron_klear.types import Group, ProgramResult, Prompt, Sample, Score, Verdict, VersionSpan
 
 
 def dump_groups(groups: Sequence[Group]) -> bytes:
@@ -75,12 +76,20 @@ def load_groups(content: bytes, find: Callable[[str], Prompt]) -> list[Group]:
                 prompt=find(group["prompt"]),
                 samples=samples,
                 texts=group["texts"],
-                scores=None
-                if scores is None
-                else [Score(reward=s["reward"], verdict=Verdict(s["verdict"]), note=s["note"]) for s in scores],
+                scores=None if scores is None else [_score(score) for score in scores],
             )
         )
     return groups
+
+
+def _score(told: dict[str, Any]) -> Score:
+    program = told.get("program")
+    return Score(
+        reward=told["reward"],
+        verdict=Verdict(told["verdict"]),
+        note=told["note"],
+        program=None if program is None else ProgramResult(**program),
+    )
 
 
 def _joined(arrays: Sequence[npt.NDArray[np.generic]], dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:

@@ -89,6 +89,14 @@ def test_every_probe_finds_something_here(doctor, here):
         assert finding.status == "ok" or finding.instead, f"{name} is {finding.status}, and nothing said about it"
 
 
+def test_a_missing_bubblewrap_is_absent_and_what_works_instead_is_told(doctor, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    finding = doctor.probe_sandbox()
+    assert finding.status == "absent"
+    assert "apt-get install bubblewrap" in finding.found
+    assert "landlock" in finding.instead or "cannot be used" in finding.instead
+
+
 def test_another_project_called_apex_is_not_taken_for_nvidia_apex(doctor, install):
     install(apex__forms="")
     finding = doctor.probe_apex()

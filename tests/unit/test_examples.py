@@ -14,7 +14,8 @@ from megatron_klear.config.schema import keys_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # The two stages of the quickstart have a script between them, and the run to look at is the second one's.
-QUICKSTART = {"quickstart_sft": "quickstart_sft", "quickstart_gppo": "quickstart"}
+OUTPUTS = {"quickstart_gppo": "quickstart"}
+SCRIPT_OF = {"quickstart_sft": "quickstart", "quickstart_gppo": "quickstart", "sft_code_tiny_cpu": "gppo_code_tiny_cpu"}
 SFT_CONFIGS = sorted((ROOT / "examples").glob("*sft*.toml"))
 GPPO_CONFIGS = sorted((ROOT / "examples").glob("*gppo*.toml"))
 CONFIGS = [*((path, SFTConfig) for path in SFT_CONFIGS), *((path, GPPOConfig) for path in GPPO_CONFIGS)]
@@ -33,12 +34,12 @@ def test_settings_page_is_up_to_date():
 @pytest.mark.parametrize(("path", "schema"), CONFIGS, ids=lambda value: getattr(value, "name", ""))
 def test_example_settings_are_valid(path: Path, schema: type[SFTConfig | GPPOConfig]):
     config = load(schema, ["--config", str(path)])
-    assert config.output == Path("runs") / QUICKSTART.get(path.stem, path.stem)
+    assert config.output == Path("runs") / OUTPUTS.get(path.stem, path.stem)
 
 
 @pytest.mark.parametrize("path", [path for path, _ in CONFIGS], ids=lambda path: path.name)
 def test_every_example_is_in_the_table(path: Path):
-    name = "quickstart" if path.stem in QUICKSTART else path.stem
+    name = SCRIPT_OF.get(path.stem, path.stem)
     assert path.with_name(f"{name}.sh").is_file()
     assert f"`{name}`" in (ROOT / "examples" / "README.md").read_text()
 
@@ -51,6 +52,16 @@ def test_the_recipe_is_that_of_the_paper():
     assert (sampling.samples_per_prompt, sampling.max_tokens, sampling.temperature) == (8, 32768, 1.0)
     assert (config.loss.clip_low, config.loss.clip_high, algorithm.nll_coefficient) == (0.2, 0.28, 0.1)
     assert (config.validation.sampling.temperature, config.validation.sampling.top_p) == (0.6, 0.95)
+
+
+def test_the_code_stage_differs_from_mathematics_where_the_paper_does():
+    files = [str(ROOT / "examples" / name) for name in ("gppo_32k.toml", "gppo_code_32k.toml")]
+    maths, code = (load(GPPOConfig, ["--config", file]) for file in files)
+    assert (code.optimizer.learning_rate, code.algorithm.prompts_per_update) == (5e-7, 32)
+    assert code.reward.code.kind == "soft"
+    assert code.optimizer.model_copy(update={"learning_rate": 1e-6}) == maths.optimizer
+    assert code.algorithm.model_copy(update={"prompts_per_update": 16}) == maths.algorithm
+    assert (code.sampling, code.loss, code.rollout) == (maths.sampling, maths.loss, maths.rollout)
 
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)

@@ -4,7 +4,7 @@ import copy
 import json
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from megatron_klear.orchestrator.sampler import Sampler
 from megatron_klear.rl.versions import oldest_version, token_versions, version_lag
 from megatron_klear.runs.group_file import dump_groups, load_groups
 from megatron_klear.runs.log import RunLog
-from megatron_klear.types import Sample, VersionSpan
+from megatron_klear.types import ProgramResult, Sample, Score, Verdict, VersionSpan
 
 MODES = ("synchronous", "one_step_off", "asynchronous")
 STEPS, PER_STEP, PROMPTS = 8, 3, 10
@@ -385,6 +385,8 @@ def test_versions_by_hand():
 def test_groups_come_back_from_bytes_as_they_were():
     groups = fixed_groups(3, 4)
     groups[1].samples[2] = Sample(tokens=np.array([1, 2], np.int32), trained=np.array([False, True]))
+    ran = Score(reward=0.5, verdict=Verdict.WRONG, note="a", program=ProgramResult("failed", 1, 2))
+    groups[0] = replace(groups[0], scores=[ran] * len(groups[0].samples))
     groups[2] = copy.replace(groups[2], scores=None) if hasattr(copy, "replace") else groups[2]
     known = {group.prompt.id: group.prompt for group in groups}
     for ours, theirs in zip(load_groups(dump_groups(groups), known.__getitem__), groups, strict=True):

@@ -50,7 +50,8 @@ def test_a_folder_that_is_there_is_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("start", "toml", "processes"), [(start_sft, "sft_32k.toml", 64), (start_gppo, "gppo_32k.toml", 8)]
+    ("start", "toml", "processes"),
+    [(start_sft, "sft_32k.toml", 64), (start_gppo, "gppo_32k.toml", 8), (start_gppo, "gppo_code_32k.toml", 8)],
 )
 def test_the_recipes_are_planned_without_their_models(start, toml, processes, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

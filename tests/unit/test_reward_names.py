@@ -26,7 +26,7 @@ def test_usual_names_run_as_they_are(source: str) -> None:
     assert resolve(source, RewardSettings(require_thinking=False))("\\boxed{5}", "5").verdict is Verdict.RIGHT
 
 
-@pytest.mark.parametrize("source", ["mathematica", "someone/mathematica", "openai/humaneval", "agsm8k"])
+@pytest.mark.parametrize("source", ["mathematica", "someone/mathematica", "openai/codex", "agsm8k"])
 def test_other_names_get_no_reward_or_their_own(source: str) -> None:
     with pytest.raises(RewardError, match=r"\[reward\.functions\]"):
         find(source)

@@ -1,0 +1,35 @@
+"""Which names statements bind, change and read."""
+
+from __future__ import annotations
+
+import ast
+
+
+def bound(statement: ast.AST) -> set[str]:
+    """Names that a statement binds in its scope, or whose object it changes by assignment or a method's call."""
+    match statement:
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return {name}
+        case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+            return {(alias.asname or alias.name).partition(".")[0] for alias in aliases}
+        case ast.Expr():
+            return set()
+    found: set[str] = set()
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Name | ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+            root = root_of(node)
+            if root is not None:
+                found.add(root)
+    return found
+
+
+def loaded(node: ast.AST) -> set[str]:
+    """All names that a piece of source reads."""
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)}
+
+
+def root_of(node: ast.AST) -> str | None:
+    """`a` of `a`, `a.b`, `a[0].c`; None of anything else."""
+    while isinstance(node, ast.Attribute | ast.Subscript):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None

@@ -1,0 +1,149 @@
+"""Values as data: tagged JSON, written where programs run and read where their answers are judged.
+
+None, True, False and integers up to 2**53 are themselves; everything else is a list of its tag and its content.
+Types that have no tag are `["?", type name]`; they are read as Opaque, which equals nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Callable
+from typing import Any
+
+MAX_BYTES = 8 << 20
+"""Longer values are not read."""
+_MAX_DEPTH = 100
+_PLAIN_INTEGER = 1 << 53
+_SEQUENCES: tuple[tuple[type, str], ...] = (
+    (list, "l"),
+    (tuple, "t"),
+    (set, "S"),
+    (frozenset, "F"),
+    (collections.deque, "d"),
+)
+_MAKERS: dict[str, Callable[[Any], Any]] = {
+    "l": list,
+    "t": tuple,
+    "S": set,
+    "F": frozenset,
+    "d": collections.deque,
+}
+
+
+class Opaque:
+    """A value that is no data. It equals nothing, itself neither, and is neither true nor false."""
+
+    __slots__ = ("type_name",)
+
+    def __init__(self, type_name: str) -> None:
+        self.type_name = type_name
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    def __ne__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"{self!r} is neither true nor false")
+
+    def __repr__(self) -> str:
+        return f"<an object of type {self.type_name}>"
+
+
+def encode(value: Any, foreign: Callable[[Any], Any] | None = None) -> bytes:
+    """A value as bytes; what has no tag is given to `foreign`, or its type is named."""
+    return json.dumps(to_json(value, foreign)).encode()
+
+
+def encode_arguments(arguments: list[Any]) -> bytes:
+    """The arguments of a call as bytes."""
+    return encode(list(arguments))
+
+
+def decode(content: bytes, foreign: Callable[[Any], Any] | None = None) -> Any:
+    """The value that bytes say, whoever wrote them; Opaque where they say none. Raises nothing.
+
+    `foreign` reads the content of the tag "@", which nothing else has.
+    """
+    if len(content) > MAX_BYTES:
+        return Opaque("(longer than can be read)")
+    try:
+        read = json.loads(content, parse_int=_short_integer, parse_float=_refuse, parse_constant=_refuse)
+        return from_json(read, foreign)
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError, MemoryError):
+        return Opaque("(not a value)")
+
+
+def to_json(value: Any, foreign: Callable[[Any], Any] | None = None, depth: int = 0) -> Any:
+    """A value as what json can write; subclasses of plain types count as their plain value."""
+    if depth > _MAX_DEPTH:
+        return ["?", "(nested too deep)"]
+    if value is None or value is True or value is False:
+        return value
+    if isinstance(value, int):
+        plain = int.__int__(value)
+        return plain if -_PLAIN_INTEGER <= plain <= _PLAIN_INTEGER else ["i", f"{plain:x}"]
+    if isinstance(value, float):
+        return ["f", float.hex(value)]
+    if isinstance(value, str):
+        return ["s", str.__str__(value)]
+    if isinstance(value, bytes | bytearray):
+        return ["b" if isinstance(value, bytes) else "a", bytes(value).hex()]
+    if isinstance(value, complex):
+        return ["c", float.hex(value.real), float.hex(value.imag)]
+    if isinstance(value, range):
+        return ["r", [to_json(part) for part in (value.start, value.stop, value.step)]]
+    for kind, tag in _SEQUENCES:
+        if isinstance(value, kind):
+            return [tag, [to_json(one, foreign, depth + 1) for one in kind.__iter__(value)]]  # type: ignore[attr-defined]
+    if isinstance(value, dict):
+        items = dict.items(value)
+        return ["m", [[to_json(key, foreign, depth + 1), to_json(one, foreign, depth + 1)] for key, one in items]]
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return to_json(value.item(), foreign, depth + 1)
+    return foreign(value) if foreign is not None else ["?", type(value).__name__]
+
+
+def from_json(read: Any, foreign: Callable[[Any], Any] | None = None) -> Any:
+    """The value that json read. Raises ValueError, TypeError and the like where it says none."""
+    if read is None or isinstance(read, bool | int):
+        return read
+    tag, content, *rest = read
+    if tag == "s" and isinstance(content, str):
+        return content
+    if tag == "f":
+        return float.fromhex(content)
+    if tag == "i":
+        return int(content, 16)
+    if tag in _MAKERS:
+        return _MAKERS[tag]([from_json(one, foreign) for one in content])
+    if tag == "m":
+        return {from_json(key, foreign): from_json(one, foreign) for key, one in content}
+    if tag == "b":
+        return bytes.fromhex(content)
+    if tag == "a":
+        return bytearray.fromhex(content)
+    if tag == "c":
+        return complex(float.fromhex(content), float.fromhex(rest[0]))
+    if tag == "r":
+        return range(*content)
+    if tag == "@" and foreign is not None:
+        return foreign(content)
+    if tag == "?":
+        return Opaque(str(content)[:100])
+    raise ValueError("not a value")
+
+
+def _short_integer(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError("integers of many digits are in hexadecimal")
+    return int(digits)
+
+
+def _refuse(_: str) -> Any:
+    raise ValueError("no plain floats")
