@@ -43,6 +43,7 @@ COMMANDS = {
         "inspect_checkpoint", "what a checkpoint or model folder holds, and whether whole", on_gpu=False
     ),
     "verify": Command("verify", "layouts, resume, weights, mismatch: the gates, on your own model"),
+    "evaluate": Command("evaluate", "benchmarks, with intervals, beside published scores (evaluate.py)"),
     "grade": Command("grade", "grade predictions against right answers"),
     "report": Command("report", "a page of one or several runs"),
     "gain": Command("gain", "whether a run got better, with confidence intervals"),
