@@ -2,6 +2,8 @@
 
 klear evaluate --config examples/evaluate_gsm8k.toml --model.path runs/quickstart/hf
 klear evaluate --config examples/evaluate_klear.toml --endpoint.urls http://127.0.0.1:8000/v1 --endpoint.model klear
+klear evaluate --compare runs/evaluate_sft runs/evaluate_gppo              # differences on the same problems
+klear evaluate --benchmarks                                                # those that are known by name
 
 An evaluation that was stopped goes on when the same command is given again.
 """
@@ -10,16 +12,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_klear.config.evaluation import EvaluationConfig
-from megatron_klear.config.files import write_text_atomically
 from megatron_klear.config.read import parse_command_line
-from megatron_klear.errors import configure_logging, exit_on_error
+from megatron_klear.errors import UserError, configure_logging, exit_on_error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw, grade, count; print the table and write it beside the responses."""
+    """Draw, grade, count, or compare what was counted; print the table."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
+    if argv[:1] == ["--compare"]:
+        from megatron_klear.evaluation.table import comparison
+
+        with exit_on_error():
+            if len(argv) < 3:
+                raise UserError("--compare takes two folders of evaluations or more, the first to compare with")
+            print(comparison([Path(folder) for folder in argv[1:]]))
+        return
     if argv == ["--benchmarks"]:
         print(known_benchmarks())
         return
@@ -38,10 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     with exit_on_error():
         configure_logging()
-        results = evaluate(config, open_source)
-        table = markdown(results)
-        write_text_atomically(config.output / "table.md", table + "\n")
-        print(table)
+        print(markdown(evaluate(config, open_source)))
+        print(f"\n{config.output / 'report.html'}")
 
 
 def known_benchmarks() -> str:

@@ -67,13 +67,11 @@ def _mean_posterior(
     """Probability of each mean of the grid, the spread summed out."""
     spreads = np.geomspace(_LEAST_SPREAD, _MOST_SPREAD, _SPREADS)
     a, b = np.outer(means, spreads), np.outer(1 - means, spreads)
-    values, problems = np.unique(counts, return_counts=True)
-    log_gamma = np.vectorize(math.lgamma, otypes=[np.float64])
-    beta = log_gamma(a) + log_gamma(b)
-    both = log_gamma(spreads + num_samples)[None] - log_gamma(spreads)[None]
+    # log B(a + c, b + k - c) - log B(a, b) as sums of logarithms, over all problems at once.
     likelihood = np.zeros_like(a)
-    for value, number in zip(values.tolist(), problems.tolist(), strict=True):
-        likelihood += number * (log_gamma(a + value) + log_gamma(b + num_samples - value) - beta - both)
+    for i in range(num_samples):
+        likelihood += np.sum(counts > i) * np.log(a + i) + np.sum(num_samples - counts > i) * np.log(b + i)
+        likelihood -= len(counts) * np.log(spreads + i)
     posterior = np.exp(likelihood - likelihood.max()).sum(1)
     weights: npt.NDArray[np.float64] = posterior / posterior.sum()
     return weights

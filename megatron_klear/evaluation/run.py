@@ -21,10 +21,11 @@ from megatron_klear.rewards.worker import Request
 from megatron_klear.types import Score, Verdict
 
 from .benchmarks import KNOWN, OWN, Problem, read_benchmark
+from .page import Evaluated, write_page
 from .protocols import Protocol, protocol_for
 from .sampling import Source, Wanted
 from .store import Grade, Key, Lines, Response
-from .table import BenchmarkResult, result_of
+from .table import BenchmarkResult, markdown, result_of
 
 _log = logging.getLogger(__name__)
 _GRADED_AT_A_TIME = 256
@@ -34,6 +35,8 @@ _TOLD_SECONDS = 10.0
 def evaluate(config: EvaluationConfig, open_source: Callable[[], Source]) -> list[BenchmarkResult]:
     """Draw, grade and count every benchmark; goes on where the output folder's last evaluation stopped.
 
+    Leaves result.json in each benchmark's folder, table.md and report.html beside them.
+
     `open_source` loads the model, once something is to be drawn. Raises UserError where problems cannot be read, a
     response cannot be had, or more than `reward.max_error_share` of a benchmark's responses cannot be graded.
     """
@@ -42,7 +45,7 @@ def evaluate(config: EvaluationConfig, open_source: Callable[[], Source]) -> lis
     check_sources((problem.data_source for problem in rows), config.reward.functions)
     check_truths(((p.place, p.data_source, p.ground_truth) for p in rows), config.reward.functions)
     source = open_source()
-    results = []
+    evaluated = []
     for benchmark, problems in benchmarks:
         known = KNOWN.get(benchmark.name, OWN)
         protocol = protocol_for(
@@ -53,7 +56,10 @@ def evaluate(config: EvaluationConfig, open_source: Callable[[], Source]) -> lis
         grades = _grade(config, problems, responses, source, folder)
         result = result_of(benchmark.name, problems, responses, grades, protocol)
         write_text_atomically(folder / "result.json", json.dumps(asdict(result), indent=2) + "\n")
-        results.append(result)
+        evaluated.append(Evaluated(result=result, problems=problems, responses=responses, grades=grades))
+    results = [one.result for one in evaluated]
+    write_text_atomically(config.output / "table.md", markdown(results) + "\n")
+    write_page(evaluated, config.output / "report.html", title=f"Evaluation of {source.identity()['model']}")
     return results
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from megatron_klear.errors import UserError
 from megatron_klear.types import Verdict
 
 from .benchmarks import KNOWN, OWN, Problem, Published
-from .intervals import benchmark_interval, run_to_run
+from .intervals import benchmark_interval, paired, run_to_run
 from .metrics import maj_at_k, pass_at_k
 from .protocols import Protocol
 from .store import Grade, Key, Response
@@ -26,8 +30,8 @@ class BenchmarkResult:
     low: float
     high: float
     """Of the interval over problems like these."""
-    run_to_run: float
-    """Standard deviation of `accuracy` when the same problems are sampled again; nan with one sample."""
+    run_to_run: float | None
+    """Standard deviation of `accuracy` when the same problems are sampled again; None with one sample."""
     pass_at: dict[int, float]
     majority: float | None
     """maj@k with k all samples, ties split; None where answers have no vote (programs)."""
@@ -68,7 +72,7 @@ def result_of(
         accuracy=interval.value,
         low=interval.low,
         high=interval.high,
-        run_to_run=run_to_run(right, k),
+        run_to_run=run_to_run(right, k) if k > 1 else None,
         pass_at={j: sum(pass_at_k(k, c, j) for c in right) / len(right) for j in _powers(k)},
         majority=_mean([maj_at_k(v, w) for v, w in zip(votes, verdicts, strict=True)]) if by_text else None,
         cut_off=_mean([response.finish == "length" for response in everything]),
@@ -88,7 +92,7 @@ def markdown(results: Sequence[BenchmarkResult]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in results:
-        run = "" if r.run_to_run != r.run_to_run else f"±{100 * r.run_to_run:.1f}"
+        run = "" if r.run_to_run is None else f"±{100 * r.run_to_run:.1f}"
         best = max(r.pass_at)
         passes = f"{100 * r.pass_at[best]:.1f} (k = {best})"
         majority = "" if r.majority is None else f"{100 * r.majority:.1f}"
@@ -109,3 +113,44 @@ def _powers(k: int) -> list[int]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def comparison(folders: Sequence[Path]) -> str:
+    """Differences of evaluations to the first of them, on the same problems, with intervals.
+
+    Raises UserError where a folder is no evaluation, or two have no benchmark in common.
+    """
+    read = [(folder, _results_in(folder)) for folder in folders]
+    (first_folder, first), *others = read
+    lines = [
+        f"| benchmark | {first_folder.name} | against | avg@k | difference on the same problems [95 %] |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for folder, results in others:
+        shared = [name for name in first if name in results]
+        if not shared:
+            raise UserError(f"{first_folder} and {folder} have no benchmark in common")
+        for name in shared:
+            a, b = first[name], results[name]
+            problems = [problem for problem in a["right"] if problem in b["right"]]
+            if not problems:
+                raise UserError(f"{name} of {first_folder} and of {folder} have no problem in common")
+            before, after = ([r["right"][problem] / r["samples"] for problem in problems] for r in (a, b))
+            found = paired(before, after)
+            told = f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+            sampled = f"{100 * a['accuracy']:.1f} | {folder.name} | {100 * b['accuracy']:.1f}"
+            lines.append(f"| {name}, {len(problems)} problems | {sampled} | {told} |")
+    return "\n".join(lines)
+
+
+def _results_in(folder: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    for path in sorted(folder.glob("*/result.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            found[str(result["name"])] = result
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read: {error!r}") from None
+    if not found:
+        raise UserError(f"{folder} is no evaluation: it has no BENCHMARK/result.json")
+    return found

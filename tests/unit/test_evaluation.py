@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from megatron_klear.cli.evaluate import main
 from megatron_klear.config.evaluation import EvaluationConfig
 from megatron_klear.data.rows import DataError
 from megatron_klear.errors import UserError
@@ -104,6 +105,48 @@ def test_stopped_at_any_byte_it_ends_the_same(finished, tmp_path):
                 (whole / name).read_text().splitlines()
             )
         assert source.drawn < 48 or kept == 0
+
+
+def test_the_page_holds_every_response_as_text(finished):
+    _, whole, result = finished
+    page = (whole.parent / "report.html").read_text()
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert len(data) == 1
+    assert len(data[0]["responses"]) == data[0]["total"] == 48
+    assert {one["verdict"] for one in data[0]["responses"]} <= {"right", "wrong", "malformed"}
+    assert page.count("<rect") == 48
+    assert f"{100 * result.accuracy:.1f}" in page
+    assert "@@" not in page
+    assert "http" not in page.partition('id="data">')[0].replace("http-equiv", "")
+
+
+class Injector(Oracle):
+    def response(self, problem, number, seed):
+        text = "</script><script>alert(1)</script> @@BODY@@ \\boxed{1}"
+        return Response(problem=problem.id, number=number, text=text, finish="stop", num_tokens=5)
+
+
+def test_a_response_is_never_markup(tmp_path):
+    config = settings(tmp_path, tmp_path / "out")
+    evaluate(config, Injector)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "alert(1)</script>" not in page
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert data[0]["responses"][0]["text"].startswith("</script><script>alert(1)</script> @@BODY@@")
+
+
+def test_two_models_are_compared_on_the_same_problems(finished, tmp_path, capsys):
+    folder, _, before = finished
+    (after,) = evaluate(settings(folder, folder / "better"), lambda: Oracle(share=0.95))
+    main(["--compare", str(folder / "whole"), str(folder / "better")])
+    line = capsys.readouterr().out.splitlines()[2]
+    gain = 100 * (after.accuracy - before.accuracy)
+    figures = f"{100 * before.accuracy:.1f} | better | {100 * after.accuracy:.1f} | {gain:+.1f} [+"
+    assert f"| amc, 12 problems | {figures}" in line
+    for wrong in ([str(folder / "whole")], [str(folder / "whole"), str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            main(["--compare", *wrong])
+        assert "--compare takes two" in (told := capsys.readouterr().err) or "is no evaluation" in told
 
 
 def test_a_finished_evaluation_draws_nothing_more(finished):
