@@ -89,7 +89,7 @@ class EvaluationConfig(Settings):
     sampling: SamplingOverrides = SamplingOverrides()
     thinking: bool | None = None
     """What chat templates know as `enable_thinking`; unset leaves it to the template."""
-    reward: RewardConfig = RewardConfig(require_thinking=False)
+    reward: RewardConfig = RewardConfig(require_thinking=False, timeout_seconds=65.0)
     """How responses are graded. Thinking is cut off where there is some, and not required."""
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_klear.config.evaluation import BenchmarkConfig, EvaluationConfig
 from megatron_klear.config.files import write_text_atomically
 from megatron_klear.rewards.answers import normalise, read_answer
-from megatron_klear.rewards.base import RewardError, RewardSettings, check_sources, check_truths
+from megatron_klear.rewards.base import RewardError, check_sources, check_time, check_truths
 from megatron_klear.rewards.format import complete, split_thinking
 from megatron_klear.rewards.open import open_pool
 from megatron_klear.rewards.owner import OwnedPool
@@ -43,6 +43,7 @@ def evaluate(config: EvaluationConfig, open_source: Callable[[], Source]) -> lis
     benchmarks = [(benchmark, read_benchmark(benchmark)) for benchmark in config.benchmarks]
     rows = [problem for _, problems in benchmarks for problem in problems]
     check_sources((problem.data_source for problem in rows), config.reward.functions)
+    check_time((problem.data_source for problem in rows), config.reward.for_rewards(), config.reward.timeout_seconds)
     check_truths(((p.place, p.data_source, p.ground_truth) for p in rows), config.reward.functions)
     source = open_source()
     evaluated = []
@@ -106,7 +107,7 @@ def _grade(
     folder: Path,
 ) -> dict[Key, Grade]:
     """A grade for every response; those that are there already are kept."""
-    reward = config.reward.model_dump(mode="json", include={"scheme", "require_thinking", "functions"})
+    reward = config.reward.model_dump(mode="json", include={"scheme", "require_thinking", "functions", "code"})
     by_id = {problem.id: problem for problem in problems}
     with Lines(folder / "grades.jsonl", {"reward": reward}, Grade) as lines:
         left = [response for key, response in responses.items() if key not in lines.found]
@@ -130,7 +131,7 @@ def _pool(config: EvaluationConfig, problems: Sequence[Problem]) -> OwnedPool:
     reward = config.reward
     return open_pool(
         {problem.data_source for problem in problems},
-        RewardSettings(scheme=reward.scheme, require_thinking=reward.require_thinking, functions=reward.functions),
+        reward.for_rewards(),
         backend=reward.backend,
         ray_address=reward.ray_address,
         timeout_seconds=reward.timeout_seconds,
@@ -156,7 +157,12 @@ def _grades(responses: Sequence[Response], texts: Sequence[str], scores: Sequenc
 
 
 def _vote(text: str, score: Score) -> str:
-    """What maj@k counts: all right answers are one, others are told apart by their text without dress and spacing."""
+    """What maj@k counts: all right answers are one, others are told apart by their text without dress and spacing.
+
+    Programs have no vote: two that differ may do the same.
+    """
+    if score.program is not None:
+        return ""
     if score.verdict is Verdict.RIGHT:
         return "right"
     answer = read_answer(split_thinking(text).answer or text) if score.verdict is Verdict.WRONG else None
