@@ -61,17 +61,26 @@ def in_the_orchestrator(fault: str) -> None:
     match fault:
         case "orchestrator killed in a call":
             Orchestrator.next_step = on_call(2, killed, Orchestrator.next_step)
-        case "orchestrator killed while training":
-            give = Orchestrator.arrays
-
-            def give_and_die(*arguments):
-                note()
-                signal.alarm(1)
-                return give(*arguments)
-
-            Orchestrator.arrays = on_call(2, give_and_die, give)
         case "rollout file":
             RolloutWriter._write = failing(full_disk())
+
+
+def in_a_long_step(rollouts, engine) -> None:
+    """Kill the orchestrator, whose own process it is, while the ranks train."""
+    spawn, spawned = rollouts.spawn, []
+
+    def spawning():
+        spawned.append(spawn())
+        return spawned[0]
+
+    def step(*_: object, **__: object) -> None:
+        if RANK == 0:
+            note()
+            spawned[0].process.kill()
+        time.sleep(100)
+
+    rollouts.spawn = spawning
+    engine.train_step = on_call(3, step, engine.train_step)
 
 
 def plant(fault: str) -> None:
@@ -81,13 +90,13 @@ def plant(fault: str) -> None:
     from megatron_klear.runs.trackers import WandbLog
     from megatron_klear.train import rollouts
 
-    if fault.startswith("orchestrator") or fault == "rollout file":
+    if fault in ("orchestrator killed in a call", "rollout file"):
         from forked_orchestrator import spawning
 
         rollouts.spawn = spawning(partial(in_the_orchestrator, fault))
     match fault, RANK:
         case "orchestrator killed while training", _:
-            Engine.train_step = on_call(3, lambda *_, **__: time.sleep(100), Engine.train_step)  # a long step
+            in_a_long_step(rollouts, Engine)
         case "rank killed", 1:
             Engine.train_step = on_call(2, killed, Engine.train_step)
         case "rank raises", 1:
