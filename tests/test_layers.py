@@ -35,7 +35,7 @@ ALLOWED = {
     "mcore": BOTTOM | RANKS | {"config", "kernels"},
     "rollout": UP_TO_CONFIG,
     "runs": UP_TO_CONFIG | ENGINES,
-    "evaluation": UP_TO_CONFIG | ENGINES,
+    "evaluation": UP_TO_CONFIG | ENGINES | {"runs"},  # the page has the run report's style
     # Another process than the trainer's: it meets no rank and no Megatron.
     "orchestrator": BOTTOM | ISLANDS | {"config", "rollout", "runs"},
     "train": UP_TO_RUNS | {"evaluation", "orchestrator"},

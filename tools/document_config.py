@@ -20,13 +20,18 @@ enter_environment()
 from pydantic import BaseModel
 
 from megatron_klear.config.base import SFTConfig
+from megatron_klear.config.evaluation import EvaluationConfig
 from megatron_klear.config.files import write_text_atomically
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.config.schema import Key, keys_of, tables_in
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "settings.md"
-RUNS: dict[str, type[BaseModel]] = {"pretrain_sft.py": SFTConfig, "train_gppo.py": GPPOConfig}
+RUNS: dict[str, type[BaseModel]] = {
+    "pretrain_sft.py": SFTConfig,
+    "train_gppo.py": GPPOConfig,
+    "evaluate.py": EvaluationConfig,
+}
 HEADER = """\
 # Every setting
 

@@ -1,4 +1,4 @@
-"""Both stages of examples/quickstart.sh, then what the second one added, as summary.json and report.html.
+"""The stages of examples/quickstart.sh, SFT and GPPO, then the evaluation of both models: summary.json and two reports.
 
 python tools/quickstart.py --seed 0 --seconds-before 90
 """
@@ -20,6 +20,7 @@ enter_environment()
 
 from megatron_klear.config.files import write_text_atomically
 from megatron_klear.errors import exit_on_error
+from megatron_klear.evaluation.table import comparison
 from megatron_klear.runs.report import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,9 @@ STAGES = (
     ("pretrain_sft.py", "--config", "examples/quickstart_sft.toml"),
     ("train_gppo.py", "--config", "examples/quickstart_gppo.toml"),
 )
+EVALUATION = "examples/quickstart_evaluate.toml"
+EVALUATED = {"sft": "runs/quickstart_sft/hf", "gppo": "runs/quickstart/hf"}
+EVALUATIONS = Path("runs/quickstart_evaluation")
 KIB = 1024
 
 
@@ -71,10 +75,14 @@ def main() -> None:
     options = parser.parse_args()
     start = time.monotonic() - options.seconds_before
     peak = max(run_stage([sys.executable, *stage, "--seed", str(options.seed)]) for stage in STAGES)
+    for name, model in EVALUATED.items():
+        flags = ("--output", str(EVALUATIONS / name), "--model.path", model, "--seed", str(options.seed))
+        peak = max(peak, run_stage([sys.executable, "evaluate.py", "--config", EVALUATION, *flags]))
     run = ROOT / RUN
     validations = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
     with exit_on_error():
         write_report([run], run / "report.html", title="Quickstart: GPPO on sums")
+        compared = comparison([ROOT / EVALUATIONS / name for name in EVALUATED])
     summary = {
         "accuracy_sft": validations[0]["accuracy"],
         "accuracy_gppo": validations[-1]["accuracy"],
@@ -84,7 +92,7 @@ def main() -> None:
     write_text_atomically(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"\nright answers to held-out sums: {summary['accuracy_sft']:.1%} after SFT, ", end="")
     print(f"{summary['accuracy_gppo']:.1%} after GPPO; {summary['seconds']:.0f} s in all")
-    print(f"{RUN / 'summary.json'}\n{RUN / 'report.html'}")
+    print(f"{compared}\n\n{RUN / 'summary.json'}\n{RUN / 'report.html'}\n{EVALUATIONS / 'gppo' / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pydantic import Field, PositiveInt, create_model, model_validator
 
 from megatron_klear.config.base import RunConfig, Settings
 from megatron_klear.config.rollout import LocalRolloutConfig, Rollout
+from megatron_klear.rewards.base import RewardSettings
 from megatron_klear.rewards.code.settings import CodeSettings, too_short
 from megatron_klear.rl.advantages import Advantage
 from megatron_klear.rl.losses import GPPO, LOSSES, AnyLoss, resolve_loss
@@ -186,6 +187,15 @@ class RewardConfig(Settings):
                 f"reward.ray_address {self.ray_address!r} is of a Ray client: give host:port of the Ray itself, or auto"
             )
         return self
+
+    def for_rewards(self) -> RewardSettings:
+        """The part that rewards themselves read."""
+        return RewardSettings(
+            scheme=self.scheme,
+            require_thinking=self.require_thinking,
+            functions=self.functions,
+            code=CodeSettings(**self.code.model_dump()),
+        )
 
 
 class OverlongPenalty(Settings):

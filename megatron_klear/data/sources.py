@@ -93,8 +93,8 @@ def resolve_files(patterns: Sequence[str], key: str) -> list[Path]:
 SUPERVISED_COLUMNS = ("messages", "prompt", "response", "tools")
 
 
-def read_chunks(path: Path, columns: Sequence[str] = SUPERVISED_COLUMNS) -> Iterator[Chunk]:
-    """Stream a file as chunks of about a megabyte, or of 512 rows; of a Parquet file only `columns` are read.
+def read_chunks(path: Path, columns: Sequence[str] | None = SUPERVISED_COLUMNS) -> Iterator[Chunk]:
+    """Stream a file as chunks of about a megabyte, or of 512 rows; of a Parquet file only `columns`, None for all.
 
     Raises DataError where a Parquet file cannot be read.
     """
@@ -187,13 +187,13 @@ def _jsonl_chunks(path: Path) -> Iterator[Chunk]:
         yield Chunk(str(path), first, lines, num_bytes=size)
 
 
-def _parquet_chunks(path: Path, columns: Sequence[str]) -> Iterator[Chunk]:
+def _parquet_chunks(path: Path, columns: Sequence[str] | None) -> Iterator[Chunk]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            present = [name for name in file.schema_arrow.names if name in columns]
+            present = [name for name in file.schema_arrow.names if columns is None or name in columns]
             rows = max(file.metadata.num_rows, 1)
             per_row = path.stat().st_size / rows
             first = 1

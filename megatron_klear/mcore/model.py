@@ -123,7 +123,9 @@ def transformer_config(architecture: Architecture, run: RunConfig, topology: Top
         overlap_p2p_comm=interleaved,
         batch_p2p_sync=cuda,
         # What went to the next stage is of use for its graph alone; without this each micro-batch under way keeps it.
-        deallocate_pipeline_outputs=topology.pipeline.size > 1,
+        # Not in the interleaved schedule, which frees an output while it is still being sent: the next stage would get
+        # whatever comes to lie there.
+        deallocate_pipeline_outputs=topology.pipeline.size > 1 and not interleaved,
         gradient_accumulation_fusion=cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         bias_activation_fusion=cuda,
         bias_dropout_fusion=False,

@@ -8,8 +8,7 @@ from threading import Lock
 from types import TracebackType
 
 from megatron_klear.config.rl import RewardConfig
-from megatron_klear.rewards.base import RewardSettings, check_sources, check_time, check_truths
-from megatron_klear.rewards.code.settings import CodeSettings
+from megatron_klear.rewards.base import check_sources, check_time, check_truths
 from megatron_klear.rewards.format import complete
 from megatron_klear.rewards.open import open_pool
 from megatron_klear.rewards.scoring import ErrorAlarm, Graded, requests_of, with_scores
@@ -22,18 +21,8 @@ _MADE_UP = "<think>\nThis was made up to try the reward.\n</think>\n\nThe answer
 def check_prompts(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
     """Raise RewardError where a prompt has no reward, too little time for it, or a ground truth that is none."""
     check_sources((prompt.data_source for prompt in prompts), config.functions)
-    check_time((prompt.data_source for prompt in prompts), reward_settings(config), config.timeout_seconds)
+    check_time((prompt.data_source for prompt in prompts), config.for_rewards(), config.timeout_seconds)
     check_truths(((prompt.place, prompt.data_source, prompt.ground_truth) for prompt in prompts), config.functions)
-
-
-def reward_settings(config: RewardConfig) -> RewardSettings:
-    """What of the settings rewards themselves read."""
-    return RewardSettings(
-        scheme=config.scheme,
-        require_thinking=config.require_thinking,
-        functions=config.functions,
-        code=CodeSettings(**config.code.model_dump()),
-    )
 
 
 class Grader:
@@ -48,7 +37,7 @@ class Grader:
         first = {prompt.data_source: prompt for prompt in reversed(prompts)}
         self._pool = open_pool(
             first,
-            reward_settings(config),
+            config.for_rewards(),
             backend=config.backend,
             ray_address=config.ray_address,
             timeout_seconds=config.timeout_seconds,

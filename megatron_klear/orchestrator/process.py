@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from megatron_klear.types import Prompt, Sample
 
 _WORK_SECONDS = 0.05
 """Between two looks at what is under way while the trainer trains."""
+_SIGNAL_SECONDS = 0.5
 CALLS = ["open", "sync", "next_step", "arrays", "keep", "validate", "sample", "sleep", "flush", "state", "load_state"]
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,7 +151,9 @@ def _end_with(lifeline: socket.socket) -> None:
 
     def watch() -> None:
         lifeline.recv(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        while True:  # a signal that comes just before the main thread blocks in a call does not wake it
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(_SIGNAL_SECONDS)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
 

@@ -49,6 +49,17 @@ SHORT_GPPO = (
     "--train.steps 1 --algorithm.prompts_per_step 2 --algorithm.generated_prompts 2 --algorithm.prompts_per_update 2 "
     "--sampling.samples_per_prompt 2 --sampling.max_tokens 8 --validation.every 0 --reward.workers 1"
 )
+
+
+def few(name: str, file: str, samples: int, limit: int) -> str:
+    """Flags of an evaluation that ends in seconds."""
+    benchmark = f'{{name = "{name}", files = ["{file}"], samples = {samples}, limit = {limit}}}'
+    return f"--sampling.max_tokens 4 --reward.workers 1 --benchmarks '[{benchmark}]'"
+
+
+SHORT_EVALUATION = "--config examples/quickstart_evaluate.toml " + few(
+    "held_out_sums", "runs/quickstart_data/held_out.jsonl", 2, 4
+)
 VLLM = Exempt("installs vLLM, 2 GB; tests/unit/test_make_vllm_env.py and the tests marked vllm run its parts")
 FEWER = ("--nproc-per-node 8", "--nproc-per-node 2")
 NO_8B = Refused("models/Qwen3-8B-Base/config.json does not exist", swap=FEWER)
@@ -80,6 +91,23 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
     "python train_gppo.py --config examples/gppo_32k.toml --dry-run=8": Runs(shows="this machine lacks"),
     "torchrun --nproc-per-node 8 train_gppo.py --config examples/gppo_32k.toml": NO_TUNED_8B,
     "bash examples/gppo_32k.sh": Refused("model.path models/Qwen3-8B-SFT: there is no such folder"),
+    "bash examples/gppo_code_tiny_cpu.sh --train.steps 20 --output runs/code": Exempt(
+        "minutes; tests/end_to_end/test_code_stage.py runs its stages shorter"
+    ),
+    # evaluation
+    "python evaluate.py --config examples/evaluate_gsm8k.toml --model.path runs/quickstart/hf": Runs(
+        few("gsm8k", "examples/data/gsm8k_test_100.jsonl", 1, 2),
+        shows="| gsm8k | 2 x 1 |",
+    ),
+    "python evaluate.py --config examples/evaluate_gsm8k.toml --endpoint.urls http://127.0.0.1:8000/v1 "
+    "--endpoint.model mine": Exempt("asks a server; tests/unit/test_evaluation_endpoint.py has one"),
+    "python evaluate.py --benchmarks": Runs(shows="hmmt_feb_2025"),
+    "python evaluate.py --compare runs/quickstart_evaluation/sft runs/quickstart_evaluation/gppo": Runs(
+        shows="held_out_sums, 4 problems"
+    ),
+    "python tools/grade.py code --input responses.jsonl --output graded.jsonl": Refused(
+        "responses.jsonl cannot be read"
+    ),
     "bash examples/gppo_vllm_tiny_cpu.sh": VLLM,
     "bash tools/make_vllm_env.sh --cpu vllm-env": VLLM,
     "python tools/serve_rollouts.py --config $CONFIG --rollout.server.host 0.0.0.0 --rollout.server.port 8000": Refused(
@@ -130,9 +158,15 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
 
 NAMED = Exempt("a name, not a command to be typed as it stands")
 INLINE: dict[str, Runs | Refused | Exempt] = {
+    "bash examples/gppo_code_tiny_cpu.sh": COMMANDS[
+        "bash examples/gppo_code_tiny_cpu.sh --train.steps 20 --output runs/code"
+    ],
+    "python tools/benchmark/code_reward.py": Exempt("most of an hour; says what its results hold"),
+    "python tools/benchmark/interval_coverage.py": Runs("--repeats 2 --out runs/coverage.json", shows="30, 64, 0.67"),
     "pip install": NAMED,
     'pip install "megatron-klear[ray]"': Exempt("setup_env.sh installs it for the tests of Ray"),
     "klear sft": NAMED,
+    "klear convert": NAMED,
     "pytest -m gpu": Exempt("needs a CUDA device"),
     "python tools/prepare_data.py": Runs("--help"),
     "python tools/losses.py": Runs(shows="clip_cov"),
@@ -194,6 +228,10 @@ def clone(tmp_path_factory) -> Path:
         "python tools/make_tiny_model.py --output runs/quickstart_data/model --no-weights",
         f"python pretrain_sft.py --config examples/quickstart_sft.toml {SHORT_SFT}",
         f"python train_gppo.py --config examples/quickstart_gppo.toml {SHORT_GPPO}",
+        *(
+            f"python evaluate.py {SHORT_EVALUATION} --output runs/quickstart_evaluation/{name} --model.path {model}/hf"
+            for name, model in (("sft", "runs/quickstart_sft"), ("gppo", "runs/quickstart"))
+        ),
     ):
         ran = run(command, folder)
         assert ran.returncode == 0, f"{command}\n{ran.stdout}{ran.stderr}"

@@ -118,7 +118,9 @@ def kill_until_done(
     run, deadline = start_run(toml, log), time.monotonic() + seconds
     while run.poll() is None:
         assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(chance.uniform(0.3, 1.2))
+        done = len(steps_of(folder))
+        behind = servers < server_kills and done >= (servers + 1) * STEPS // (server_kills + 2)
+        time.sleep(chance.uniform(0.3, 1.2) * (0.1 if behind else 1))
         done = len(steps_of(folder))
         living = processes_of(folder, "-m", "vllm.entrypoints")
         # Spread over the run, and never while servers start for the first time: that ends a run, with a message.

@@ -1,0 +1,287 @@
+"""Evaluation from files to a table: benchmarks' own forms, stops at any byte, what is refused."""
+
+import json
+import random
+
+import pytest
+
+from megatron_klear.cli.evaluate import main
+from megatron_klear.config.evaluation import EvaluationConfig
+from megatron_klear.data.rows import DataError
+from megatron_klear.errors import UserError
+from megatron_klear.evaluation.benchmarks import KNOWN, read_benchmark
+from megatron_klear.evaluation.protocols import protocol_for
+from megatron_klear.evaluation.run import evaluate
+from megatron_klear.evaluation.store import Response
+from megatron_klear.evaluation.table import markdown
+from megatron_klear.rewards.base import RewardSettings
+from megatron_klear.rewards.pool import GradingPool
+from megatron_klear.rewards.worker import Request
+from megatron_klear.types import Verdict
+
+
+class Oracle:
+    """Says the right answer to every problem as often as its number allows, and something else otherwise."""
+
+    def __init__(self, share=0.6):
+        self.share, self.drawn = share, 0
+
+    def draw(self, wanted, protocol, seed, drawn):
+        for one in wanted:
+            drawn([self.response(one.problem, number, seed) for number in one.numbers])
+            self.drawn += len(one.numbers)
+
+    def response(self, problem, number, seed):
+        rng = random.Random(f"{problem.id} {number} {seed}")
+        answer = problem.ground_truth if rng.random() < self.share else str(rng.randrange(3))
+        text = f"<think>\nhm\n</think>\n\nThe answer is \\boxed{{{answer}}}."
+        finish = "stop" if rng.random() < 0.9 else "length"
+        return Response(problem=problem.id, number=number, text=text, finish=finish, num_tokens=rng.randrange(9, 99))
+
+    def opening(self, problem):
+        return ""
+
+    def identity(self):
+        return {"model": "oracle"}
+
+
+def problems_file(tmp_path, count=12):
+    path = tmp_path / "sums.jsonl"
+    rows = [{"problem": f"What is {n} + 7?", "answer": f"{n + 7}"} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings(tmp_path, output, **more):
+    values = {
+        "output": output,
+        "model": {"path": tmp_path},
+        "benchmarks": [{"name": "amc", "files": [str(problems_file(tmp_path))], "samples": 4}],
+        "reward": {"require_thinking": False, "workers": 1, "timeout_seconds": 60},
+    }
+    return EvaluationConfig.model_validate(values | more)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An evaluation that nobody stopped: its settings' folder, its folder, its result."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    (result,) = evaluate(settings(folder, folder / "whole"), Oracle)
+    return folder, folder / "whole" / "amc", result
+
+
+def test_the_table_counts_what_was_said(finished):
+    _, folder, result = finished
+    responses = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()[1:]]
+    right = sum(int(r["text"].partition("boxed{")[2].partition("}")[0]) in range(7, 19) for r in responses)
+    assert len(responses) == 48
+    assert result.accuracy == right / 48 == sum(result.right.values()) / 48
+    assert result.low <= result.accuracy <= result.high
+    assert result.pass_at[1] == pytest.approx(result.accuracy)
+    assert result.pass_at[4] == sum(count > 0 for count in result.right.values()) / 12
+    assert result.majority >= result.accuracy - 0.2
+    assert result.cut_off == sum(r["finish"] == "length" for r in responses) / 48
+    assert f"{100 * result.accuracy:.1f}" in markdown([result])
+
+
+def test_stopped_at_any_byte_it_ends_the_same(finished, tmp_path):
+    """Files cut at twenty places, as a kill leaves them, in the middle of lines and of characters too."""
+    folder, whole, result = finished
+    rng = random.Random(0)
+    for attempt in range(20):
+        output = tmp_path / str(attempt)
+        (output / "amc").mkdir(parents=True)
+        kept = 0
+        for name in ("responses.jsonl", "grades.jsonl"):
+            content = (whole / name).read_bytes()
+            cut = rng.randrange(len(content) + 1) if name == "responses.jsonl" or kept == len(content) else 0
+            (output / "amc" / name).write_bytes(content[:cut])
+            kept = cut
+        source = Oracle()
+        (again,) = evaluate(settings(folder, output), lambda source=source: source)
+        assert again == result
+        for name in ("responses.jsonl", "grades.jsonl"):
+            assert sorted((output / "amc" / name).read_text().splitlines()) == sorted(
+                (whole / name).read_text().splitlines()
+            )
+        assert source.drawn < 48 or kept == 0
+
+
+def test_the_page_holds_every_response_as_text(finished):
+    _, whole, result = finished
+    page = (whole.parent / "report.html").read_text()
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert len(data) == 1
+    assert len(data[0]["responses"]) == data[0]["total"] == 48
+    assert {one["verdict"] for one in data[0]["responses"]} <= {"right", "wrong", "malformed"}
+    assert page.count("<rect") == 48
+    assert f"{100 * result.accuracy:.1f}" in page
+    assert "@@" not in page
+    assert "http" not in page.partition('id="data">')[0].replace("http-equiv", "")
+
+
+class Injector(Oracle):
+    def response(self, problem, number, seed):
+        text = "</script><script>alert(1)</script> @@BODY@@ \\boxed{1}"
+        return Response(problem=problem.id, number=number, text=text, finish="stop", num_tokens=5)
+
+
+def test_a_response_is_never_markup(tmp_path):
+    config = settings(tmp_path, tmp_path / "out")
+    evaluate(config, Injector)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "alert(1)</script>" not in page
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert data[0]["responses"][0]["text"].startswith("</script><script>alert(1)</script> @@BODY@@")
+
+
+def test_two_models_are_compared_on_the_same_problems(finished, tmp_path, capsys):
+    folder, _, before = finished
+    (after,) = evaluate(settings(folder, folder / "better"), lambda: Oracle(share=0.95))
+    main(["--compare", str(folder / "whole"), str(folder / "better")])
+    line = capsys.readouterr().out.splitlines()[2]
+    gain = 100 * (after.accuracy - before.accuracy)
+    figures = f"{100 * before.accuracy:.1f} | better | {100 * after.accuracy:.1f} | {gain:+.1f} [+"
+    assert f"| amc, 12 problems | {figures}" in line
+    for wrong in ([str(folder / "whole")], [str(folder / "whole"), str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            main(["--compare", *wrong])
+        assert "--compare takes two" in (told := capsys.readouterr().err) or "is no evaluation" in told
+
+
+def test_a_finished_evaluation_draws_nothing_more(finished):
+    folder, whole, result = finished
+    before = (whole / "responses.jsonl").read_bytes()
+
+    class Silent(Oracle):
+        def draw(self, *_):
+            pytest.fail("everything was there")
+
+    assert evaluate(settings(folder, folder / "whole"), Silent) == [result]
+    assert (whole / "responses.jsonl").read_bytes() == before
+
+
+def test_another_evaluation_does_not_go_on_there(finished):
+    folder, _, _ = finished
+    with pytest.raises(UserError, match=r"another evaluation: seed was 0 and is 1"):
+        evaluate(settings(folder, folder / "whole", seed=1), Oracle)
+    with pytest.raises(UserError, match=r"sampling was .* and is"):
+        evaluate(settings(folder, folder / "whole", protocol="qwen"), Oracle)
+
+
+def test_a_damaged_line_is_named(finished, tmp_path):
+    folder, whole, _ = finished
+    (tmp_path / "amc").mkdir()
+    content = (whole / "responses.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "amc" / "responses.jsonl").write_text("".join([*content[:3], '{"problem": 1}\n', *content[3:]]))
+    with pytest.raises(UserError, match=r"responses.jsonl:4 is no response"):
+        evaluate(settings(folder, tmp_path), Oracle)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"problem": "?"}, "no `answer`"),
+        ({"answer": "4"}, "no `problem`"),
+        ([1], "no object"),
+        ({"problem": "?", "answer": "it depends"}, None),
+    ],
+)
+def test_bad_rows_are_named_before_anything_is_drawn(tmp_path, row, words):
+    config = settings(tmp_path, tmp_path / "out")
+    with (tmp_path / "sums.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    if words is None:
+        assert len(read_benchmark(config.benchmarks[0])) == 13
+        return
+    with pytest.raises(DataError, match=rf"sums.jsonl:13: .*{words}"):
+        evaluate(config, lambda: pytest.fail("no model is loaded"))
+
+
+def test_settings_that_contradict_themselves_are_refused(tmp_path):
+    benchmark = {"name": "amc", "files": ["x"]}
+    for values, words in (
+        ({"benchmarks": [benchmark]}, "model.path"),
+        ({"benchmarks": [benchmark], "model": {"path": "m"}, "endpoint": {"urls": ["u"], "model": "m"}}, "model.path"),
+        ({"benchmarks": [benchmark], "endpoint": {"urls": ["u"]}}, "endpoint.model"),
+        ({"benchmarks": [benchmark, benchmark], "model": {"path": "m"}}, "twice"),
+        ({"benchmarks": [], "model": {"path": "m"}}, "empty"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            EvaluationConfig.model_validate({"output": tmp_path, **values})
+
+
+def test_protocols_say_what_they_are(tmp_path):
+    config = settings(tmp_path, tmp_path)
+    paper = protocol_for("paper", config.sampling, paper_samples=64, samples=None)
+    assert paper.samples == 64
+    assert paper.words() == "temperature 0.6, top_p 0.95, 32,768 tokens"
+    released = protocol_for("released", config.sampling, paper_samples=64, samples=8)
+    assert released.words() == "temperature 0.6, top_p 0.95, top_k 20, repetition penalty 1.05, 32,768 tokens"
+    with pytest.raises(UserError, match="repetition penalty"):
+        released.local()
+    assert protocol_for("greedy", config.sampling, paper_samples=64, samples=None).samples == 1
+
+
+FILES = {
+    "aime24": (("aime_hmmt/aime24.qs.jsonl", "", 30), ("aime_hmmt/aime24.parquet", "", 30)),
+    "aime25": (("aime_hmmt/aime25.qs.jsonl", "", 30), ("aime_hmmt/comp-math-24-25.nemo-skills.jsonl", "aime25", 30)),
+    "hmmt_feb_2025": (("aime_hmmt/HMMT-202502.jsonl", "", 30),),
+    "math500": (("math/math500_test.json", "", 500),),
+    "amc": (("math/amc.json", "", None),),
+    "minerva": (("math/minerva.json", "", None),),
+    "gsm8k": (("gsm8k/test.jsonl", "", 1319),),
+}
+
+
+def test_every_gold_answer_of_a_maths_benchmark_is_right(shared_data):
+    """In each form that its file is met in; HMMT's answer lies under a key of its own."""
+    sources = sorted(KNOWN)
+    with GradingPool(
+        [name for name in sources if name in FILES], RewardSettings(require_thinking=False), timeout_seconds=60
+    ) as pool:
+        for name, forms in FILES.items():
+            for file, subset, count in forms:
+                config = {"name": name, "files": [str(shared_data / file)], "subset": subset}
+                (benchmark,) = EvaluationConfig.model_validate(
+                    {"output": "x", "model": {"path": "m"}, "benchmarks": [config]}
+                ).benchmarks
+                problems = read_benchmark(benchmark)
+                assert count is None or len(problems) == count, file
+                golds = [f"So it is \\boxed{{{problem.ground_truth}}}." for problem in problems]
+                requests = [
+                    Request(p.data_source, p.ground_truth, gold) for p, gold in zip(problems, golds, strict=True)
+                ]
+                scores = pool.grade(requests)
+                wrong = [
+                    (p.place, p.ground_truth, s.note)
+                    for p, s in zip(problems, scores, strict=True)
+                    if s.verdict is not Verdict.RIGHT
+                ]
+                assert not wrong, (file, wrong[:5], len(wrong))
+
+
+def test_contests_are_chosen_by_their_date(tmp_path):
+    path = tmp_path / "lcb.jsonl"
+    rows = [
+        {
+            "question_content": f"Problem of {date}",
+            "starter_code": "",
+            "contest_date": f"{date}T00:00:00",
+            "public_test_cases": json.dumps([{"input": "1\n", "output": "1\n", "testtype": "stdin"}]),
+            "metadata": "{}",
+        }
+        for date in ("2024-07-31", "2024-08-01", "2025-01-31", "2025-02-01", "2025-04-30", "2025-05-01")
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def dates(**more):
+        values = {"output": "x", "model": {"path": "m"}, "benchmarks": [{"files": [str(path)], **more}]}
+        problems = read_benchmark(EvaluationConfig.model_validate(values).benchmarks[0])
+        return [problem.messages[0]["content"].partition("Problem of ")[2][:10] for problem in problems]
+
+    assert dates(name="livecodebench_v5") == ["2024-08-01", "2025-01-31"]
+    assert dates(name="livecodebench_v6") == ["2025-02-01", "2025-04-30"]
+    assert dates(name="livecodebench_v6", since="2024-01-01", until="2024-08-01") == ["2024-07-31"]
+    with pytest.raises(DataError, match=r"YYYY-MM-DD"):
+        dates(name="livecodebench_v6", since="yesterday")
