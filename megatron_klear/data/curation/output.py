@@ -35,8 +35,11 @@ class Identity:
 
 
 def describe_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Path, sha256 and bytes of each file."""
-    return [{"path": str(path), **_digest(path)} for path in paths]
+    """Path, sha256 and bytes of each file. Raises DataError where one cannot be read."""
+    try:
+        return [{"path": str(path), **_digest(path)} for path in paths]
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def is_done(output: Path, identity: Identity, *, force: bool) -> bool:
