@@ -98,13 +98,20 @@ class Output:
         staged[MANIFEST].write_bytes(_as_json(manifest))
         for path in staged.values():
             _flush_to_disk(path)
-        # The manifest first: what a kill leaves is then known as this output's. The rows last: they say it is done.
+        # The manifest first: what a kill leaves is then known as this output's. The rows last: they say it is done,
+        # and nothing looks at the folder again.
         for name in (MANIFEST, REPORT, HITS, self._output.name):
+            if name == self._output.name:
+                self._remove_unfinished(but=rows)
             if name in staged:
                 os.replace(staged[name], self._output.with_name(name))
             else:
                 self._output.with_name(name).unlink(missing_ok=True)
         _flush_to_disk(self._output.parent)
+
+    def _remove_unfinished(self, but: Path) -> None:
+        for path in {_partial(self._output), raw_hits(self._output)} - {but}:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
