@@ -39,7 +39,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--force", action="store_true", help="replace an existing output")
         command.add_argument("--max-row-mib", type=float, default=16, help="a longer row is left out (default 16)")
     clean.add_argument("--against", nargs="+", required=True, metavar="FILE", help="benchmark files or globs")
-    clean.add_argument("--rule", choices=get_args(RuleName), required=True, help="any shared 9-gram, or enough of them")
+    clean.add_argument(
+        "--rule", choices=get_args(RuleName), default=_RULE.name, help="any shared 9-gram (default), or enough of them"
+    )
     clean.add_argument("--template", nargs="+", type=Path, default=[], metavar="FILE", help="cut from items first")
     clean.add_argument(
         "--max-items", type=int, help=f"careful: a 9-gram of more items is a phrase (default {_RULE.max_items})"

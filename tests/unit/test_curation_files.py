@@ -23,6 +23,7 @@ BAD = {
     b'{"prompt": 5, "response": "x"}': "wrong_type",
     b'{"prompt": "x", "data_source": 1, "reward_model": {"ground_truth": "1"}}': "wrong_type",
     b'{"messages": [{"role": "user"}]}': "wrong_type",
+    b'{"messages": [{"role": "user", "content": "x", "more": ' + b"[" * 600 + b"]" * 600 + b"}]}": "wrong_type",
     b'{"prompt": "x"}': "missing_field",
     b'{"prompt": " ", "response": "x"}': "missing_field",
     b'{"prompt": "caf\xe9", "response": "x"}': "bad_encoding",
@@ -57,7 +58,7 @@ def test_the_first_file_s_row_stays_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_bad_rows_are_counted_with_their_places_and_the_rest_goes_on(tmp_path, of_verb, verb):
-    lines = [line for bad in BAD for line in (bad, json.dumps(problem(f"Problem {bad[:20]!r}")).encode(), b"")]
+    lines = [line for k, bad in enumerate(BAD) for line in (bad, json.dumps(problem(f"Problem {k}")).encode(), b"")]
     rows = write(tmp_path / "rows.jsonl", *lines)
     output = tmp_path / "out" / "rows.jsonl"
     report = curate(verb, "--input", rows, "--output", output, "--max-row-mib", 0.125, *of_verb[verb])
@@ -245,7 +246,7 @@ def test_what_is_refused(tmp_path, monkeypatch, arguments, told):
         ["--rule", "careful", "--workers", "0"],
         ["--rule", "careful", "--max-row-mib", "0"],
         ["--rule", "other"],
-        [],
+        ["--min-share", "0.5"],
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(tmp_path, arguments, capsys):

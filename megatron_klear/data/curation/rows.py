@@ -15,6 +15,7 @@ from megatron_klear.data.sources import Chunk, read_chunks
 _CHUNK_BYTES = 1 << 20
 _CHUNK_ROWS = 512
 _SKIPPED_AT_ONCE = 1 << 20
+_MOST_REASON = 400
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _BENCHMARK_KEYS = ("question_content", "problem", "question", "prompt", "text", "messages")
 
@@ -23,7 +24,7 @@ class BadRow(Exception):
     """A row that cannot be used: `kind` is what the report counts it under, the message says why."""
 
     def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
+        super().__init__(reason if len(reason) <= _MOST_REASON else f"{reason[:_MOST_REASON]} ...")
         self.kind = kind
 
 
@@ -81,6 +82,8 @@ def problem_text(row: Mapping[str, Any]) -> str:
         messages = (read_row(row) if supervised else read_problem(row)).messages
     except DataError as error:
         raise BadRow("wrong_type", str(error)) from None
+    except RecursionError:
+        raise BadRow("wrong_type", "the row is nested too deeply") from None
     text = "\n".join(message["content"] for message in messages if message["role"] == "user")
     if not text.strip():
         raise BadRow("missing_field", "no message of the user has a text")

@@ -20,7 +20,7 @@ class Rule:
     under both.
     """
 
-    name: RuleName = "careful"
+    name: RuleName = "paper"
     max_items: int = 1
     min_share: float = 0.1
 
