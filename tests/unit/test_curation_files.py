@@ -92,8 +92,15 @@ def test_the_manifest_has_hashes_counts_and_settings(tmp_path, of_verb):
     curate("decontaminate", "--input", rows, "--output", output, *of_verb["decontaminate"])
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["settings"] == {
-        "rule": "careful", "max_items": 1, "min_share": 0.1, "max_row_bytes": 16 << 20, "strict": False
-    }  # fmt: skip
+        "rule": "careful",
+        "gram_words": 9,
+        "fewest_contained_words": 3,
+        "max_items": 1,
+        "min_share": 0.1,
+        "family_share": 0.6,
+        "max_row_bytes": 16 << 20,
+        "strict": False,
+    }
     assert manifest["counts"] == {"rows": 3, "kept": 2, "dropped": 1, "bad": 0}
     assert [entry["path"] for entry in manifest["inputs"]] == [str(rows)]
     assert {entry["path"] for entry in manifest["outputs"]} == {"rows.jsonl", "report.json", "hits.jsonl"}

@@ -19,12 +19,13 @@ from megatron_klear.data.rows import DataError
 from .text import words
 
 GRAM_WORDS = 9
-FEWEST_CONTAINED_WORDS = 4
+FEWEST_CONTAINED_WORDS = 3
 """An item of fewer words is found only as a whole text: two words stand in many texts by chance."""
+FAMILY_SHARE = 0.6
+"""Of the longer item's grams: two items that share so many are versions of one problem."""
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _POWERS = np.array([pow(_MULTIPLIER, power, 1 << 64) for power in range(GRAM_WORDS)], dtype=np.uint64)
 _BITMAP_SHIFT = np.uint64(42)
-_FAMILY_SHARE = 0.6
 _MOST_FAMILY_ITEMS = 8
 """A 9-gram of more items is a phrase of the benchmark, and says nothing of two items being one problem."""
 
@@ -202,7 +203,7 @@ def _families(owners: Iterable[list[int]], num_grams: Sequence[int]) -> list[int
         return number
 
     for (one, other), count in shared.items():
-        if count >= _FAMILY_SHARE * max(num_grams[one], num_grams[other]):
+        if count >= FAMILY_SHARE * max(num_grams[one], num_grams[other]):
             first, second = sorted((root(one), root(other)))
             family[second] = first
     return [root(number) for number in range(len(num_grams))]

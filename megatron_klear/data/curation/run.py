@@ -13,7 +13,7 @@ from megatron_klear.data.rows import DataError
 from .benchmarks import read_items, read_templates
 from .decontaminate import REASON, Decontamination, Scanner
 from .deduplicate import deduplicate
-from .grams import build_index
+from .grams import FAMILY_SHARE, FEWEST_CONTAINED_WORDS, GRAM_WORDS, build_index
 from .output import Identity, Output, describe_files, finished_hits, is_done, open_output, raw_hits
 from .report import Judged, Report
 from .rules import Rule
@@ -70,11 +70,12 @@ def run_decontaminate(
     Raises DataError for what cannot be read or written.
     """
     files.check([*against, *templates])
-    of_rule = {"max_items": rule.max_items, "min_share": rule.min_share} if rule.name == "careful" else {}
+    words = {"gram_words": GRAM_WORDS, "fewest_contained_words": FEWEST_CONTAINED_WORDS}
+    of_rule = {"max_items": rule.max_items, "min_share": rule.min_share, "family_share": FAMILY_SHARE}
     read = {"inputs": files.inputs, "against": against, "templates": templates}
     identity = Identity(
         "decontaminate",
-        {"rule": rule.name, **of_rule, **_common(files)},
+        {"rule": rule.name, **words, **(of_rule if rule.name == "careful" else {}), **_common(files)},
         {name: describe_files(paths) for name, paths in read.items()},
     )
     if is_done(files.output, identity, force=files.force):
