@@ -27,6 +27,7 @@ from megatron_klear.runs.rollout_files import read_samples, rollout_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS, PER_STEP, STEPS = 40, 4, 40
+KILLED_STEPS = 28  # of them, in which servers are killed
 SHAPE = TinyShape(hidden_size=32, ffn_hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=32)
 ROLLOUT = """
 [rollout]
@@ -118,13 +119,13 @@ def kill_until_done(
     run, deadline = start_run(toml, log), time.monotonic() + seconds
     while run.poll() is None:
         assert time.monotonic() < deadline, log.read_text()[-3000:]
-        done = len(steps_of(folder))
-        behind = servers < server_kills and done >= (servers + 1) * STEPS // (server_kills + 2)
-        time.sleep(chance.uniform(0.3, 1.2) * (0.1 if behind else 1))
+        time.sleep(chance.uniform(0.3, 1.2))
         done = len(steps_of(folder))
         living = processes_of(folder, "-m", "vllm.entrypoints")
-        # Spread over the run, and never while servers start for the first time: that ends a run, with a message.
-        if done > before and living and servers < server_kills and done >= servers * STEPS // (server_kills + 2):
+        # Spread over the run but its end, which may come faster than kills do; and never while servers start for the
+        # first time: that ends a run, with a message.
+        due = servers < server_kills and done >= servers * KILLED_STEPS // server_kills
+        if done > before and living and due:
             victim = chance.choice(living)
             wait_for_work(victim)
             with contextlib.suppress(ProcessLookupError):  # it ended by itself, which is no kill
