@@ -70,6 +70,7 @@ WITHOUT_TORCH = [
     "rewards",
     "data.packing",
     "data.sources",
+    "data.curation.run",
 ]
 
 

@@ -66,13 +66,14 @@ NO_8B = Refused("models/Qwen3-8B-Base/config.json does not exist", swap=FEWER)
 NO_TUNED_8B = Refused("models/Qwen3-8B-SFT/config.json does not exist", swap=FEWER)
 TESTS = Exempt("these tests are in the run that this one is in")
 TINY = "examples/sft_tiny_cpu.toml"
+KLEAR = ("klear", "python -m megatron_klear.cli")
 
 COMMANDS: dict[str, Runs | Refused | Exempt] = {
     "bash examples/quickstart.sh": Exempt("minutes; its stages, shortened, are this file's fixture"),
     "bash tests/run.sh": Exempt("runs this test"),
     "pre-commit install": Exempt("changes the clone's hooks and downloads linters at the first commit"),
     ". examples/setup_env.sh": Runs(),
-    "klear --help": Runs(swap=("klear", "python -m megatron_klear.cli"), shows="doctor"),
+    "klear --help": Runs(swap=KLEAR, shows="doctor"),
     # training
     f"python pretrain_sft.py --config {TINY}": Runs(SHORT_SFT),
     f"torchrun --nproc-per-node 2 pretrain_sft.py --config {TINY} --output runs/tp2 --parallel.tensor 2": Runs(
@@ -121,6 +122,13 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
     "python tools/inspect_checkpoint.py data/tiny-mcore": Runs(shows="every file as its manifest says"),
     "python tools/convert_mcore_to_hf.py --mcore data/tiny-mcore --out data/tiny-hf": Runs(),
     "python tools/prepare_data.py arithmetic --count 500 --digits 3 --output runs/data/arithmetic.jsonl": Runs(),
+    "klear curate deduplicate --input examples/data/gsm8k_train_300.jsonl examples/data/arithmetic_600.jsonl "
+    "--output runs/curated/distinct/rows.jsonl": Runs(swap=KLEAR, shows="rows kept"),
+    r"echo 'Put the final answer in \boxed{}.' >runs/curated/instruction.txt": Runs(),
+    "klear curate decontaminate --input runs/curated/distinct/rows.jsonl --output runs/curated/clean/rows.jsonl "
+    "--against examples/data/gsm8k_test_100.jsonl --template runs/curated/instruction.txt --rule careful": Runs(
+        swap=KLEAR, shows="897 of 897 rows kept"
+    ),
     f"python tools/inspect_data.py --config {TINY} --index 3": Runs(),
     "python tools/report.py examples/results/gppo_smollm2_arithmetic --out runs/report.html": Runs(),
     "python tools/report.py runs/quickstart examples/results/gppo_smollm2_arithmetic --out runs/compared.html "
@@ -167,6 +175,7 @@ INLINE: dict[str, Runs | Refused | Exempt] = {
     'pip install "megatron-klear[ray]"': Exempt("setup_env.sh installs it for the tests of Ray"),
     "klear sft": NAMED,
     "klear convert": NAMED,
+    "klear curate": NAMED,
     "pytest -m gpu": Exempt("needs a CUDA device"),
     "python tools/prepare_data.py": Runs("--help"),
     "python tools/losses.py": Runs(shows="clip_cov"),

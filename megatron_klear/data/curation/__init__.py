@@ -1,0 +1,1 @@
+"""Curation of training sets: what may be dropped from a source, and why."""

@@ -1,0 +1,66 @@
+"""What became of the rows of a curation: counts that add up, and examples with their places."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+MOST_EXAMPLES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One row after a verb has looked at it: kept where `reason` is empty."""
+
+    number: int
+    line: bytes = b""
+    """The JSON of a row that is kept."""
+    reason: str = ""
+    bad: bool = False
+    """Whether the row could not be used, other than one that the verb drops."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What an example of it shows besides file and row."""
+
+
+@dataclass(slots=True)
+class Report:
+    """Counts by source and by reason, and the first 20 examples of each reason."""
+
+    sources: dict[str, Counter[str]]
+    """By file, in the order given."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    bad: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def add(self, source: str, judged: Judged) -> None:
+        """Count one row."""
+        counts = self.sources[source]
+        counts["rows"] += 1
+        if not judged.reason:
+            counts["kept"] += 1
+            return
+        counts["bad" if judged.bad else "dropped"] += 1
+        (self.bad if judged.bad else self.dropped)[judged.reason] += 1
+        examples = self.examples.setdefault(judged.reason, [])
+        if len(examples) < MOST_EXAMPLES:
+            examples.append({"file": source, "row": judged.number, **judged.details})
+
+    def totals(self) -> dict[str, int]:
+        """Rows, kept, dropped and bad, of all sources."""
+        return {name: sum(counts[name] for counts in self.sources.values()) for name in _COUNTS}
+
+    def content(self) -> dict[str, Any]:
+        """The report as JSON has it."""
+        return {
+            "counts": self.totals(),
+            "dropped": dict(sorted(self.dropped.items())),
+            "bad": dict(sorted(self.bad.items())),
+            "sources": [
+                {"file": source, **{name: counts[name] for name in _COUNTS}} for source, counts in self.sources.items()
+            ],
+            "examples": dict(sorted(self.examples.items())),
+        }
+
+
+_COUNTS = ("rows", "kept", "dropped", "bad")

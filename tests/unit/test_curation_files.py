@@ -1,0 +1,264 @@
+"""Curation from files to files: what is kept, what is counted as bad, and that a kill leaves nothing half done."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from curation_rows import contents, curate, problem, read, sentence, write
+
+from megatron_klear.data.rows import DataError
+from megatron_klear.data.sources import parse_chunk, read_chunks
+
+CHAT = {"messages": [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "5"}]}
+BAD = {
+    b'{"prompt": "x"': "malformed_json",
+    b'{"prompt": NaN}': "malformed_json",
+    b"[" * 100_000: "malformed_json",
+    b'["a list"]': "wrong_type",
+    b'{"prompt": 5, "response": "x"}': "wrong_type",
+    b'{"prompt": "x", "data_source": 1, "reward_model": {"ground_truth": "1"}}': "wrong_type",
+    b'{"messages": [{"role": "user"}]}': "wrong_type",
+    b'{"messages": [{"role": "user", "content": "x", "more": ' + b"[" * 600 + b"]" * 600 + b"}]}": "wrong_type",
+    b'{"prompt": "x"}': "missing_field",
+    b'{"prompt": " ", "response": "x"}': "missing_field",
+    b'{"prompt": "caf\xe9", "response": "x"}': "bad_encoding",
+    b'{"prompt": "\\ud800", "response": "x"}': "bad_encoding",
+    b'{"prompt": "' + b"x" * 150_000 + b'", "response": "x"}': "too_large",
+}
+VERBS = ("deduplicate", "decontaminate")
+
+
+@pytest.fixture
+def of_verb(tmp_path):
+    """The arguments that a verb needs besides input and output."""
+    bench = write(tmp_path / "bench.jsonl", {"problem": sentence(1, 20)})
+    return {"deduplicate": (), "decontaminate": ("--against", bench, "--rule", "careful")}
+
+
+def test_the_first_file_s_row_stays_as_it_is(tmp_path):
+    first = write(
+        tmp_path / "z.jsonl", problem("Find x."), b'{"messages":  [{"role": "user", "content": "Hi"}], "id":1.0}'
+    )
+    second = write(tmp_path / "a.jsonl", problem(" find\tX."), CHAT, problem("HI"), problem("What is 2 + 3?"))
+    output = tmp_path / "out" / "rows.jsonl"
+    report = curate("deduplicate", "--input", first, second, "--output", output)
+    assert output.read_bytes() == first.read_bytes() + json.dumps(CHAT).encode() + b"\n"
+    assert [source["dropped"] for source in report["sources"]] == [0, 3]
+    assert report["examples"]["duplicate"] == [
+        {"file": str(second), "row": 1, "kept": {"file": str(first), "row": 1}},
+        {"file": str(second), "row": 3, "kept": {"file": str(first), "row": 2}},
+        {"file": str(second), "row": 4, "kept": {"file": str(second), "row": 2}},
+    ]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_bad_rows_are_counted_with_their_places_and_the_rest_goes_on(tmp_path, of_verb, verb):
+    lines = [line for k, bad in enumerate(BAD) for line in (bad, json.dumps(problem(f"Problem {k}")).encode(), b"")]
+    rows = write(tmp_path / "rows.jsonl", *lines)
+    output = tmp_path / "out" / "rows.jsonl"
+    report = curate(verb, "--input", rows, "--output", output, "--max-row-mib", 0.125, *of_verb[verb])
+    kept = [json.loads(line) for line in lines if line.startswith(b'{"prompt": "Problem')]
+    assert read(output) == kept
+    assert report["counts"] == {"rows": 2 * len(BAD), "kept": len(kept), "dropped": 0, "bad": len(BAD)}
+    places = {example["row"]: kind for kind, examples in report["examples"].items() for example in examples}
+    assert places == {3 * k + 1: kind for k, kind in enumerate(BAD.values())}
+    assert sum(report["bad"].values()) == len(BAD)
+    assert all(example["why"] for examples in report["examples"].values() for example in examples)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_strict_stops_with_the_place(tmp_path, of_verb, verb):
+    rows = write(tmp_path / "rows.jsonl", problem("one"), b"{", problem("two"))
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not valid JSON"):
+        curate(verb, "--input", rows, "--output", tmp_path / "out" / "rows.jsonl", "--strict", *of_verb[verb])
+    assert not contents(tmp_path / "out")
+
+
+def test_no_more_than_twenty_examples_are_shown(tmp_path):
+    rows = write(tmp_path / "rows.jsonl", *[problem("again")] * 50)
+    report = curate("deduplicate", "--input", rows, "--output", tmp_path / "out" / "rows.jsonl")
+    assert report["dropped"] == {"duplicate": 49}
+    assert [example["row"] for example in report["examples"]["duplicate"]] == list(range(2, 22))
+
+
+def test_the_manifest_has_hashes_counts_and_settings(tmp_path, of_verb):
+    rows = write(tmp_path / "rows.jsonl", problem("one"), problem("two"), problem(sentence(1, 20)))
+    output = tmp_path / "out" / "rows.jsonl"
+    curate("decontaminate", "--input", rows, "--output", output, *of_verb["decontaminate"])
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["settings"] == {
+        "rule": "careful",
+        "gram_words": 9,
+        "fewest_contained_words": 3,
+        "max_items": 1,
+        "min_share": 0.1,
+        "family_share": 0.6,
+        "max_row_bytes": 16 << 20,
+        "strict": False,
+    }
+    assert manifest["counts"] == {"rows": 3, "kept": 2, "dropped": 1, "bad": 0}
+    assert [entry["path"] for entry in manifest["inputs"]] == [str(rows)]
+    assert {entry["path"] for entry in manifest["outputs"]} == {"rows.jsonl", "report.json", "hits.jsonl"}
+    for entry in [*manifest["inputs"], *manifest["against"], *manifest["outputs"]]:
+        content = (tmp_path / "out" / entry["path"]).read_bytes()
+        assert (entry["sha256"], entry["bytes"]) == (hashlib.sha256(content).hexdigest(), len(content))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_one_and_several_workers_give_the_same_bytes(tmp_path, of_verb, suffix):
+    overlap = sentence(1, 20)
+    texts = [sentence(k, 30) + (overlap if k % 7 == 0 else "") for k in range(10, 2010)]
+    rows = write(tmp_path / "rows.jsonl", *map(problem, texts), b"{")
+    given = ("--input", rows, *of_verb["decontaminate"])
+    for name, workers in (("one", 1), ("again", 1), ("three", 3)):
+        curate("decontaminate", *given, "--output", tmp_path / name / f"rows.{suffix}", "--workers", workers)
+    assert contents(tmp_path / "one") == contents(tmp_path / "again") == contents(tmp_path / "three")
+    assert len(read(tmp_path / "one" / "hits.jsonl")) == sum(k % 7 == 0 for k in range(10, 2010))
+
+
+def test_parquet_is_read_and_written(tmp_path):
+    later = {**problem([{"role": "user", "content": "later", "name": "me"}]), "extra_info": {"only": "here"}}
+    several = [problem([{"role": "user", "content": f"Problem {k}"}]) for k in range(2000)]
+    jsonl = write(tmp_path / "rows.jsonl", *several, later)
+    curate("deduplicate", "--input", jsonl, "--output", tmp_path / "a" / "rows.parquet")
+    table = pq.read_table(tmp_path / "a" / "rows.parquet")
+    assert table.num_rows == 2001
+    assert table.to_pylist()[-1] == later
+    curate("deduplicate", "--input", tmp_path / "a" / "rows.parquet", "--output", tmp_path / "b" / "rows.jsonl")
+    assert read(tmp_path / "b" / "rows.jsonl")[-1] == later
+
+
+def test_a_parquet_row_that_is_not_utf_8_costs_itself_alone(tmp_path):
+    texts = pa.array([b"What is 1?", b"caf\xe9", b"What is 2?"]).cast(pa.binary()).view(pa.string())
+    answers = pa.array(["1", "2", "2"])
+    pq.write_table(pa.table({"prompt": texts, "response": answers}), tmp_path / "rows.parquet")
+    output = tmp_path / "out" / "rows.jsonl"
+    report = curate("deduplicate", "--input", tmp_path / "rows.parquet", "--output", output)
+    assert [row["response"] for row in read(output)] == ["1", "2"]
+    assert report["examples"]["bad_encoding"][0]["row"] == 2
+
+
+def test_rows_that_fit_no_schema_are_refused_as_parquet(tmp_path):
+    rows = write(tmp_path / "rows.jsonl", {**CHAT, "id": 1}, {**problem("x"), "id": "one"})
+    with pytest.raises(DataError, match=r"write \.jsonl"):
+        curate("deduplicate", "--input", rows, "--output", tmp_path / "out" / "rows.parquet")
+    assert not contents(tmp_path / "out")
+
+
+def _killed_at(arguments, instant: int) -> None:
+    """Run `klear curate`, killed at its `instant`th line, name or flush to the disk."""
+    left = instant
+
+    def counted(function):
+        def call(*given, **named):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*given, **named)
+
+        return call
+
+    os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+    json.loads = counted(json.loads)
+    curate(*arguments)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_killed_at_any_instant_and_started_again_it_gives_the_same_files(tmp_path, of_verb, verb):
+    texts = ["one", "two", "One", sentence(1, 20)]
+    rows = write(tmp_path / "rows.jsonl", *map(problem, texts))
+    given = (verb, "--input", rows, *of_verb[verb], "--output")
+    curate(*given, tmp_path / "whole" / "rows.jsonl")
+    fork = multiprocessing.get_context("fork")
+    for instant in range(100):
+        output = tmp_path / str(instant) / "rows.jsonl"
+        process = fork.Process(target=_killed_at, args=((*given, output), instant))
+        process.start()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if output.exists():  # whole, and all beside it
+            assert contents(output.parent) == contents(tmp_path / "whole")
+        curate(*given, output)
+        assert contents(output.parent) == contents(tmp_path / "whole")
+        if process.exitcode == 0:
+            break
+    assert instant > 10
+
+
+def test_what_is_done_is_not_done_again_and_nothing_is_replaced_unasked(tmp_path):
+    rows, output = write(tmp_path / "rows.jsonl", problem("one")), tmp_path / "out" / "rows.jsonl"
+    given = ("deduplicate", "--input", rows, "--output", output)
+    assert curate(*given) is not None
+    assert curate(*given) is None
+    write(rows, problem("another"))
+    with pytest.raises(DataError, match="exists and is what other inputs or settings gave"):
+        curate(*given)
+    assert curate(*given, "--force") is not None
+    assert read(output) == [problem("another")]
+    output.write_text("damaged")
+    with pytest.raises(DataError, match="exists"):
+        curate(*given)
+
+
+def test_the_output_is_training_data(tmp_path):
+    rows = write(tmp_path / "rows.jsonl", CHAT, b"\xff", {"prompt": "Hi", "response": "Ho"})
+    curate("deduplicate", "--input", rows, "--output", tmp_path / "out" / "rows.jsonl")
+    (chunk,) = read_chunks(tmp_path / "out" / "rows.jsonl")
+    assert len(list(parse_chunk(chunk))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--input", "absent.jsonl", "--output", "o.jsonl"], "--input: absent.jsonl does not exist"),
+        (["--input", "rows.jsonl", "rows.jsonl", "--output", "o.jsonl"], "twice"),
+        (["--input", "rows.jsonl", "--output", "rows.jsonl"], "among the files that are read"),
+        (["--input", "rows.jsonl", "--output", "o.csv"], "neither .jsonl nor .parquet"),
+        (["--input", "rows.jsonl", "--output", "folder.jsonl"], "is a folder"),
+        (["--input", "bad.jsonl", "--output", "o.jsonl"], "no row is left of 1"),
+        (["--input", "rows.jsonl", "--output", "foreign/o.jsonl"], "manifest.json is no manifest"),
+        (["--input", "rows.jsonl", "--output", "taken/o.jsonl"], "is the manifest of other.jsonl"),
+        (["--input", "rows.jsonl", "--output", "reported/o.jsonl"], "report.json is of no curation"),
+        (["--input", "rows.jsonl", "--output", "there.jsonl"], "no output of a curation"),
+    ],
+)
+def test_what_is_refused(tmp_path, monkeypatch, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", problem("x"))
+    write(tmp_path / "bad.jsonl", b"{")
+    write(tmp_path / "there.jsonl", problem("y"))
+    for name in ("folder.jsonl", "foreign", "taken", "reported"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "foreign" / "manifest.json").write_text("[]")
+    (tmp_path / "taken" / "manifest.json").write_text('{"outputs": [{"path": "other.jsonl"}]}')
+    (tmp_path / "reported" / "report.json").write_text("{}")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=told):
+        curate("deduplicate", *arguments)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--rule", "paper", "--min-share", "0.5"],
+        ["--rule", "careful", "--min-share", "1.5"],
+        ["--rule", "careful", "--max-items", "0"],
+        ["--rule", "careful", "--workers", "0"],
+        ["--rule", "careful", "--max-row-mib", "0"],
+        ["--rule", "other"],
+        ["--min-share", "0.5"],
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(tmp_path, arguments, capsys):
+    rows = write(tmp_path / "rows.jsonl", problem("x"))
+    given = ("--input", rows, "--output", tmp_path / "o.jsonl", "--against", rows)
+    with pytest.raises(SystemExit):
+        curate("decontaminate", *given, *arguments)
+    assert "usage:" in capsys.readouterr().err
