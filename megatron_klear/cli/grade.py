@@ -146,6 +146,10 @@ def run(options: argparse.Namespace) -> None:
     output: Path = options.output
     if output.exists() and not options.force:
         raise UserError(f"{output} exists; choose another file or pass --force")
+    if output.exists() and not output.is_file():
+        raise UserError(f"{output} is a folder or a device; name a file")
+    if not output.parent.is_dir() and any(parent.is_file() for parent in output.parents):
+        raise UserError(f"{output.parent} cannot be a folder: a file is in the way")
     kind = _kind(options)
     rows = read_rows(options.input, kind.check)
     output.parent.mkdir(parents=True, exist_ok=True)

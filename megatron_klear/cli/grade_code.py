@@ -15,6 +15,7 @@ from megatron_klear.rewards.worker import Request
 from megatron_klear.types import Score
 
 _DEFAULTS = CodeSettings()
+_MOST = 1e6  # of seconds, or GiB
 _SHORTEST_FENCE = 3
 
 
@@ -42,8 +43,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def check_arguments(options: argparse.Namespace, command: argparse.ArgumentParser) -> None:
     """End with a message where a number is out of its range."""
     for name in ("cpu_seconds", "total_seconds", "memory_gib"):
-        if getattr(options, name) <= 0:
-            command.error(f"--{name.replace('_', '-')} must be above 0")
+        if not 0 < getattr(options, name) < _MOST:  # nan too
+            command.error(f"--{name.replace('_', '-')} must be above 0 and below {_MOST:g}")
     if (options.sandbox == "remote") != bool(options.url):
         command.error("--url goes with --sandbox remote")
     if options.max_tests < 0:

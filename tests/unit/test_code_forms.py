@@ -246,7 +246,7 @@ def test_hardly_any_assert_of_the_usual_sets_is_not_split() -> None:
     rows += json.loads((DATA / "mbpp" / "mbpp_sanitized_399.json").read_text())
     tests = [test for row in rows for test in read_problem(row).tests]
     checks = [test for test in tests if isinstance(test, Check)]
-    assert (len(tests), len(checks)) == (2368, 12)
+    assert (len(tests), len(checks)) == (2368, 34)
     leetcode = json.loads((DATA / "code_rl" / "leetcode_test_200.json").read_text())
     tests = [test for row in leetcode for test in read_problem(row["tests"]).tests]
     assert (len(tests), sum(isinstance(test, Check) for test in tests)) == (492, 0)

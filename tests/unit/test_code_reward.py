@@ -11,7 +11,7 @@ import pytest
 from code_sandbox import fenced, shared_sandbox
 
 from megatron_klear.config.rl import CodeRewardConfig, RewardConfig
-from megatron_klear.orchestrator.grading import check_prompts, reward_settings
+from megatron_klear.orchestrator.grading import check_prompts
 from megatron_klear.rewards.base import SCHEMES, RewardError, RewardSettings, check_time, find, resolve
 from megatron_klear.rewards.code.forms import read_problem
 from megatron_klear.rewards.code.judge import sampled
@@ -147,7 +147,7 @@ def test_maths_keeps_its_names() -> None:
 
 def test_the_settings_reach_the_reward() -> None:
     config = RewardConfig(timeout_seconds=40, code=CodeRewardConfig(kind="hard", total_seconds=30, packages=("a",)))
-    found = resolve("code", reward_settings(config))
+    found = resolve("code", config.for_rewards())
     assert isinstance(found, CodeReward)
     assert found.settings == CodeSettings(kind="hard", total_seconds=30.0, packages=("a",))
 

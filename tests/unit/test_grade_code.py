@@ -104,3 +104,14 @@ def test_cases_of_other_projects_are_judged_as_they_say(tmp_path: Path) -> None:
     for row in rows:
         assert (row["verdict"] == "passed") is row["expected_correct"], row
         assert (row["reward"] == 1.0) is row["expected_correct"]
+
+
+@pytest.mark.parametrize("output", ["folder", "file/inside.jsonl"])
+def test_an_output_that_is_no_file_is_refused_before_anything_runs(tmp_path, output, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"program": "print(1)", "tests": {"inputs": ["1"], "outputs": ["1"]}}\n')
+    with pytest.raises(SystemExit):
+        main(["code", "--input", str(rows), "--output", str(tmp_path / output), "--force"])
+    assert "a folder" in capsys.readouterr().err

@@ -43,6 +43,7 @@ _HIDING = (ast.Compare, ast.BoolOp, ast.IfExp, ast.NamedExpr, ast.Await, ast.Yie
 _RAISES = frozenset(("pytest.raises", "raises"))
 _BUILTINS = frozenset(dir(builtins))
 _MODULES = frozenset(("math", "np", "numpy", "random", "copy", "re", "os", "sys", "json", "pytest", "itertools"))
+_VALUE_METHODS = frozenset(name for kind in (str, bytes, list, dict, set, tuple, int, float) for name in dir(kind))
 CANDIDATE = "candidate"
 _N = TypeVar("_N", bound=ast.AST)
 _Sides = tuple[ast.expr, Expected, set[str]]
@@ -62,6 +63,8 @@ class _Scope:
     candidate: ast.expr | None
     """What the test's name `candidate` stands for."""
     under_test: frozenset[str]
+    plain: bool
+    """Whether the test only asserts, and names literals."""
     trusted: set[str] = field(default_factory=set)
     """Names that the test's own source defines or imports; the program has no say in them."""
     asserting: set[str] = field(default_factory=set)
@@ -83,14 +86,17 @@ def split(
     `before` is what the test's source holds around the body; `candidate` what that name stands for in it;
     `under_test` names that are the program's though they are built in.
     """
-    scope = _Scope(candidate, under_test)
+    # What else a test makes may hold what is expected, or change what is asked: then each assert is a program of its
+    # own, with everything before it.
+    plain = all(map(_is_plain, (*before, *body)))
+    scope = _Scope(candidate, under_test, plain)
     for statement in before:
         _remember(scope, statement)
     tests: list[Test] = []
     for statement in body:
         if isinstance(statement, ast.Assert):
             if not isinstance(statement.test, ast.Constant):  # `assert True` asks nothing of a program
-                case, asked = _split_one(statement, scope)
+                case, asked = _split_one(statement, scope) if plain else (None, statement.test)
                 tests.append(case or _check(statement, scope))
                 _remember(scope, ast.Expr(asked))
             continue
@@ -98,6 +104,22 @@ def split(
             tests.append(_check(statement, scope))
         _remember(scope, statement)
     return tests
+
+
+def _is_plain(statement: ast.stmt) -> bool:
+    """Whether a statement of a test is an assert, a loop of such, a definition, or gives names to literals."""
+    match statement:
+        case ast.For(target=ast.Name(), body=body, orelse=[]):
+            return all(isinstance(entry, ast.Assert | ast.For) and _is_plain(entry) for entry in body)
+        case ast.Assert() | ast.Pass() | ast.Expr(value=ast.Constant()):
+            return True
+        case ast.Assign(targets=targets, value=value) if all(isinstance(target, ast.Name) for target in targets):
+            try:
+                value_of(value, {})
+            except NotLiteralError:
+                return False
+            return True
+    return isinstance(statement, _DEFINES)
 
 
 def _asserts(statement: ast.stmt, scope: _Scope) -> bool:
@@ -131,7 +153,7 @@ def _remember(scope: _Scope, statement: ast.stmt) -> None:
 
 def _check(statement: ast.stmt, scope: _Scope) -> Check:
     """The statement with what it builds on, to run as it is."""
-    module = ast.Module([*_setup(statement, scope), statement], [])
+    module = ast.Module([*(_setup(statement, scope) if scope.plain else scope.statements), statement], [])
     return Check(ast.unparse(ast.fix_missing_locations(module)) + "\n")
 
 
@@ -281,6 +303,12 @@ def _asks(node: ast.expr, scope: _Scope) -> bool:
             name = node.func.id
             return name in scope.under_test or not (name in scope.trusted or name in _BUILTINS | _WRAPPERS)
         if isinstance(node, ast.Call):
+            if (
+                isinstance(node.func, ast.Attribute)
+                and node.func.attr in _VALUE_METHODS
+                and (node.args or node.keywords)
+            ):
+                return False  # `f(x).startswith("abc")`: the argument is what is expected
             node = node.func
         elif isinstance(node.value, ast.Name) and node.value.id in scope.trusted | _MODULES:
             return False

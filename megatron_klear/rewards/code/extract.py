@@ -8,6 +8,7 @@ import textwrap
 from dataclasses import dataclass
 
 _FENCE = re.compile(r"(?P<run>`{3,}|~{3,})[{.\s]*(?P<language>[\w+#-]*)(?:[\s:,{}.=][^`]*)?\Z")
+_LONGEST_FENCE = 500  # characters at the end of a line: looking for one takes the square of it
 _MOST_PARSED = 100_000  # characters
 _PYTHON = frozenset(("python", "py", "python3", "py3"))
 
@@ -91,7 +92,7 @@ def _blocks(text: str) -> list[_Block]:
 
 def _opens(line: str) -> tuple[str, str] | None:
     """The fence that ends a line and the language it names; after words only a block of Python opens."""
-    found = _FENCE.search(line)
+    found = _FENCE.search(line, max(0, len(line) - _LONGEST_FENCE))
     if found is None:
         return None
     language = found["language"].casefold()
