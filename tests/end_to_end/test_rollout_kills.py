@@ -111,6 +111,8 @@ def kill_until_done(
     server_kills: int,
     trainer_kills: int,
     wait_for_work: Callable[[int], None],
+    *,
+    hold: bool,
     seconds: float = 2300,
 ) -> tuple[int, int]:
     """Kill servers and the trainer at random moments, start the trainer again; how often each was killed."""
@@ -119,18 +121,22 @@ def kill_until_done(
     run, deadline = start_run(toml, log), time.monotonic() + seconds
     while run.poll() is None:
         assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(chance.uniform(0.3, 1.2))
+        time.sleep(chance.uniform(0.05, 0.35))
         done = len(steps_of(folder))
         living = processes_of(folder, "-m", "vllm.entrypoints")
-        # Spread over the run but its end, which may come faster than kills do; and never while servers start for the
-        # first time: that ends a run, with a message.
-        due = servers < server_kills and done >= servers * KILLED_STEPS // server_kills
-        if done > before and living and due:
+        # Spread over the run but its end; and never while servers start for the first time: that ends a run, with a
+        # message. A trainer whose servers draw ahead is held meanwhile, or it would be through before they are back.
+        due = done > before and servers < server_kills and done >= servers * KILLED_STEPS // server_kills
+        if hold:
+            run.send_signal(signal.SIGSTOP if due else signal.SIGCONT)
+        if due and living:
             victim = chance.choice(living)
             wait_for_work(victim)
             with contextlib.suppress(ProcessLookupError):  # it ended by itself, which is no kill
                 os.kill(victim, signal.SIGKILL)
                 servers += 1
+        elif due:
+            continue
         elif trainers < trainer_kills and done >= (trainers + 1) * STEPS // (trainer_kills + 2):
             run.kill()
             run.wait()
@@ -145,7 +151,8 @@ def kill_until_done(
 def test_killed_servers_and_trainers_cost_no_prompt(tmp_path, mode: str, kills: tuple[int, int]):
     python = write_standin_python(tmp_path / "python")
     toml = write_settings(tmp_path, mode, python)
-    assert kill_until_done(tmp_path, toml, *kills, partial(wait_until_drawing, python)) == kills
+    hold = mode == "asynchronous"
+    assert kill_until_done(tmp_path, toml, *kills, partial(wait_until_drawing, python), hold=hold) == kills
     assert_nothing_was_lost(tmp_path, mode, met=True)
 
 
@@ -156,7 +163,7 @@ def test_killed_vllm_servers_and_trainers_cost_no_prompt(tmp_path):
     assert python is not None
     toml, before = write_settings(tmp_path, "asynchronous", python, 600), processes_with("VLLM::")
     kills = (20, 5) if os.environ.get("KLEAR_KILL_VLLM") == "1" else (3, 1)
-    assert kill_until_done(tmp_path, toml, *kills, wait_until_busy, seconds=3500) == kills
+    assert kill_until_done(tmp_path, toml, *kills, wait_until_busy, hold=True, seconds=3500) == kills
     assert_nothing_was_lost(tmp_path, "asynchronous", met=kills[0] >= 20)
     assert set(processes_with("VLLM::")) <= set(before), "engines that outlived their server"
 
