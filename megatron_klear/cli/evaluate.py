@@ -1,7 +1,7 @@
 """Evaluate a model on benchmarks, with intervals, beside what was published.
 
 klear evaluate --config examples/evaluate_gsm8k.toml --model.path runs/quickstart/hf
-klear evaluate --config examples/evaluate_klear.toml --endpoint.urls http://127.0.0.1:8000/v1 --endpoint.model klear
+klear evaluate --config examples/evaluate_gsm8k.toml --endpoint.urls http://127.0.0.1:8000/v1 --endpoint.model mine
 klear evaluate --compare runs/evaluate_sft runs/evaluate_gppo              # differences on the same problems
 klear evaluate --benchmarks                                                # those that are known by name
 

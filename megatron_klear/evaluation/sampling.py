@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol as Interface
 
 from megatron_klear.config.evaluation import EvaluatedModelConfig
@@ -133,9 +132,3 @@ class LocalSource:
                     finish="stop" if sample.finish == "stop" else "length",
                     num_tokens=int(sample.trained.sum()),
                 )
-
-
-def model_name(path: Path) -> str:
-    """How a folder is called in tables: its own name, or its parent's where it is an export."""
-    resolved = path.resolve()
-    return resolved.parent.name if resolved.name == "hf" else resolved.name
