@@ -22,7 +22,7 @@ RANKS = {"distributed"}
 UP_TO_CONFIG = BOTTOM | RANKS | ISLANDS | {"config"}
 ENGINES = {"mcore", "rollout"}
 UP_TO_RUNS = UP_TO_CONFIG | ENGINES | {"runs"}
-UP_TO_TRAIN = UP_TO_RUNS | {"evaluation", "orchestrator", "train"}
+UP_TO_TRAIN = UP_TO_RUNS | {"evaluation", "curation", "orchestrator", "train"}
 ALLOWED = {
     "errors": set(),
     "types": {"errors"},
@@ -36,6 +36,8 @@ ALLOWED = {
     "rollout": UP_TO_CONFIG,
     "runs": UP_TO_CONFIG | ENGINES,
     "evaluation": UP_TO_CONFIG | ENGINES | {"runs"},  # the page has the run report's style
+    # Files to files, without torch: it grades by the rewards and asks servers by the evaluation's client.
+    "curation": BOTTOM | {"data", "rewards", "config", "runs", "evaluation"},
     # Another process than the trainer's: it meets no rank and no Megatron.
     "orchestrator": BOTTOM | ISLANDS | {"config", "rollout", "runs"},
     "train": UP_TO_RUNS | {"evaluation", "orchestrator"},
@@ -70,7 +72,7 @@ WITHOUT_TORCH = [
     "rewards",
     "data.packing",
     "data.sources",
-    "data.curation.run",
+    "curation.run",
 ]
 
 
@@ -145,6 +147,7 @@ def test_imports_point_down(path: Path):
         ("train/grading.py", "import ray"),
         ("rollout/local/engine.py", "from megatron_klear.train import sft"),
         ("config/start.py", "import megatron_klear.mcore.engine"),
+        ("curation/run.py", "from megatron_klear.train import sft"),
     ],
 )
 def test_the_rule_sees_an_import_that_points_up(where: str, line: str):

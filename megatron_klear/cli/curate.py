@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_klear.data.curation.rules import Rule, RuleName
-from megatron_klear.data.curation.run import Files, run_decontaminate, run_deduplicate
+from megatron_klear.curation.rules import Rule, RuleName
+from megatron_klear.curation.run import Files, run_decontaminate, run_deduplicate
 from megatron_klear.data.sources import resolve_files
 from megatron_klear.errors import exit_on_error
 

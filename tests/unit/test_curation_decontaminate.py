@@ -6,8 +6,8 @@ import random
 import pytest
 from curation_rows import PHRASE, curate, problem, read, sentence, write
 
-from megatron_klear.data.curation.grams import GRAM_WORDS, Item, build_index
-from megatron_klear.data.curation.text import words
+from megatron_klear.curation.grams import GRAM_WORDS, Item, build_index
+from megatron_klear.curation.text import words
 from megatron_klear.data.rows import DataError
 
 LONG = [sentence(number, 14 + number) for number in range(8)]

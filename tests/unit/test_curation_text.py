@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_klear.data.curation.text import exact_key, normalise
+from megatron_klear.curation.text import exact_key, normalise
 
 
 @pytest.mark.parametrize("other", ["FIND x2.", "  find\tx\u00b2.\n", "\uff26ind\u00a0x\u00b2.", "Find  x\u00b2."])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klear.data.curation.workers import ordered_map
+from megatron_klear.curation.workers import ordered_map
 from megatron_klear.data.rows import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ def test_a_worker_that_dies_is_told():
 def test_workers_end_with_the_process_that_started_them():
     program = (
         "from itertools import islice, repeat\n"
-        "from megatron_klear.data.curation.workers import ordered_map\n"
+        "from megatron_klear.curation.workers import ordered_map\n"
         "results = ordered_map(eval, repeat(\"__import__('os').getpid()\"), 2)\n"
         "print(*[pid for _, pid in islice(results, 2)], flush=True)\n"
         "input()\n"

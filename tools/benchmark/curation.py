@@ -28,10 +28,10 @@ from megatron_klear.cli.environment import enter_environment
 
 enter_environment()
 
-from megatron_klear.data.curation.grams import GRAM_WORDS, Item, build_index
-from megatron_klear.data.curation.rules import Rule
-from megatron_klear.data.curation.run import Files, run_decontaminate
-from megatron_klear.data.curation.text import words
+from megatron_klear.curation.grams import GRAM_WORDS, Item, build_index
+from megatron_klear.curation.rules import Rule
+from megatron_klear.curation.run import Files, run_decontaminate
+from megatron_klear.curation.text import words
 from tools.benchmark.device import cpu_name
 
 VOCABULARY, ITEMS, ITEM_WORDS, MEDIAN_WORDS, SIGMA = 20_000, 800, 60, 40, 0.6
