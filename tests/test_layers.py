@@ -16,7 +16,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # Layers from below: a room imports rooms of lower layers and itself; islands do not import each other.
 BOTTOM = {"errors", "types", "models", "architecture"}
-ISLANDS = {"rl", "data", "rewards", "kernels"}
+ISLANDS = {"rl", "data", "rewards", "kernels", "statistics"}
 # Whoever talks to other ranks does it by this room.
 RANKS = {"distributed"}
 UP_TO_CONFIG = BOTTOM | RANKS | ISLANDS | {"config"}
@@ -30,6 +30,7 @@ ALLOWED = {
     "architecture": {"models"},
     "distributed": {"errors"},
     **dict.fromkeys(ISLANDS, BOTTOM),
+    "statistics": set(),
     "config": BOTTOM | ISLANDS,
     # The trainer's engine is given its loss and its batches.
     "mcore": BOTTOM | RANKS | {"config", "kernels"},
@@ -37,7 +38,7 @@ ALLOWED = {
     "runs": UP_TO_CONFIG | ENGINES,
     "evaluation": UP_TO_CONFIG | ENGINES | {"runs"},  # the page has the run report's style
     # Files to files, without torch: it grades by the rewards and asks servers by the evaluation's client.
-    "curation": BOTTOM | {"data", "rewards", "config", "runs", "evaluation"},
+    "curation": BOTTOM | {"data", "rewards", "statistics", "config", "runs", "evaluation"},
     # Another process than the trainer's: it meets no rank and no Megatron.
     "orchestrator": BOTTOM | ISLANDS | {"config", "rollout", "runs"},
     "train": UP_TO_RUNS | {"evaluation", "orchestrator"},
@@ -70,6 +71,7 @@ WITHOUT_TORCH = [
     "config.start",
     "orchestrator.process",
     "rewards",
+    "statistics.figures",
     "data.packing",
     "data.sources",
     "curation.run",

@@ -54,15 +54,17 @@ def rollout_config(**settings: object) -> VLLMRolloutConfig:
 
 
 @contextlib.contextmanager
-def running_server(folder: Path, shape: TinyShape = SHAPE) -> Iterator[RunningServer]:
-    """Write a model into `folder` and serve it in fp32 until the block ends."""
-    model = write_tiny_model(folder / "model", "qwen3", shape)
+def running_server(
+    folder: Path, shape: TinyShape = SHAPE, *, model: Path | None = None, longest_sequence: int = LONGEST_SEQUENCE
+) -> Iterator[RunningServer]:
+    """Serve `model`, or one of `shape` written into `folder`, in fp32 until the block ends."""
+    model = model or write_tiny_model(folder / "model", "qwen3", shape)
     config = rollout_config()
     command = server_command(
         config,
         ModelConfig(path=model, dtype="fp32"),
         read_architecture(model),
-        longest_sequence=LONGEST_SEQUENCE,
+        longest_sequence=longest_sequence,
         device="cpu",
         port=choose_ports(0, 1)[0],
     )

@@ -40,6 +40,7 @@ COMMANDS = {
     "curate": Command("curate", "drop repeated problems, and those that overlap with benchmarks"),
     "inspect-data": Command("inspect_data", "a sample as the model reads it, with the trained tokens marked"),
     "convert": Command("convert", "a Hugging Face folder into a Megatron checkpoint, or back", on_gpu=False),
+    "extend": Command("extend", "a model folder with a longer context, by YaRN"),
     "inspect": Command(
         "inspect_checkpoint", "what a checkpoint or model folder holds, and whether whole", on_gpu=False
     ),

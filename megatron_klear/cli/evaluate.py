@@ -2,6 +2,7 @@
 
 klear evaluate --config examples/evaluate_gsm8k.toml --model.path runs/quickstart/hf
 klear evaluate --config examples/evaluate_gsm8k.toml --endpoint.urls http://127.0.0.1:8000/v1 --endpoint.model mine
+klear evaluate --config examples/evaluate_gsm8k.toml --model.path runs/quickstart/hf --long 65536       # by YaRN
 klear evaluate --compare runs/evaluate_sft runs/evaluate_gppo              # differences on the same problems
 klear evaluate --benchmarks                                                # those that are known by name
 
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_klear.config.evaluation import EvaluationConfig
+from megatron_klear.config.evaluation import EvaluatedModelConfig, EvaluationConfig
 from megatron_klear.config.read import parse_command_line
 from megatron_klear.errors import UserError, configure_logging, exit_on_error
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def open_source() -> Source:
         if config.model.path is not None:
-            return LocalSource(config.model, config.thinking)
+            return LocalSource(extended(config), config.thinking)
         from megatron_klear.evaluation.endpoint import EndpointSource
 
         return EndpointSource(config.endpoint, config.thinking)
@@ -50,6 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         configure_logging()
         print(markdown(evaluate(config, open_source)))
         print(f"\n{config.output / 'report.html'}")
+
+
+def extended(config: EvaluationConfig) -> EvaluatedModelConfig:
+    """The model to sample from: with `long`, a folder in the output whose config.json extends it."""
+    from megatron_klear.models.extend import write_extended
+
+    model = config.model
+    if config.long is None or model.path is None:
+        return model
+    return model.model_copy(update={"path": write_extended(model.path, config.output / "long_model")})
 
 
 def known_benchmarks() -> str:

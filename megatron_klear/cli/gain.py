@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_klear.errors import exit_on_error
-from megatron_klear.evaluation.significance import mean_interval, trend
 from megatron_klear.runs.report.runs import Run, read_runs
 from megatron_klear.runs.rollout_files import read_samples, rollout_files
+from megatron_klear.statistics.significance import mean_interval, trend
 from megatron_klear.types import Verdict
 
 BARS = "▁▂▃▄▅▆▇█"

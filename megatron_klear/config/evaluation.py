@@ -82,6 +82,9 @@ class EvaluationConfig(Settings):
     """How responses are drawn: `paper` (temperature 0.6, top_p 0.95, 32K tokens, 64 samples of AIME and HMMT, 8 of
     LiveCodeBench), `released` (top_k 20 and repetition penalty 1.05 besides, as the released script has it), `qwen`
     (top_k 20), `greedy` (one response at temperature 0)."""
+    long: PositiveInt | None = None
+    """Tokens of a response where the model's context is extended by YaRN: 65536 is the paper's 64K. The extended folder
+    is `output/long_model` (`klear extend`, factor 2.5 over the trained positions); unset, the model is taken as is."""
     seed: int = Field(default=0, ge=0)
     model: EvaluatedModelConfig = EvaluatedModelConfig()
     endpoint: EndpointConfig = EndpointConfig()
@@ -96,6 +99,13 @@ class EvaluationConfig(Settings):
     def _check(self) -> EvaluationConfig:
         if (self.model.path is None) == (not self.endpoint.urls):
             raise ValueError("give model.path, a folder to sample from here, or endpoint.urls, where it is served")
+        if self.long is not None and self.sampling.max_tokens not in (None, self.long):
+            raise ValueError(f"long is {self.long}, sampling.max_tokens {self.sampling.max_tokens}: give one of them")
+        if self.long is not None and self.model.path is None:
+            raise ValueError(
+                "long extends a model folder, and the model is behind an endpoint: `klear extend` its folder, serve "
+                "that, and give sampling.max_tokens"
+            )
         if self.endpoint.urls and not self.endpoint.model:
             raise ValueError("endpoint.model is not set: the name under which the servers know the model")
         names = [benchmark.name for benchmark in self.benchmarks]

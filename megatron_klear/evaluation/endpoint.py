@@ -58,6 +58,10 @@ class EndpointSource:
         """Nothing: the server renders the prompt."""
         return ""
 
+    def extension(self) -> str:
+        """Not known: the server does not tell."""
+        return ""
+
     def identity(self) -> dict[str, str]:
         """The model's name; its addresses may change."""
         return {"model": self._config.model}

@@ -19,6 +19,8 @@ class Protocol:
     repetition_penalty: float = 1.0
     max_tokens: int = 32768
     samples: int = 1
+    extension: str = ""
+    """How the model's context was extended, in words."""
 
     def local(self) -> SamplingConfig:
         """The same as the local engine's settings. Raises UserError where it lacks something."""
@@ -41,7 +43,8 @@ class Protocol:
         parts += [f"top_p {self.top_p:g}"] if self.top_p < 1 else []
         parts += [f"top_k {self.top_k}"] if self.top_k else []
         parts += [f"repetition penalty {self.repetition_penalty:g}"] if self.repetition_penalty != 1 else []
-        return ", ".join([*parts, f"{self.max_tokens:,} tokens"])
+        parts += [f"{self.max_tokens:,} tokens"]
+        return ", ".join([*parts, self.extension] if self.extension else parts)
 
 
 _PROTOCOLS: dict[ProtocolName, Protocol] = {
@@ -53,10 +56,17 @@ _PROTOCOLS: dict[ProtocolName, Protocol] = {
 
 
 def protocol_for(
-    name: ProtocolName, overrides: SamplingOverrides, *, paper_samples: int, samples: int | None
+    name: ProtocolName,
+    overrides: SamplingOverrides,
+    *,
+    paper_samples: int,
+    samples: int | None,
+    long: int | None = None,
+    extension: str = "",
 ) -> Protocol:
     """The protocol with what was set besides; `paper_samples` are the paper's for the benchmark, `samples` yours."""
     protocol = _PROTOCOLS[name]
     given = {key: value for key, value in overrides.model_dump().items() if value is not None}
+    given |= {} if long is None else {"max_tokens": long}
     own = 1 if name == "greedy" else paper_samples
-    return replace(protocol, samples=samples or own, **given)
+    return replace(protocol, samples=samples or own, extension=extension, **given)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from megatron_klear.config.evaluation import BenchmarkConfig, EvaluationConfig
 from megatron_klear.config.files import write_text_atomically
-from megatron_klear.rewards.answers import normalise, read_answer
 from megatron_klear.rewards.base import RewardError, check_sources, check_time, check_truths
-from megatron_klear.rewards.format import complete, split_thinking
+from megatron_klear.rewards.format import complete
 from megatron_klear.rewards.open import open_pool
 from megatron_klear.rewards.owner import OwnedPool
+from megatron_klear.rewards.votes import vote_of
 from megatron_klear.rewards.worker import Request
 from megatron_klear.types import Score, Verdict
 
@@ -50,7 +50,12 @@ def evaluate(config: EvaluationConfig, open_source: Callable[[], Source]) -> lis
     for benchmark, problems in benchmarks:
         known = KNOWN.get(benchmark.name, OWN)
         protocol = protocol_for(
-            config.protocol, config.sampling, paper_samples=known.samples, samples=benchmark.samples
+            config.protocol,
+            config.sampling,
+            paper_samples=known.samples,
+            samples=benchmark.samples,
+            long=config.long,
+            extension=source.extension(),
         )
         folder = config.output / benchmark.name
         responses = _draw(config, benchmark, problems, protocol, source, folder)
@@ -152,21 +157,8 @@ def _grades(responses: Sequence[Response], texts: Sequence[str], scores: Sequenc
             reward=score.reward,
             verdict=score.verdict.value,
             note=score.note,
-            vote=_vote(text, score),
+            vote=vote_of(text, score),
         )
-
-
-def _vote(text: str, score: Score) -> str:
-    """What maj@k counts: all right answers are one, others are told apart by their text without dress and spacing.
-
-    Programs have no vote: two that differ may do the same.
-    """
-    if score.program is not None:
-        return ""
-    if score.verdict is Verdict.RIGHT:
-        return "right"
-    answer = read_answer(split_thinking(text).answer or text) if score.verdict is Verdict.WRONG else None
-    return f"={normalise(answer.text)}" if answer is not None else ""
 
 
 def _check_errors(config: EvaluationConfig, grades: dict[Key, Grade], folder: Path) -> None:

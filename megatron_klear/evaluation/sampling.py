@@ -40,6 +40,10 @@ class Source(Interface):
         """The end of the prompt as the model was given it, which may have opened its thinking; "" where not known."""
         ...
 
+    def extension(self) -> str:
+        """How the model's context is extended beyond its training, in words; "" where it is not, or not known."""
+        ...
+
     def identity(self) -> dict[str, str]:
         """What is told of the model in the file of responses, and must be the same to go on."""
         ...
@@ -80,7 +84,7 @@ class LocalSource:
         weights = open_weights(architecture, config.path)
         names = [spec.name for spec in expected_tensors(architecture)]
         self._engine.load_weights(((name, weights.tensor(name)) for name in names), 0)
-        self._stop, self._longest = frozenset(stop.ids), architecture.max_positions
+        self._stop, self._architecture = frozenset(stop.ids), architecture
 
     def draw(self, wanted: Sequence[Wanted], protocol: Protocol, seed: int, drawn: Drawn) -> None:
         """Draw whole problems, several at a time; what was there already is drawn again and is the same."""
@@ -91,6 +95,14 @@ class LocalSource:
     def opening(self, problem: Problem) -> str:
         """The prompt's text."""
         return self._tokenizer.template.render(problem.messages, generation_prompt=True, thinking=self._thinking)
+
+    def extension(self) -> str:
+        """YaRN's factor and the positions it starts from, where config.json has it."""
+        rope = self._architecture.rope
+        values = dict(rope.parameters)
+        if rope.kind != "yarn":
+            return ""
+        return f"YaRN {values['factor']:g} over {values['original_max_position_embeddings']:,} positions"
 
     def identity(self) -> dict[str, str]:
         """The folder, and the size and time of its weights."""
@@ -103,10 +115,12 @@ class LocalSource:
         for one in wanted:
             text = self.opening(one.problem)
             tokens = self._tokenizer.encode(text)
-            if len(tokens) + protocol.max_tokens > self._longest:
+            longest = self._architecture.max_positions
+            if len(tokens) + protocol.max_tokens > longest:
                 raise UserError(
                     f"{one.problem.place}: a prompt of {len(tokens)} tokens and a response of {protocol.max_tokens} go "
-                    f"beyond the model's {self._longest} positions: lower --sampling.max-tokens, or extend the model"
+                    f"beyond the model's {longest} positions: lower --sampling.max-tokens, or extend the model "
+                    "(--long, klear extend)"
                 )
             prompts.append(
                 Prompt(

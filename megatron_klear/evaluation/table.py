@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_klear.errors import UserError
+from megatron_klear.statistics.figures import Figures, figures_of
+from megatron_klear.statistics.intervals import paired
 from megatron_klear.types import Verdict
 
 from .benchmarks import KNOWN, OWN, Problem, Published
-from .intervals import benchmark_interval, paired, run_to_run
-from .metrics import maj_at_k, pass_at_k
 from .protocols import Protocol
 from .store import Grade, Key, Response
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchmarkResult:
-    """One benchmark's figures; shares, not percentages."""
+class BenchmarkResult(Figures):
+    """One benchmark's figures."""
 
     name: str
-    num_problems: int
-    samples: int
-    accuracy: float
-    """avg@k over all problems."""
-    low: float
-    high: float
-    """Of the interval over problems like these."""
-    run_to_run: float | None
-    """Standard deviation of `accuracy` when the same problems are sampled again; None with one sample."""
-    pass_at: dict[int, float]
-    majority: float | None
-    """maj@k with k all samples, ties split; None where answers have no vote (programs)."""
     cut_off: float
     """Share of responses that reached the length cap."""
     malformed: float
@@ -60,26 +48,16 @@ def result_of(
         raise ValueError(f"{len(missing)} of {k * len(problems)} responses of {name} are missing, first {missing[0]}")
     all_grades = [[grades[key] for key in of_problem] for of_problem in keys.values()]
     verdicts = [[grade.verdict == Verdict.RIGHT for grade in of_problem] for of_problem in all_grades]
-    right = [sum(of_problem) for of_problem in verdicts]
-    interval = benchmark_interval(right, k)
-    everything = [responses[key] for of_problem in keys.values() for key in of_problem]
     votes = [[grade.vote or None for grade in of_problem] for of_problem in all_grades]
-    by_text = any(vote not in (None, "right") for of_problem in votes for vote in of_problem)
+    everything = [responses[key] for of_problem in keys.values() for key in of_problem]
     return BenchmarkResult(
+        **asdict(figures_of(verdicts, votes)),
         name=name,
-        num_problems=len(problems),
-        samples=k,
-        accuracy=interval.value,
-        low=interval.low,
-        high=interval.high,
-        run_to_run=run_to_run(right, k) if k > 1 else None,
-        pass_at={j: sum(pass_at_k(k, c, j) for c in right) / len(right) for j in _powers(k)},
-        majority=_mean([maj_at_k(v, w) for v, w in zip(votes, verdicts, strict=True)]) if by_text else None,
         cut_off=_mean([response.finish == "length" for response in everything]),
         malformed=_mean([grade.verdict == Verdict.MALFORMED for of_problem in all_grades for grade in of_problem]),
         mean_tokens=_mean([response.num_tokens for response in everything]),
         protocol=f"avg@{k}, {protocol.words()}",
-        right={problem.id: count for problem, count in zip(problems, right, strict=True)},
+        right={problem.id: sum(of_problem) for problem, of_problem in zip(problems, verdicts, strict=True)},
         published=list(KNOWN.get(name, OWN).published),
     )
 
@@ -104,11 +82,6 @@ def markdown(results: Sequence[BenchmarkResult]) -> str:
     beside = [f"- {r.name}: {p.model} {p.score} ({p.protocol})" for r in results for p in r.published]
     drawn = [f"- {r.name}: drawn with {r.protocol}" for r in results]
     return "\n".join([*lines, "", *drawn, *(["", "Published:", *beside] if beside else [])])
-
-
-def _powers(k: int) -> list[int]:
-    """1, 2, 4, ... and k."""
-    return sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,7 +1,8 @@
-"""Accuracy on held-out problems: avg@k, with sampling settings of its own."""
+"""Accuracy on held-out problems, with sampling settings of its own and the statistics of an evaluation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +10,11 @@ import numpy as np
 from megatron_klear.config.rl import ValidationConfig
 from megatron_klear.orchestrator.grading import Grader
 from megatron_klear.orchestrator.sampler import Sampler
+from megatron_klear.rewards.format import complete
+from megatron_klear.rewards.votes import vote_of
 from megatron_klear.runs.rollout_files import RolloutWriter
-from megatron_klear.types import Prompt, Verdict
+from megatron_klear.statistics.figures import figures_of
+from megatron_klear.types import Group, Prompt, Verdict
 
 _SEED = 20_250_811
 
@@ -25,7 +29,7 @@ class Validator:
     """Writes the samples of every validation, None to keep none."""
 
     def measure(self, sampler: Sampler, grader: Grader, *, step: int) -> dict[str, float] | None:
-        """`accuracy` (avg@k), `pass_at_k` (any of the k right) and the like after rollout step `step`.
+        """`accuracy` (avg@k) with its 95 % interval over problems, pass@k, maj@k and the like after step `step`.
 
         None where there are no problems.
         """
@@ -35,12 +39,34 @@ class Validator:
         if self.kept is not None:
             self.kept.write(step, graded.groups)
             self.kept.flush()
-        right = [[score.verdict is Verdict.RIGHT for score in group.scores or ()] for group in graded.groups]
-        lengths = [int(sample.trained.sum()) for group in graded.groups for sample in group.samples]
-        return {
-            "accuracy": float(np.mean([np.mean(of_prompt) for of_prompt in right])),
-            "pass_at_k": float(np.mean([any(of_prompt) for of_prompt in right])),
-            "samples_per_prompt": self.config.sampling.samples_per_prompt,
-            "num_prompts": len(graded.groups),
-            "response_length_mean": float(np.mean(lengths)),
-        }
+        return _values(graded.groups)
+
+
+def _values(groups: Sequence[Group]) -> dict[str, float]:
+    """The figures that an evaluation gives, under the names of metrics."""
+    scores = [group.scores or () for group in groups]
+    right = [[score.verdict is Verdict.RIGHT for score in of_prompt] for of_prompt in scores]
+    votes = [
+        [
+            vote_of(complete(group.prompt.text, text), score) or None
+            for text, score in zip(group.texts, of_prompt, strict=True)
+        ]
+        for group, of_prompt in zip(groups, scores, strict=True)
+    ]
+    figures = figures_of(right, votes)
+    samples = [sample for group in groups for sample in group.samples]
+    verdicts = [score.verdict for of_prompt in scores for score in of_prompt]
+    values = {
+        "accuracy": figures.accuracy,
+        "accuracy_low": figures.low,
+        "accuracy_high": figures.high,
+        "accuracy_run_to_run": figures.run_to_run,
+        "pass_at_k": figures.pass_at[figures.samples],
+        "majority_at_k": figures.majority,
+        "cut_off_share": float(np.mean([sample.finish == "length" for sample in samples])),
+        "malformed_share": verdicts.count(Verdict.MALFORMED) / len(verdicts),
+        "samples_per_prompt": figures.samples,
+        "num_prompts": figures.num_problems,
+        "response_length_mean": float(np.mean([int(sample.trained.sum()) for sample in samples])),
+    }
+    return {name: value for name, value in values.items() if value is not None}

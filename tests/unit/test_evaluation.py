@@ -41,6 +41,9 @@ class Oracle:
     def opening(self, problem):
         return ""
 
+    def extension(self):
+        return ""
+
     def identity(self):
         return {"model": "oracle"}
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_klear.evaluation.intervals import benchmark_interval, paired, run_to_run
+from megatron_klear.statistics.intervals import benchmark_interval, paired, run_to_run
 
 
 def covered(problems, samples, a, b, repeats, seed=0):

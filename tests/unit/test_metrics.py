@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klear.evaluation.metrics import avg_at_k, g_pass_at_k, maj_at_k, mg_pass_at_k, pass_at_k, vote
+from megatron_klear.statistics.metrics import avg_at_k, g_pass_at_k, maj_at_k, mg_pass_at_k, pass_at_k, vote
 
 CASES = Path(__file__).resolve().parents[3] / "shared" / "data" / "metric_cases"
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_klear.cli import gain
-from megatron_klear.evaluation.significance import mean_interval, student_quantile, trend
+from megatron_klear.statistics.significance import mean_interval, student_quantile, trend
 
 QUANTILES = {1: 12.70620, 2: 4.30265, 3: 3.18245, 10: 2.22814, 28: 2.04841, 120: 1.97993}
 NUMBERS = st.lists(st.floats(-10, 10), min_size=4, max_size=40)

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_klear.config.files import write_text_atomically
-from megatron_klear.evaluation.intervals import benchmark_interval
-from megatron_klear.evaluation.significance import student_quantile
+from megatron_klear.statistics.intervals import benchmark_interval
+from megatron_klear.statistics.significance import student_quantile
 
 Ends = tuple[float, float]
 CASES = ((30, 64, 1.0, 0.5), (30, 64, 2.0, 0.2), (30, 16, 0.3, 1.2), (279, 8, 0.5, 0.4))

@@ -31,7 +31,7 @@ import numpy as np
 from megatron_klear.cli.gain import held_out
 from megatron_klear.config.files import write_text_atomically
 from megatron_klear.config.toml import to_toml
-from megatron_klear.evaluation.significance import mean_interval
+from megatron_klear.statistics.significance import mean_interval
 from tools.benchmark.device import cpu_name
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,1 @@
+"""What samples say of a model, and how far: the same for an evaluation and for validation during training."""

@@ -1,0 +1,61 @@
+"""A folder with a longer context: config.json in its own spelling, links beside it, nothing else touched."""
+
+import pytest
+
+from megatron_klear.cli.extend import main
+from megatron_klear.data.tiny import TinyShape, write_tiny_model
+from megatron_klear.errors import UserError
+from megatron_klear.models.architecture import read_architecture
+from megatron_klear.models.extend import extended_config, trained_positions, write_extended
+
+LEGACY = {"max_position_embeddings": 40960, "rope_theta": 1e6, "rope_scaling": None}
+MODERN = {"max_position_embeddings": 40960, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+TABLE = {"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": 32768}
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_tiny_model(tmp_path / "model", "qwen3", TinyShape(max_positions=96), weights=False)
+
+
+def test_the_config_that_the_paper_evaluates_at_64k():
+    """The released script's `hf_overrides`, in either spelling."""
+    legacy, modern = (extended_config(config, 2.5, None, "config.json") for config in (LEGACY, MODERN))
+    assert legacy == {"max_position_embeddings": 81920, "rope_theta": 1e6, "rope_scaling": TABLE}
+    assert modern == {"max_position_embeddings": 81920, "rope_parameters": {**TABLE, "rope_theta": 1e6}}
+    assert [trained_positions(n) for n in (40960, 32768, 131072, 2048)] == [32768, 32768, 131072, 2048]
+
+
+def test_the_folder_holds_another_config_and_links(model, tmp_path):
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    main(["--model", str(model), "--output", str(tmp_path / "long"), "--factor", "3"])
+    long = read_architecture(tmp_path / "long")
+    assert (long.max_positions, long.rope.kind) == (192, "yarn")
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    assert {path.name for path in (tmp_path / "long").iterdir()} == before.keys()
+    assert all(path.is_symlink() == (path.name != "config.json") for path in (tmp_path / "long").iterdir())
+    write_extended(model, tmp_path / "long", 3.0)
+    with pytest.raises(UserError, match="is another folder"):
+        write_extended(model, tmp_path / "long", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("factor", "original", "message"),
+    [
+        (1.5, None, "gives 96, and the model has 96"),
+        (2.5, 97, "the model has 96"),
+        (2.5, 0, "the model has 96"),
+    ],
+)
+def test_what_would_not_extend_is_refused(model, tmp_path, factor, original, message):
+    with pytest.raises(UserError, match=message):
+        write_extended(model, tmp_path / "long", factor, original)
+    assert not (tmp_path / "long").exists()
+
+
+def test_a_scaled_model_is_refused(model, tmp_path):
+    write_extended(model, tmp_path / "long")
+    with pytest.raises(UserError, match="scaled already"):
+        write_extended(tmp_path / "long", tmp_path / "longer")
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
+        write_extended(tmp_path / "nothing", tmp_path / "longer")
