@@ -69,6 +69,7 @@ SCHEMES: Mapping[SchemeName, Scheme] = {
 where an unfinished response scores above a wrong one."""
 
 _MATH = "megatron_klear.rewards.math:MathReward"
+_CHOICE = "megatron_klear.rewards.choice:ChoiceReward"
 _CODE = "megatron_klear.rewards.code.reward:CodeReward"
 BUILT_IN: Mapping[str, str] = {
     **dict.fromkeys(("math", "gsm8k", "arithmetic", "aime", "amc", "hmmt"), _MATH),
@@ -81,6 +82,7 @@ BUILT_IN: Mapping[str, str] = {
         ("multiarith", "numina", "numinamath", "olympiad", "olympiadbench", "omni-math", "openr1-math"), _MATH
     ),
     **dict.fromkeys(("openmathinstruct", "openmathreasoning", "orz", "svamp", "skywork-math"), _MATH),
+    **dict.fromkeys(("multiple_choice", "gpqa", "mmlu"), _CHOICE),
     "reasoning_gym": "megatron_klear.rewards.reasoning_gym:ReasoningGymReward",
     **dict.fromkeys(("code", "coder1_longcot", "livecodebench", "lcb", "lcbv5", "humaneval", "humanevalplus"), _CODE),
     **dict.fromkeys(("mbpp", "mbppplus", "leetcode", "leetcodedataset", "codeforces", "code_contests"), _CODE),
@@ -91,7 +93,7 @@ BUILT_IN: Mapping[str, str] = {
 """Rewards that come with the package, by the start of the `data_source` or of its last path component, without case;
 classes made with the reward's settings."""
 _MOST_TOLD = 3
-_TOLD = ("math", "gsm8k", "arithmetic", "aime", "amc", "hmmt", "reasoning_gym", "code")
+_TOLD = ("math", "gsm8k", "arithmetic", "aime", "amc", "hmmt", "multiple_choice", "reasoning_gym", "code")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

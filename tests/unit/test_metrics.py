@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_klear.rewards.base import SCHEMES
+from megatron_klear.rewards.choice import ChoiceReward, read_choice
 from megatron_klear.statistics.metrics import avg_at_k, g_pass_at_k, maj_at_k, mg_pass_at_k, pass_at_k, vote
+from megatron_klear.types import Verdict
 
 CASES = Path(__file__).resolve().parents[3] / "shared" / "data" / "metric_cases"
 
@@ -90,9 +93,7 @@ def right_of(name, case):
         return texts, [text.strip() in choices for text in texts]
     if name == "g_pass_at_k_math" and choices[0] in ("x^2/2", "n(n+1)/2"):
         return texts, [False] * len(texts)  # lighteval reads numbers alone out of text without dollars
-    from megatron_klear.rewards.base import SCHEMES
     from megatron_klear.rewards.math import MathReward
-    from megatron_klear.types import Verdict
 
     reward = MathReward(SCHEMES["paper"], require_thinking=False)
     boxed = [f"\\boxed{{{text.strip('$')}}}" for text in texts]
@@ -116,3 +117,37 @@ def test_lighteval_gets_the_same(name, case):
         else:
             got = g_pass_at_k(n, c, k, float(key.rpartition("_")[2]))
         assert got == pytest.approx(expected, abs=case["tolerance"]), (key, right)
+
+
+def choices():
+    path = CASES / "gpqa_instruct_metric.json"
+    return json.loads(path.read_text())["test_cases"] if path.exists() else []
+
+
+@pytest.mark.parametrize("case", choices(), ids=lambda case: case["name"])
+def test_lighteval_reads_the_same_choices(case):
+    reward = ChoiceReward(SCHEMES["paper"], require_thinking=False)
+    gold = case["doc"]["choices"][case["doc"]["gold_index"]]
+    (text,) = case["model_response"]["text"]
+    right = reward(text, gold).verdict is Verdict.RIGHT
+    assert right == bool(case["expected_output"]["extractive_match"]), reward(text, gold)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("A", "A"),
+        ("(B).", "B"),
+        ("**Answer:** C", "C"),
+        ("**Answer: D**", "D"),
+        (r"Thus \boxed{\text{(C)}}", "C"),
+        (r"\boxed{B}", "B"),
+        ("Answer: A\nNo, wait.\nAnswer: B", "B"),
+        ("The answer is A+1", None),
+        ("Answer: Because", None),
+        ("the answer is a guess", None),
+        ("I do not know", None),
+    ],
+)
+def test_a_choice_is_a_capital_that_is_named(text, letter):
+    assert read_choice(text) == letter

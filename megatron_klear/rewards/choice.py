@@ -1,0 +1,57 @@
+"""Multiple choice: the letter that a response settles on."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from megatron_klear.types import Score, Verdict
+
+from .base import Scheme
+from .format import Thinking, split_thinking
+
+# A capital: "the answer is a guess" names no choice. Nothing may follow that makes it a word or a formula.
+_LETTER = r"[\s:*_\"'`$({\[]*(?:\\(?:boxed|text|mathrm|textbf)\{)*\(?([A-Z])(?![\w+\-^=/])"
+_NAMED = (
+    re.compile(r"(?i:\b(?:final\s+)?answer\b\s*\**\s*:)" + _LETTER),
+    re.compile(r"\\boxed\s*\{" + _LETTER),
+    re.compile(r"(?i:\banswer\s+is\b(?:\s+(?:definitely|clearly|therefore|option|choice)\b)*)" + _LETTER),
+)
+_ALONE = re.compile(r"[\s(\[*$\"']*([A-Z])[\s)\]*$\"'.]*")
+_TRUTH = re.compile(r"\(?([A-Z])\)?\.?")
+
+
+class ChoiceReward:
+    """Right where the response's letter is the ground truth's, a capital as in lighteval's `Answer: B`.
+
+    The last `Answer: X` counts, else the last `\\boxed{X}`, else the last "the answer is X", else a text that is a
+    letter alone. With `require_thinking` only what follows `</think>` is read.
+    """
+
+    def __init__(self, scheme: Scheme, *, require_thinking: bool = True) -> None:
+        self.scheme, self.require_thinking = scheme, require_thinking
+
+    def __call__(self, response: str, ground_truth: Any) -> Score:
+        """Judge one response; a ground truth that is no letter is an error."""
+        parts = split_thinking(response)
+        if self.require_thinking and parts.thinking is not Thinking.KEPT:
+            reward = self.scheme.value(Verdict.MALFORMED, parts.thinking)
+            return Score(reward=reward, verdict=Verdict.MALFORMED, note=parts.thinking.value)
+        truth = _TRUTH.fullmatch(str(ground_truth).strip())
+        if truth is None:
+            verdict, note = Verdict.ERROR, f"the ground truth {str(ground_truth)[:40]!r} is no capital letter"
+        elif (letter := read_choice(response if parts.answer is None else parts.answer)) is None:
+            verdict, note = Verdict.MALFORMED, "no choice"
+        else:
+            verdict = Verdict.RIGHT if letter == truth[1] else Verdict.WRONG
+            note = "" if verdict is Verdict.RIGHT else f"read {letter}, expected {truth[1]}"
+        return Score(reward=self.scheme.value(verdict), verdict=verdict, note=note)
+
+
+def read_choice(text: str) -> str | None:
+    """The letter that a text settles on, None where it names none."""
+    for pattern in _NAMED:
+        if found := pattern.findall(text):
+            return str(found[-1])
+    alone = _ALONE.fullmatch(text)
+    return alone[1] if alone else None
