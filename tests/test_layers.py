@@ -22,7 +22,7 @@ RANKS = {"distributed"}
 UP_TO_CONFIG = BOTTOM | RANKS | ISLANDS | {"config"}
 ENGINES = {"mcore", "rollout"}
 UP_TO_RUNS = UP_TO_CONFIG | ENGINES | {"runs"}
-UP_TO_TRAIN = UP_TO_RUNS | {"evaluation", "curation", "orchestrator", "train"}
+UP_TO_TRAIN = UP_TO_RUNS | {"evaluation", "curation", "ablations", "orchestrator", "train"}
 ALLOWED = {
     "errors": set(),
     "types": {"errors"},
@@ -39,6 +39,8 @@ ALLOWED = {
     "evaluation": UP_TO_CONFIG | ENGINES | {"runs"},  # the page has the run report's style
     # Files to files, without torch: it grades by the rewards and asks servers by the evaluation's client.
     "curation": BOTTOM | {"data", "rewards", "statistics", "config", "runs", "evaluation"},
+    # Starts the commands of others, and reads what they left.
+    "ablations": BOTTOM | {"statistics", "config", "runs"},
     # Another process than the trainer's: it meets no rank and no Megatron.
     "orchestrator": BOTTOM | ISLANDS | {"config", "rollout", "runs"},
     "train": UP_TO_RUNS | {"evaluation", "orchestrator"},

@@ -47,6 +47,7 @@ COMMANDS = {
     "verify": Command("verify", "layouts, resume, weights, mismatch: the gates, on your own model"),
     "grade": Command("grade", "grade predictions against right answers, or programs against tests"),
     "evaluate": Command("evaluate", "benchmarks, with intervals, beside published scores (evaluate.py)"),
+    "ablate": Command("ablate", "one of the paper's ablations, over seeds and with intervals"),
     "report": Command("report", "a page of one or several runs"),
     "gain": Command("gain", "whether a run got better, with confidence intervals"),
     "losses": Command("losses", "the gradient weight of every loss, as a table and a plot"),

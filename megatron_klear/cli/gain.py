@@ -12,30 +12,17 @@ and the last fifth of the steps; these read metrics.jsonl.
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megatron_klear.errors import exit_on_error
+from megatron_klear.runs.held_out import held_out
 from megatron_klear.runs.report.runs import Run, read_runs
-from megatron_klear.runs.rollout_files import read_samples, rollout_files
 from megatron_klear.statistics.significance import mean_interval, trend
-from megatron_klear.types import Verdict
 
 BARS = "▁▂▃▄▅▆▇█"
-
-
-def held_out(folder: Path) -> dict[int, dict[str, float]]:
-    """Accuracy of every prompt, by its id, at every step with a validation whose samples were kept."""
-    found = {}
-    for path in rollout_files(folder / "validation"):
-        right: dict[str, list[bool]] = defaultdict(list)
-        for record in read_samples(path)[1]:
-            right[record["prompt_id"]].append(record["verdict"] == Verdict.RIGHT.value)
-        found[int(path.stem.removeprefix("step-"))] = {name: float(np.mean(of)) for name, of in right.items()}
-    return found
 
 
 def held_out_lines(accuracies: Mapping[int, Mapping[str, float]]) -> list[str]:

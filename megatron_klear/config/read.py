@@ -303,6 +303,8 @@ def _typed(annotation: Any, value: Any) -> Any:
     if value == "none" and allows_none(annotation):
         return None
     kind = value_type(annotation)
+    if isinstance(value, dict) and get_origin(kind) is dict:
+        return {k: _typed(get_args(kind)[1], v) for k, v in value.items()}
     if isinstance(value, dict):
         fields = {k: f.annotation for table in tables_in(annotation) for k, f in table.model_fields.items()}
         return {k: _typed(fields.get(k, Any), v) for k, v in value.items()}

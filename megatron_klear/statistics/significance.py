@@ -49,6 +49,15 @@ def mean_interval(of_prompts: Sequence[float] | npt.NDArray[np.float64], confide
     return Interval(float(values.mean()), float(low), float(high))
 
 
+def seed_interval(of_seeds: Sequence[float], confidence: float = 0.95) -> Interval | None:
+    """Mean over seeds with Student's interval; None for a single seed, which says nothing of others."""
+    values = np.asarray(of_seeds, dtype=np.float64)
+    if len(values) < 2:
+        return None
+    reach = student_quantile((1 + confidence) / 2, len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return Interval(float(values.mean()), float(values.mean()) - reach, float(values.mean()) + reach)
+
+
 def trend(steps: Sequence[float], values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Slope of the least-squares line through values over steps, with Student's interval.
 

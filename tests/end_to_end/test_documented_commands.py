@@ -106,6 +106,11 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
     "python evaluate.py --compare runs/quickstart_evaluation/sft runs/quickstart_evaluation/gppo": Runs(
         shows="held_out_sums, 4 problems"
     ),
+    "klear ablate --list": Runs(swap=KLEAR, shows="How clipped tokens are treated"),
+    "klear ablate examples/ablations/clip.toml": Exempt("a quarter of an hour; docs/ablations.md has what came out"),
+    "klear ablate examples/ablations/clip.toml --scale 8b --dry-run": Runs(
+        swap=KLEAR, shows="--config examples/gppo_32k.toml"
+    ),
     "python tools/grade.py code --input responses.jsonl --output graded.jsonl": Refused(
         "responses.jsonl cannot be read"
     ),
@@ -176,6 +181,8 @@ INLINE: dict[str, Runs | Refused | Exempt] = {
     "klear sft": NAMED,
     "klear convert": NAMED,
     "klear curate": NAMED,
+    "klear extend": NAMED,
+    "klear extend --model FOLDER --output LONG": NAMED,
     "pytest -m gpu": Exempt("needs a CUDA device"),
     "python tools/prepare_data.py": Runs("--help"),
     "python tools/losses.py": Runs(shows="clip_cov"),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -29,9 +28,9 @@ enter_environment()
 
 import numpy as np
 
-from megatron_klear.cli.gain import held_out
 from megatron_klear.config.files import write_text_atomically
-from megatron_klear.statistics.significance import Interval, mean_interval, student_quantile
+from megatron_klear.runs.held_out import held_out
+from megatron_klear.statistics.significance import mean_interval, seed_interval
 from tools.benchmark.device import cpu_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,16 +62,6 @@ def gains(output: Path) -> dict[str, float]:
     return {name: last[name] - first[name] for name in first}
 
 
-def over_seeds(values: list[float], confidence: float = 0.95) -> Interval | None:
-    """Mean over seeds with Student's interval; None for a single seed."""
-    if len(values) < 2:
-        return None
-    mean = statistics.fmean(values)
-    error = statistics.stdev(values) / len(values) ** 0.5
-    reach = student_quantile((1 + confidence) / 2, len(values) - 1) * error
-    return Interval(mean, mean - reach, mean + reach)
-
-
 def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Gains of either reward, and soft minus hard, by problem and by seed."""
     by = {(run["kind"], run["seed"]): run["gain_of_prompts"] for run in runs}
@@ -82,10 +71,10 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
     table["soft - hard"] = table["soft"] - table["hard"]
     found = {}
     for what, values in table.items():
-        seed_interval = over_seeds([float(value) for value in values.mean(1)])
+        of_seeds = seed_interval([float(value) for value in values.mean(1)])
         found[what] = {
             "over_problems": str(mean_interval(values.mean(0))),
-            "over_seeds": str(seed_interval) if seed_interval is not None else "one seed",
+            "over_seeds": str(of_seeds) if of_seeds is not None else "one seed",
             "of_seeds": [round(float(value), 4) for value in values.mean(1)],
         }
     return found

@@ -28,9 +28,9 @@ enter_environment()
 
 import numpy as np
 
-from megatron_klear.cli.gain import held_out
 from megatron_klear.config.files import write_text_atomically
 from megatron_klear.config.toml import to_toml
+from megatron_klear.runs.held_out import held_out
 from megatron_klear.statistics.significance import mean_interval
 from tools.benchmark.device import cpu_name
 

@@ -1,0 +1,1 @@
+"""The paper's ablations as experiments: arms over seeds, claims judged with intervals."""

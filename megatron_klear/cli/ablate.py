@@ -1,0 +1,96 @@
+"""Run one of the paper's ablations: every arm over several seeds, its claims judged with intervals.
+
+klear ablate --list
+klear ablate examples/ablations/clip.toml                          # at the scale `tiny`, on a CPU
+klear ablate examples/ablations/clip.toml --seeds 0 1 --train.steps 20
+klear ablate examples/ablations/clip.toml --scale 8b --dry-run     # the commands, and the plan of each
+
+Leaves result.json, report.md and plot.png in RUNS/NAME. Flags that are not listed below go to the last stage that
+trains, for all arms alike. Stopped at any time, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+from megatron_klear.ablations.outcome import as_json, judge, read_outcome
+from megatron_klear.ablations.plan import AblationError, ArmRun, arm_runs, preparations
+from megatron_klear.ablations.report import markdown, write_plot
+from megatron_klear.ablations.run import prepare, run_all
+from megatron_klear.config.ablation import AblationConfig, Scale
+from megatron_klear.config.files import write_text_atomically
+from megatron_klear.config.read import exit_on_bad_input, load
+from megatron_klear.errors import configure_logging, exit_on_error
+
+RECIPES = Path("examples/ablations")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Read the command line; what is not known goes to training."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("recipe", nargs="?", type=Path, help="a TOML file of examples/ablations")
+    parser.add_argument("--list", action="store_true", help="the recipes of examples/ablations")
+    parser.add_argument("--scale", default="tiny", help="one of the recipe's scales (default tiny)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of the scale's own")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder of all ablations")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    options, more = parser.parse_known_args(arguments)
+    if not options.list and options.recipe is None:
+        parser.error("name a recipe, or --list them")
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    return options, more
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run, judge, write; exit code 1 with a message where a run fails."""
+    options, more = parse_arguments(arguments)
+    if options.list:
+        print(listing(RECIPES))
+        return
+    with exit_on_bad_input():
+        config = load(AblationConfig, ["--config", str(options.recipe)])
+    with exit_on_error():
+        configure_logging()
+        scale = config.scales.get(options.scale)
+        if scale is None:
+            raise AblationError(f"{options.recipe} has no scale {options.scale!r}: {', '.join(config.scales)}")
+        name = options.recipe.stem if options.scale == "tiny" else f"{options.recipe.stem}_{options.scale}"
+        seeds = tuple(options.seeds or scale.seeds)
+        planned = arm_runs(config, scale, name, options.runs, seeds, tuple(more))
+        wanted = preparations(scale, config.arms, options.runs)
+        if options.dry_run:
+            for one in wanted:
+                print("klear", shlex.join(one.arguments))
+            for run in planned:
+                print("\n".join(f"klear {shlex.join(stage)}" for stage in run.stages))
+            return
+        prepare(wanted)
+        run_all(planned, options.jobs)
+        print(conclude(config, scale, options.scale, planned, options.runs / name))
+
+
+def conclude(config: AblationConfig, scale: Scale, scale_name: str, planned: list[ArmRun], folder: Path) -> str:
+    """Read every outcome, judge, write the three files; returns the report."""
+    outcomes = [read_outcome(one, config.measure) for one in planned]
+    judged = judge(config, outcomes)
+    report = markdown(config, scale, outcomes, judged)
+    write_text_atomically(
+        folder / "result.json", json.dumps(as_json(config, scale_name, outcomes, judged), indent=1) + "\n"
+    )
+    write_plot(config, outcomes, folder / "plot.png")
+    write_text_atomically(folder / "report.md", report)
+    return report
+
+
+def listing(folder: Path) -> str:
+    """Every recipe with its title."""
+    with exit_on_bad_input():
+        found = {path: load(AblationConfig, ["--config", str(path)]) for path in sorted(folder.glob("*.toml"))}
+    return "\n".join(f"{path!s:45} {config.title}" for path, config in found.items())

@@ -1,0 +1,125 @@
+"""Ablations: recipes whose commands are valid at every scale, what is done again, and how claims are judged."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_klear.ablations.outcome import Outcome, as_json, judge
+from megatron_klear.ablations.plan import AblationError, ArmRun, Preparation, arm_runs, preparations
+from megatron_klear.ablations.report import markdown, write_plot
+from megatron_klear.ablations.run import prepare, run_all
+from megatron_klear.cli.ablate import main
+from megatron_klear.config.ablation import AblationConfig
+from megatron_klear.config.base import SFTConfig
+from megatron_klear.config.evaluation import EvaluationConfig
+from megatron_klear.config.read import load
+from megatron_klear.config.rl import GPPOConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "examples" / "ablations").glob("*.toml"))
+SETTINGS = {"sft": SFTConfig, "gppo": GPPOConfig, "evaluate": EvaluationConfig}
+
+
+def recipe(path):
+    return load(AblationConfig, ["--config", str(path)])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_command_of_every_recipe_has_valid_settings(path, monkeypatch):
+    """At each scale: what a stage reads is what an earlier one leaves, and arms differ."""
+    monkeypatch.chdir(ROOT)
+    config = recipe(path)
+    assert {"tiny", "8b"} <= config.scales.keys()
+    for name, scale in config.scales.items():
+        planned = arm_runs(config, scale, f"{path.stem}_{name}", Path("runs/ablations"), (0, 1), ())
+        assert len({json.dumps(one.stages).replace(str(one.folder), "") for one in planned}) == len(planned)
+        for one in planned:
+            loaded = [load(SETTINGS[command], flags) for command, *flags in one.stages]
+            assert loaded[-1].output == one.result
+            assert all(settings.seed == one.seed for settings in loaded)
+            assert all(str(settings.output).startswith(str(one.folder)) for settings in loaded)
+        if name == "tiny":
+            made = [one.creates for one in preparations(scale, config.arms, Path("runs/ablations"))]
+            for one in planned:
+                for words in one.stages:
+                    text = " ".join(words)
+                    read = {made for made in made if str(made) in text}
+                    assert read, "no stage reads what is prepared"
+
+
+def outcome(arm, seed, values):
+    problems = {f"p{index}": value for index, value in enumerate(values)}
+    return Outcome(arm=arm, seed=seed, curve={0: 0.1, 4: sum(values) / len(values)}, of_problems=problems, metrics={})
+
+
+def config_of(tmp_path, stages=None):
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        """
+        title = "T"
+        paper = "P."
+        design = "D."
+        arms = [{ name = "a", settings.gppo = { "loss.kind" = "ppo" } }, { name = "b c" }]
+        claims = [{ better = "a", than = "b c", paper = "+1" }]
+        [scales.tiny]
+        what = "small."
+        seeds = [0, 1, 2]
+        stages = [{ command = "gppo", flags = ["--output", "{run}/gppo"] }]
+        """
+    )
+    return recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ([0.10, 0.11, 0.12], "confirmed"),
+        ([-0.10, -0.11, -0.12], "contradicted"),
+        ([0.30, -0.05, 0.10], "not settled"),
+        ([0.30], "not settled"),
+    ],
+)
+def test_a_claim_is_judged_by_the_interval_over_seeds(tmp_path, differences, verdict):
+    config = config_of(tmp_path)
+    outcomes = [outcome("b c", seed, [0.2, 0.4]) for seed in range(len(differences))]
+    outcomes += [outcome("a", seed, [0.2 + d, 0.4 + d]) for seed, d in enumerate(differences)]
+    (judged,) = judge(config, outcomes)
+    assert judged.verdict == verdict
+    assert judged.of_seeds == pytest.approx(differences)
+    report = markdown(config, config.scales["tiny"], outcomes, [judged])
+    assert f"**{verdict}**" in report
+    content = as_json(config, "tiny", outcomes, [judged])
+    assert len(json.loads(json.dumps(content))["runs"]) == 2 * len(differences)
+    write_plot(config, outcomes, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_what_is_done_is_not_done_again_and_other_settings_are_refused(tmp_path):
+    """Stages here are `klear losses`, which prints a table in a second."""
+    folder = tmp_path / "a_0"
+    one = ArmRun(arm="a", seed=0, folder=folder, stages=(("losses",),), result=folder)
+    run_all([one], 1)
+    first = (folder / "stage-0.log").stat().st_mtime_ns
+    run_all([one], 1)
+    assert (folder / "stage-0.log").stat().st_mtime_ns == first
+    other = ArmRun(arm="a", seed=0, folder=folder, stages=(("losses", "--help"),), result=folder)
+    with pytest.raises(AblationError, match="made with other settings"):
+        run_all([other], 1)
+    broken = ArmRun(arm="a", seed=1, folder=tmp_path / "a_1", stages=(("losses", "--nothing"),), result=folder)
+    with pytest.raises(AblationError, match=r"ended with 2.*(?s:.*)--nothing"):
+        run_all([broken], 1)
+    assert not (tmp_path / "a_1" / "stage-0.json").exists()
+    with pytest.raises(AblationError, match="did not make"):
+        prepare([Preparation(creates=tmp_path / "absent", arguments=("losses",))])
+
+
+def test_flags_for_all_arms_go_to_the_last_stage_that_trains(tmp_path, capsys):
+    config_of(tmp_path)
+    main([str(tmp_path / "recipe.toml"), "--dry-run", "--seeds", "7", "--train.steps", "3"])
+    a, b = capsys.readouterr().out.splitlines()
+    assert a.endswith("/a_7/gppo --loss.kind ppo --train.steps 3 --seed 7")
+    assert b.endswith("/b_c_7/gppo --train.steps 3 --seed 7")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "recipe.toml"), "--scale", "huge"])
+    assert "no scale 'huge': tiny" in capsys.readouterr().err
