@@ -36,6 +36,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     code = kinds.add_parser("code", help="functions by cases from a seed, with their tests")
     code.add_argument("--cases", type=int, default=2, help=f"of each function, 1 to {MAX_CASES}")
     code.add_argument("--slip-share", type=float, default=0.0, help="cases programmed wrongly")
+    code.add_argument("--faulty-share", type=float, default=0.0, help="problems with tests that are partly wrong")
+    code.add_argument("--reference", action="store_true", help="write a right program into extra_info.solution")
     for command in (arithmetic, code):
         command.add_argument("--count", type=int, default=2000)
         command.add_argument("--seed", type=int, default=0)
@@ -59,7 +61,14 @@ def generated_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             slip_share=options.slip_share,
         )
     else:
-        rows = code_rows(options.count, seed=options.seed, cases=options.cases, slip_share=options.slip_share)
+        rows = code_rows(
+            options.count,
+            seed=options.seed,
+            cases=options.cases,
+            slip_share=options.slip_share,
+            faulty_share=options.faulty_share,
+            reference=options.reference,
+        )
     return (row for row in rows if row["prompt"][0]["content"] not in held_out)
 
 

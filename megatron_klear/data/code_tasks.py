@@ -93,23 +93,37 @@ class Task:
         return f"def f(x):\n    return {''.join(chosen)}{last}\n"
 
 
-def code_rows(count: int, *, seed: int = 0, cases: int = 2, slip_share: float = 0.0) -> Iterator[dict[str, Any]]:
+def code_rows(
+    count: int,
+    *,
+    seed: int = 0,
+    cases: int = 2,
+    slip_share: float = 0.0,
+    faulty_share: float = 0.0,
+    reference: bool = False,
+) -> Iterator[dict[str, Any]]:
     """Yield `count` problems of `cases` cases each (1 to 4), with 16 tests or a few more: as many for every case.
 
     Of the formulas in a row's program, `slip_share` are wrong (another formula or constant), so that there is something
-    left to learn from the tests; those have no slips. The ground truth is verl's form of function tests: a JSON text of
+    left to learn from the tests; those have no slips. But `faulty_share` of the problems have tests that expect another
+    formula's values in one case, as collected problems do. With `reference` a row has `extra_info.solution`, a right
+    program. The ground truth is verl's form of function tests: a JSON text of
     `fn_name`, `inputs` (JSON arguments, one a line) and `outputs`. The same arguments give the same rows on every
     machine. Raises ValueError where an argument makes no sense.
     """
     if count < 0 or not 1 <= cases <= MAX_CASES:
         raise ValueError(f"code rows need count >= 0 and 1 to {MAX_CASES} cases; got {count}, {cases}")
-    if not 0 <= slip_share <= 1:
-        raise ValueError(f"slip_share of code rows must lie in [0, 1]; got {slip_share}")
-    rng, slips = random.Random(seed), random.Random(f"slips of {seed}")
+    for name, share in (("slip_share", slip_share), ("faulty_share", faulty_share)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} of code rows must lie in [0, 1]; got {share}")
+    rng, slips, faults = random.Random(seed), random.Random(f"slips of {seed}"), random.Random(f"faults of {seed}")
     for _ in range(count):
         task, inputs = _task(rng, cases)
         written = Task(task.conditions, tuple(_slip(f, slips, slip_share) for f in task.formulas))
-        yield _row(task, written, inputs)
+        faulty = faults.random() < faulty_share
+        tested = _with_fault(task, faults) if faulty else task
+        row = _row(task, written, inputs, tested)
+        yield row | {"extra_info": {"solution": task.program}} if reference else row
 
 
 def _task(rng: random.Random, cases: int) -> tuple[Task, list[int]]:
@@ -132,11 +146,19 @@ def _slip(formula: _Piece, slips: random.Random, share: float) -> _Piece:
     return slips.choice([piece for piece in others if piece != formula])
 
 
-def _row(task: Task, written: Task, inputs: list[int]) -> dict[str, Any]:
+def _with_fault(task: Task, faults: random.Random) -> Task:
+    """The task with one formula changed."""
+    place = faults.randrange(len(task.formulas))
+    formulas = list(task.formulas)
+    formulas[place] = _slip(formulas[place], faults, 1.0)
+    return Task(task.conditions, tuple(formulas))
+
+
+def _row(task: Task, written: Task, inputs: list[int], tested: Task) -> dict[str, Any]:
     tests = {
         "fn_name": "f",
         "inputs": [json.dumps(x) for x in inputs],
-        "outputs": [json.dumps(task(x)) for x in inputs],
+        "outputs": [json.dumps(tested(x)) for x in inputs],
     }
     count = len(task.formulas)
     thinking = f"{count} case{'s' * (count > 1)}"

@@ -38,11 +38,23 @@ def test_a_slip_fails_the_tests_of_its_case_alone():
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in code_rows(400, cases=2)]
 
 
+def test_a_faulty_problem_fails_its_right_program_in_one_case():
+    rows = list(code_rows(300, cases=2, faulty_share=0.5, reference=True))
+    shares = [sum(results) / len(results) for results in map(passed, rows)]
+    assert 110 <= sum(share < 1 for share in shares) <= 190
+    assert all(share >= 0.5 for share in shares)
+    right = list(code_rows(300, cases=2))
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in right]
+    assert all(row["extra_info"]["solution"] in plain["response"] for row, plain in zip(rows, right, strict=True))
+
+
 def test_the_same_seed_gives_the_same_rows():
     assert list(code_rows(20, seed=3)) == list(code_rows(20, seed=3)) != list(code_rows(20, seed=4))
 
 
-@pytest.mark.parametrize("arguments", [{"count": -1}, {"cases": 0}, {"cases": 5}, {"slip_share": 1.5}])
+@pytest.mark.parametrize(
+    "arguments", [{"count": -1}, {"cases": 0}, {"cases": 5}, {"slip_share": 1.5}, {"faulty_share": -0.1}]
+)
 def test_arguments_that_make_no_sense_are_refused(arguments):
     with pytest.raises(ValueError, match="code rows"):
         next(code_rows(**{"count": 1, **arguments}))
