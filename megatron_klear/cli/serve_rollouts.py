@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from megatron_klear.config.checks_rollout import check_servers, is_loopback
+from megatron_klear.config.checks_rollout import Served, check_servers, is_loopback
 from megatron_klear.config.read import exit_on_bad_input, exit_with, parse_command_line
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.config.rollout import VLLMRolloutConfig
@@ -84,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     server = rollout.server
     with exit_on_error():
         key = os.environ.get(rollout.api_key_variable) or None
-        commands = run_commands(config, architecture, choose_ports(server.port, server.count), api_key=key)
+        commands = run_commands(
+            rollout, Served.by(config, architecture), choose_ports(server.port, server.count), api_key=key
+        )
         if shown_only:
             print("\n".join(command.shown() for command in commands))
             return 0

@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from megatron_klear.config.base import ModelConfig
 from megatron_klear.config.placement import check_cards, check_local, check_modes
 from megatron_klear.config.rollout import ServerConfig, VLLMRolloutConfig
 from megatron_klear.models.architecture import Architecture
@@ -159,6 +161,29 @@ def server_gpus(server: ServerConfig, environment: Mapping[str, str]) -> tuple[s
     if visible:
         return tuple(name.strip() for name in visible.split(","))
     return tuple(map(str, range(server.count * server.tensor_parallel)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """What the servers of a run hold, and where."""
+
+    model: ModelConfig
+    architecture: Architecture
+    longest_sequence: int
+    """Tokens of prompt and response together."""
+    device: Device
+    seed: int
+
+    @classmethod
+    def by(cls, config: GPPOConfig, architecture: Architecture) -> Served:
+        """Those of a run, which must have passed `check_servers`."""
+        return cls(
+            model=config.model,
+            architecture=architecture,
+            longest_sequence=longest_sequence(config),
+            device=server_device(config),
+            seed=config.seed,
+        )
 
 
 def longest_sequence(config: GPPOConfig) -> int:

@@ -12,7 +12,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron_klear.config.rl import GPPOConfig
+from megatron_klear.config.rl import AlgorithmConfig, GPPOConfig, SamplingConfig
+from megatron_klear.config.rollout import Rollout
 from megatron_klear.data.prompts import PromptStream
 from megatron_klear.orchestrator.grading import Grader
 from megatron_klear.orchestrator.sampler import Sampler
@@ -32,6 +33,29 @@ class StepGroups:
     counters: Mapping[str, float] = field(default_factory=dict)
     """To be logged: `server_retries`, `groups_dropped` (never drawn), `stale_groups` (drawn by too old a policy, their
     prompts drawn again), `surplus_groups` (informative, and more than the step takes)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawSettings:
+    """What of a run's settings says which responses are drawn, and which of them a step trains on."""
+
+    algorithm: AlgorithmConfig
+    sampling: SamplingConfig
+    rollout: Rollout
+    steps: int
+    """Rollout steps of the whole run."""
+    seed: int
+
+    @classmethod
+    def by(cls, config: GPPOConfig) -> DrawSettings:
+        """Those of a run."""
+        return cls(
+            algorithm=config.algorithm,
+            sampling=config.sampling,
+            rollout=config.rollout,
+            steps=config.train.steps,
+            seed=config.seed,
+        )
 
 
 class Feed(Protocol):
@@ -61,7 +85,7 @@ class Feed(Protocol):
 class Judge:
     """What of a graded group counts: rewards with the penalty on long responses, and whether it teaches anything."""
 
-    def __init__(self, config: GPPOConfig) -> None:
+    def __init__(self, config: DrawSettings) -> None:
         self._config = config
 
     def penalised(self, group: Group) -> Group:
@@ -119,7 +143,7 @@ class SynchronousFeed:
     """Draws when it is asked, with the newest weights: every token is of the policy that is trained."""
 
     def __init__(
-        self, config: GPPOConfig, sampler: Sampler, prompts: PromptStream, grader: Grader, log: RunLog
+        self, config: DrawSettings, sampler: Sampler, prompts: PromptStream, grader: Grader, log: RunLog
     ) -> None:
         self._config, self._sampler, self._grader, self._log = config, sampler, grader, log
         self._prompts, self._judge = PromptQueue(prompts), Judge(config)
@@ -192,6 +216,6 @@ def redrawn(prompts: PromptQueue, requests: Sequence[Mapping[str, Any]]) -> list
     return [prompts.find(str(request["prompt"])) for request in requests]
 
 
-def round_seed(config: GPPOConfig, step: int, round_number: int) -> int:
+def round_seed(config: DrawSettings, step: int, round_number: int) -> int:
     """The seed of a round of generation."""
     return config.seed * 1_000_003 + step * 1009 + round_number

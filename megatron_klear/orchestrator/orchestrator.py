@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_klear.config.checks import check_prompt_tokens
+from megatron_klear.config.checks_rollout import Served
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.config.start import GPPOStart
@@ -25,7 +26,7 @@ from megatron_klear.data.prompts import PromptStream
 from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_klear.models.architecture import Architecture
 from megatron_klear.models.stop_tokens import read_stop_tokens
-from megatron_klear.orchestrator.feed import StepGroups
+from megatron_klear.orchestrator.feed import DrawSettings, StepGroups
 from megatron_klear.orchestrator.grading import Grader, check_prompts
 from megatron_klear.orchestrator.overlap import open_feed
 from megatron_klear.orchestrator.sampler import Sampler
@@ -143,7 +144,7 @@ class Orchestrator:
             }
         self._rollouts = rollouts
         self._sampler = Sampler(rollouts, self._send, **limits)
-        self._feed = open_feed(config, self._sampler, self._prompts, self._grader, self._log)
+        self._feed = open_feed(DrawSettings.by(config), self._sampler, self._prompts, self._grader, self._log)
         return access
 
     @property
@@ -267,7 +268,14 @@ def open_engine(
     from megatron_klear.rollout.vllm.open import open_vllm  # brings HTTP, which half a second of every start would be
 
     courier = TrainersWeights(trainer, needs_shared_device=config.rollout.transfer == "cuda_ipc")
-    return open_vllm(config, architecture, courier, decode=tokenizer.decode, stop_token_ids=stop)
+    return open_vllm(
+        config.rollout,
+        Served.by(config, architecture),
+        courier,
+        decode=tokenizer.decode,
+        stop_token_ids=stop,
+        logs=config.output / "servers",
+    )
 
 
 def leave_truths(streams: Sequence[PromptStream], folder: Path) -> None:

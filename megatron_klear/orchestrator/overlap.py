@@ -13,10 +13,18 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.data.prompts import PromptStream
-from megatron_klear.orchestrator.feed import Feed, Judge, PromptQueue, StepGroups, SynchronousFeed, redrawn, round_seed
+from megatron_klear.orchestrator.feed import (
+    DrawSettings,
+    Feed,
+    Judge,
+    PromptQueue,
+    StepGroups,
+    SynchronousFeed,
+    redrawn,
+    round_seed,
+)
 from megatron_klear.orchestrator.grading import Grader
 from megatron_klear.orchestrator.sampler import POLL_SECONDS, Sampler, key_of
 from megatron_klear.rewards.scoring import Graded
@@ -81,7 +89,7 @@ class OverlapFeed(ABC):
     mode: str
 
     def __init__(
-        self, config: GPPOConfig, sampler: Sampler, prompts: PromptStream, grader: Grader, log: RunLog
+        self, config: DrawSettings, sampler: Sampler, prompts: PromptStream, grader: Grader, log: RunLog
     ) -> None:
         self._config, self._sampler, self._grader, self._log = config, sampler, grader, log
         self._prompts, self._judge = PromptQueue(prompts), Judge(config)
@@ -249,7 +257,7 @@ class OneStepOff(OverlapFeed):
 
     def _order(self) -> None:
         for step in (self._step, self._step + 1):
-            if step < self._config.train.steps and not self._counts[str(step)]:
+            if step < self._config.steps and not self._counts[str(step)]:
                 self._order_round(step, 0)
 
     def _order_round(self, step: int, round_number: int) -> None:
@@ -285,7 +293,7 @@ class Asynchronous(OverlapFeed):
     mode = "asynchronous"
 
     def __init__(
-        self, config: GPPOConfig, sampler: Sampler, prompts: PromptStream, grader: Grader, log: RunLog
+        self, config: DrawSettings, sampler: Sampler, prompts: PromptStream, grader: Grader, log: RunLog
     ) -> None:
         super().__init__(config, sampler, prompts, grader, log)
         assert isinstance(config.rollout, VLLMRolloutConfig)
@@ -298,7 +306,7 @@ class Asynchronous(OverlapFeed):
 
     def _order(self) -> None:
         # A step in training counts whole, however few groups it found: its weights are not there yet.
-        steps = min(self._staleness + 1, self._config.train.steps - self._step) - self._is_training
+        steps = min(self._staleness + 1, self._config.steps - self._step) - self._is_training
         size = self._config.algorithm.prompts_per_step
         drawing = sum(entry.group is None for entry in self._entries)
         room = min(
@@ -351,7 +359,7 @@ class Asynchronous(OverlapFeed):
         return False
 
 
-def open_feed(config: GPPOConfig, sampler: Sampler, prompts: PromptStream, grader: Grader, log: RunLog) -> Feed:
+def open_feed(config: DrawSettings, sampler: Sampler, prompts: PromptStream, grader: Grader, log: RunLog) -> Feed:
     """The feed that `rollout.mode` names; engines that do not draw in the background have the synchronous one."""
     modes: dict[str, Callable[..., Feed]] = {
         "synchronous": SynchronousFeed,

@@ -19,6 +19,7 @@ from megatron_klear.data.prompts import PromptStream
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.data.tokenizer import load_tokenizer
 from megatron_klear.errors import UserError
+from megatron_klear.orchestrator.feed import DrawSettings
 from megatron_klear.orchestrator.overlap import open_feed
 from megatron_klear.orchestrator.sampler import Sampler
 from megatron_klear.rl.versions import oldest_version, token_versions, version_lag
@@ -70,7 +71,7 @@ class Run:
         self.failed: list[str] = []
         self.sampler.check_dropped = lambda failures, total: self.failed.extend(failures)
         self.stream = copy.deepcopy(self.prompts)
-        self.feed = open_feed(self.config, self.sampler, self.stream, FakeGrader(self.seed), RunLog())
+        self.feed = open_feed(DrawSettings.by(self.config), self.sampler, self.stream, FakeGrader(self.seed), RunLog())
         self.number = 0
         self.steps = self.steps[:0]
         if self.saved is not None:
@@ -279,7 +280,7 @@ def test_servers_that_never_answer_end_the_run(prompts, mode: str, kind, words: 
     run = Run(prompts, mode, 0)
     engine = kind(0)
     sampler = Sampler(engine, engine.load, patience_seconds=0.05)
-    feed = open_feed(run.config, sampler, run.stream, FakeGrader(0), RunLog())
+    feed = open_feed(DrawSettings.by(run.config), sampler, run.stream, FakeGrader(0), RunLog())
     sampler.sync(0)
     with pytest.raises(UserError, match=words):
         feed.next_step(0)
@@ -301,7 +302,7 @@ def test_patience_is_with_responses_that_grow(prompts, mode: str):
     run = Run(prompts, mode, 0)
     engine = Slow(0)
     sampler = Sampler(engine, engine.load, patience_seconds=0.05)
-    feed = open_feed(run.config, sampler, run.stream, FakeGrader(0), RunLog())
+    feed = open_feed(DrawSettings.by(run.config), sampler, run.stream, FakeGrader(0), RunLog())
     sampler.sync(0)
     assert feed.next_step(0).graded
 
@@ -310,7 +311,7 @@ def test_what_happens_to_servers_is_told(prompts):
     run = Run(prompts, "synchronous", 0)
     told: list[str] = []
     sampler = Sampler(run.engine, run.engine.load, tell=told.append)
-    feed = open_feed(run.config, sampler, run.stream, FakeGrader(0), RunLog())
+    feed = open_feed(DrawSettings.by(run.config), sampler, run.stream, FakeGrader(0), RunLog())
     sampler.sync(0)
     run.engine.happened = ["server 1 ended with exit code 9; restart 1"]
     feed.next_step(0)
@@ -335,7 +336,7 @@ def test_servers_that_take_weights_and_answer_nothing_end_the_run(prompts, mode:
         assert engine.syncs < 100_000, "the limit of patience is never reached"
 
     sampler = Sampler(engine, send, patience_seconds=0.05)
-    feed = open_feed(run.config, sampler, run.stream, FakeGrader(0), RunLog())
+    feed = open_feed(DrawSettings.by(run.config), sampler, run.stream, FakeGrader(0), RunLog())
     sampler.sync(0)
     with pytest.raises(UserError, match="groups under way"):
         feed.next_step(0)
@@ -346,7 +347,7 @@ def test_servers_that_take_weights_and_answer_nothing_end_the_run(prompts, mode:
 def test_too_many_dropped_groups_end_the_run(prompts, mode: str):
     run = Run(prompts, mode, 0, rollouts={"fail": 1.0})
     sampler = Sampler(run.engine, run.engine.load, max_dropped_share=0.5)
-    feed = open_feed(run.config, sampler, run.stream, FakeGrader(0), RunLog())
+    feed = open_feed(DrawSettings.by(run.config), sampler, run.stream, FakeGrader(0), RunLog())
     sampler.sync(0)
     with pytest.raises(UserError, match=r"(3 of 3|6 of 6) groups could not be drawn.*max_dropped_share 0.5"):
         feed.next_step(0)

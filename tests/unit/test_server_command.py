@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from engine_on_fakes import FakeCourier
 
-from megatron_klear.config.checks_rollout import check_rollout, check_servers
+from megatron_klear.config.checks_rollout import Served, check_rollout, check_servers
 from megatron_klear.config.read import load
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.config.start import start_gppo
@@ -67,7 +67,8 @@ def settings(folder: Path, *flags: str) -> GPPOConfig:
 def commands(folder: Path, *flags: str, ports: tuple[int, ...] = (8000,)) -> list[ServerCommand]:
     config = settings(folder, *flags)
     key = os.environ.get(config.rollout.api_key_variable)
-    return run_commands(config, read_architecture(config.model.path), list(ports), api_key=key)
+    served = Served.by(config, read_architecture(config.model.path))
+    return run_commands(config.rollout, served, list(ports), api_key=key)
 
 
 def option(command: ServerCommand, name: str) -> str:
@@ -177,13 +178,13 @@ def test_servers_of_the_run_want_a_key_that_only_the_run_knows(
     config = settings(folder)
 
     def opened() -> VLLMEngine:
-        shape = read_architecture(config.model.path)
         return open_vllm(
-            config,
-            shape,
+            config.rollout,
+            Served.by(config, read_architecture(config.model.path)),
             FakeCourier(),
             decode=str,
             stop_token_ids=[1],
+            logs=config.output / "servers",
         )[0]
 
     keys = set()

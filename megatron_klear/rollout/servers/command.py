@@ -8,15 +8,11 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_klear.config.base import ModelConfig
-from megatron_klear.config.checks_rollout import CPU_KV_CACHE_GIB, Device, longest_sequence, server_device, server_gpus
+from megatron_klear.config.checks_rollout import CPU_KV_CACHE_GIB, Device, Served, server_gpus
 from megatron_klear.config.rollout import ServerConfig, VLLMRolloutConfig
 from megatron_klear.models.architecture import Architecture
-
-if TYPE_CHECKING:
-    from megatron_klear.config.rl import GPPOConfig
 
 SERVED_NAME = "policy"
 """Name of the model in requests."""
@@ -171,27 +167,21 @@ def _variables(
 
 
 def run_commands(
-    config: GPPOConfig, architecture: Architecture, ports: list[int], *, api_key: str | None
+    rollout: VLLMRolloutConfig, served: Served, ports: list[int], *, api_key: str | None
 ) -> list[ServerCommand]:
-    """The servers that a run starts on this machine, one on each port, which want `api_key` where it is given.
-
-    The run must have passed `rollout_checks.check_servers`.
-    """
-    rollout = config.rollout
-    assert isinstance(rollout, VLLMRolloutConfig)
-    device = server_device(config)
+    """The servers that a run starts on this machine, one on each port, which want `api_key` where it is given."""
     return [
         server_command(
             rollout,
-            config.model,
-            architecture,
-            longest_sequence=longest_sequence(config),
-            device=device,
+            served.model,
+            served.architecture,
+            longest_sequence=served.longest_sequence,
+            device=served.device,
             index=index,
             port=port,
-            seed=config.seed,
+            seed=served.seed,
             api_key=api_key,
-            gpus=server_gpus(rollout.server, os.environ) if device == "cuda" else (),
+            gpus=server_gpus(rollout.server, os.environ) if served.device == "cuda" else (),
         )
         for index, port in enumerate(ports)
     ]

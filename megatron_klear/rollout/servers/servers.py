@@ -1,6 +1,6 @@
 """Starts vLLM servers, waits until they are healthy, starts again those that die, and ends them with the run.
 
-    servers = Servers(run_commands(config, architecture, choose_ports(0, 2), api_key=None), folder=output / "servers")
+    servers = Servers(run_commands(rollout, served, choose_ports(0, 2), api_key=None), folder=output / "servers")
     servers.start()
     ...
     for address in servers.poll(): ...      # came back without the present weights
