@@ -34,6 +34,8 @@ class Outcome:
     metrics: dict[str, float]
     """Means over the steps of training: clipped shares, entropy and the like."""
 
+    commands: tuple[str, ...] = ()
+
     @property
     def value(self) -> float:
         """The mean over problems."""
@@ -59,7 +61,14 @@ def read_outcome(one: ArmRun, measure: Literal["end", "mean"]) -> Outcome:
     if results:
         (content,) = [json.loads(path.read_text()) for path in results[:1]]
         problems = {name: count / content["samples"] for name, count in content["right"].items()}
-        return Outcome(arm=one.arm, seed=one.seed, curve={0: content["accuracy"]}, of_problems=problems, metrics={})
+        return Outcome(
+            arm=one.arm,
+            seed=one.seed,
+            curve={0: content["accuracy"]},
+            of_problems=problems,
+            metrics={},
+            commands=tuple(one.commands()),
+        )
     validations = held_out(one.result)
     if not validations:
         raise AblationError(f"{one.result} has neither a validation nor an evaluation")
@@ -74,7 +83,32 @@ def read_outcome(one: ArmRun, measure: Literal["end", "mean"]) -> Outcome:
         curve={step: float(np.mean(list(validations[step].values()))) for step in sorted(validations)},
         of_problems={name: float(np.mean([validations[step][name] for step in counted])) for name in names},
         metrics=_means(one.result / "metrics.jsonl"),
+        commands=tuple(one.commands()),
     )
+
+
+def read_known(path: Path, planned: Sequence[ArmRun]) -> dict[tuple[str, int], Outcome]:
+    """Outcomes of an earlier result.json, by arm and seed, of runs that would be made by the very same commands.
+
+    Raises AblationError where the file is no result.
+    """
+    try:
+        runs = {(run["arm"], run["seed"]): run for run in json.loads(path.read_text())["runs"]}
+        found = {}
+        for one in planned:
+            run = runs.get((one.arm, one.seed))
+            if run is not None and run["commands"] == one.commands():
+                found[one.arm, one.seed] = Outcome(
+                    arm=one.arm,
+                    seed=one.seed,
+                    curve={int(step): value for step, value in run["curve"].items()},
+                    of_problems=run["of_problems"],
+                    metrics=run["metrics"],
+                    commands=tuple(run["commands"]),
+                )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AblationError(f"{path} is no result of an ablation: {error!r}") from None
+    return found
 
 
 def judge(config: AblationConfig, outcomes: Sequence[Outcome]) -> list[Judged]:
@@ -138,6 +172,7 @@ def as_json(
                 "seed": one.seed,
                 "accuracy": round(one.value, 4),
                 "curve": {str(step): round(value, 4) for step, value in one.curve.items()},
+                "commands": list(one.commands),
                 "metrics": {name: float(f"{value:.4g}") for name, value in one.metrics.items()},
                 "of_problems": {name: round(value, 4) for name, value in one.of_problems.items()},
             }

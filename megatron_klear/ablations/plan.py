@@ -26,6 +26,10 @@ class ArmRun:
     stages: tuple[tuple[str, ...], ...]
     result: Path
 
+    def commands(self) -> list[str]:
+        """Its stages, wherever its folder is: what two results of one run have in common."""
+        return [shlex.join(stage).replace(str(self.folder), "{run}") for stage in self.stages]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preparation:

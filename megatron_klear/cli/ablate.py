@@ -6,7 +6,8 @@ klear ablate examples/ablations/clip.toml --seeds 0 1 --train.steps 20
 klear ablate examples/ablations/clip.toml --scale 8b --dry-run     # the commands, and the plan of each
 
 Leaves result.json, report.md and plot.png in RUNS/NAME. Flags that are not listed below go to the last stage that
-trains, for all arms alike. Stopped at any time, it goes on where it was.
+trains, for all arms alike. Stopped at any time, it goes on where it was; --known takes runs of another day or machine from
+their result.json.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import json
 import shlex
 from pathlib import Path
 
-from megatron_klear.ablations.outcome import as_json, judge, read_outcome
-from megatron_klear.ablations.plan import AblationError, ArmRun, arm_runs, preparations
+from megatron_klear.ablations.outcome import Outcome, as_json, judge, read_known, read_outcome
+from megatron_klear.ablations.plan import AblationError, arm_runs, preparations
 from megatron_klear.ablations.report import markdown, write_plot
 from megatron_klear.ablations.run import prepare, run_all
 from megatron_klear.config.ablation import AblationConfig, Scale
@@ -38,6 +39,9 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     parser.add_argument("--scale", default="tiny", help="one of the recipe's scales (default tiny)")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the scale's own")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder of all ablations")
+    parser.add_argument(
+        "--known", type=Path, help="a result.json whose runs, by the same commands, are taken as they are"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     options, more = parser.parse_known_args(arguments)
@@ -71,14 +75,18 @@ def main(arguments: list[str] | None = None) -> None:
             for run in planned:
                 print("\n".join(f"klear {shlex.join(stage)}" for stage in run.stages))
             return
-        prepare(wanted)
-        run_all(planned, options.jobs)
-        print(conclude(config, scale, options.scale, planned, options.runs / name))
+        known = read_known(options.known, planned) if options.known else {}
+        left = [run for run in planned if (run.arm, run.seed) not in known]
+        if left:
+            prepare(wanted)
+            run_all(left, options.jobs)
+        outcomes = [known.get((run.arm, run.seed)) or read_outcome(run, config.measure) for run in planned]
+        print(conclude(config, scale, options.scale, outcomes, options.runs / name))
 
 
-def conclude(config: AblationConfig, scale: Scale, scale_name: str, planned: list[ArmRun], folder: Path) -> str:
-    """Read every outcome, judge, write the three files; returns the report."""
-    outcomes = [read_outcome(one, config.measure) for one in planned]
+def conclude(config: AblationConfig, scale: Scale, scale_name: str, outcomes: list[Outcome], folder: Path) -> str:
+    """Judge, write the three files; returns the report."""
+    folder.mkdir(parents=True, exist_ok=True)
     judged = judge(config, outcomes)
     report = markdown(config, scale, outcomes, judged)
     write_text_atomically(

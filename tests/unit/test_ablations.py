@@ -1,11 +1,12 @@
 """Ablations: recipes whose commands are valid at every scale, what is done again, and how claims are judged."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_klear.ablations.outcome import Outcome, as_json, judge
+from megatron_klear.ablations.outcome import Outcome, as_json, judge, read_known
 from megatron_klear.ablations.plan import AblationError, ArmRun, Preparation, arm_runs, preparations
 from megatron_klear.ablations.report import markdown, write_plot
 from megatron_klear.ablations.run import prepare, run_all
@@ -112,6 +113,27 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(tmp_path)
     assert not (tmp_path / "a_1" / "stage-0.json").exists()
     with pytest.raises(AblationError, match="did not make"):
         prepare([Preparation(creates=tmp_path / "absent", arguments=("losses",))])
+
+
+def test_runs_of_another_day_are_taken_where_their_commands_are_the_same(tmp_path):
+    config = config_of(tmp_path)
+    planned = arm_runs(config, config.scales["tiny"], "recipe", tmp_path / "elsewhere", (0, 1), ())
+    outcomes = [
+        replace(outcome(one.arm, one.seed, [0.25, 0.5 + one.seed / 10]), commands=tuple(one.commands()))
+        for one in planned
+    ]
+    known = tmp_path / "result.json"
+    known.write_text(json.dumps(as_json(config, "tiny", outcomes, judge(config, outcomes))))
+    here = arm_runs(config, config.scales["tiny"], "recipe", tmp_path / "runs", (0, 1, 2), ())
+    assert list(read_known(known, here).values()) == outcomes
+    main([str(tmp_path / "recipe.toml"), "--known", str(known), "--runs", str(tmp_path / "runs"), "--seeds", "0", "1"])
+    again = json.loads((tmp_path / "runs/recipe/result.json").read_text())
+    assert again == json.loads(known.read_text())
+    other = arm_runs(config, config.scales["tiny"], "recipe", tmp_path / "runs", (0, 1), ("--train.steps", "3"))
+    assert read_known(known, other) == {}
+    known.write_text("{}")
+    with pytest.raises(AblationError, match="no result of an ablation"):
+        read_known(known, here)
 
 
 def test_flags_for_all_arms_go_to_the_last_stage_that_trains(tmp_path, capsys):
