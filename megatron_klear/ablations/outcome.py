@@ -28,7 +28,7 @@ class Outcome:
     arm: str
     seed: int
     curve: dict[int, float]
-    """Held-out accuracy by step; of an evaluation the one figure, at step 0."""
+    """Held-out accuracy by step; of an evaluation the one figure, over all of its problems, at step 0."""
     of_problems: dict[str, float]
     """What counts (`measure`), by problem."""
     metrics: dict[str, float]
@@ -59,12 +59,16 @@ def read_outcome(one: ArmRun, measure: Literal["end", "mean"]) -> Outcome:
     """What a run's folders hold. Raises AblationError where the result is not there."""
     results = sorted(one.result.glob("*/result.json"))
     if results:
-        (content,) = [json.loads(path.read_text()) for path in results[:1]]
-        problems = {name: count / content["samples"] for name, count in content["right"].items()}
+        contents = [json.loads(path.read_text()) for path in results]
+        problems = {
+            f"{content['name']}/{name}": count / content["samples"]
+            for content in contents
+            for name, count in content["right"].items()
+        }
         return Outcome(
             arm=one.arm,
             seed=one.seed,
-            curve={0: content["accuracy"]},
+            curve={0: float(np.mean(list(problems.values())))},
             of_problems=problems,
             metrics={},
             commands=tuple(one.commands()),

@@ -6,8 +6,8 @@ klear ablate examples/ablations/clip.toml --seeds 0 1 --train.steps 20
 klear ablate examples/ablations/clip.toml --scale 8b --dry-run     # the commands, and the plan of each
 
 Leaves result.json, report.md and plot.png in RUNS/NAME. Flags that are not listed below go to the last stage that
-trains, for all arms alike. Stopped at any time, it goes on where it was; --known takes runs of another day or machine from
-their result.json.
+trains, for all arms alike. Stopped at any time, it goes on where it was; --known takes runs of another day or machine
+from their result.json.
 """
 
 from __future__ import annotations
