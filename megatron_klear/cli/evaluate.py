@@ -6,18 +6,26 @@ klear evaluate --config examples/evaluate_gsm8k.toml --model.path runs/quickstar
 klear evaluate --compare runs/evaluate_sft runs/evaluate_gppo              # differences on the same problems
 klear evaluate --benchmarks                                                # those that are known by name
 
+torchrun --nproc-per-node 8 evaluate.py --config ... --model.path FOLDER   # a copy of the model on each GPU
+
 An evaluation that was stopped goes on when the same command is given again.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_klear.config.evaluation import EvaluatedModelConfig, EvaluationConfig
 from megatron_klear.config.read import parse_command_line
 from megatron_klear.errors import UserError, configure_logging, exit_on_error
+
+if TYPE_CHECKING:
+    from megatron_klear.evaluation.sampling import Source
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,31 +44,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     command = parse_command_line(EvaluationConfig, argv, description=__doc__)
     config = command.config
-    from megatron_klear.evaluation.run import evaluate
-    from megatron_klear.evaluation.sampling import LocalSource, Source
-    from megatron_klear.evaluation.table import markdown
-
-    def open_source() -> Source:
-        if config.model.path is not None:
-            return LocalSource(extended(config), config.thinking)
-        from megatron_klear.evaluation.endpoint import EndpointSource
-
-        return EndpointSource(config.endpoint, config.thinking)
-
     with exit_on_error():
         configure_logging()
-        print(markdown(evaluate(config, open_source)))
-        print(f"\n{config.output / 'report.html'}")
+        if command.dry_run:
+            print(plan(config))
+        elif config.model.path is None:
+            from megatron_klear.evaluation.endpoint import EndpointSource
+
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise UserError("an endpoint is asked by one process: start evaluate.py without torchrun")
+            report(config, lambda: EndpointSource(config.endpoint, config.thinking))
+        else:
+            from megatron_klear.evaluation.processes import joined, on_all
+            from megatron_klear.evaluation.sampling import LocalSource
+
+            with joined():
+                on_all(partial(report, config), lambda: LocalSource(extended(config), config.thinking))
+
+
+def report(config: EvaluationConfig, open_source: Callable[[], Source]) -> None:
+    """Evaluate, and print the table and where the page is."""
+    from megatron_klear.evaluation.run import evaluate
+    from megatron_klear.evaluation.table import markdown
+
+    print(markdown(evaluate(config, open_source)))
+    print(f"\n{config.output / 'report.html'}")
+
+
+def plan(config: EvaluationConfig) -> str:
+    """What would be drawn, a line a benchmark; reads the benchmarks, loads no model."""
+    from megatron_klear.evaluation.benchmarks import read_benchmark
+    from megatron_klear.evaluation.run import protocol_of
+
+    lines = []
+    for benchmark in config.benchmarks:
+        problems, protocol = len(read_benchmark(benchmark)), protocol_of(config, benchmark)
+        lines.append(
+            f"{benchmark.name}: {problems} problems x {protocol.samples} = {problems * protocol.samples:,} responses, "
+            f"{protocol.words()}"
+        )
+    return "\n".join(lines)
 
 
 def extended(config: EvaluationConfig) -> EvaluatedModelConfig:
     """The model to sample from: with `long`, a folder in the output whose config.json extends it."""
+    from megatron_klear.distributed import exchange
     from megatron_klear.models.extend import write_extended
 
-    model = config.model
-    if config.long is None or model.path is None:
+    model, path = config.model, config.model.path
+    if config.long is None or path is None:
         return model
-    return model.model_copy(update={"path": write_extended(model.path, config.output / "long_model")})
+    long = exchange.from_first_rank(lambda: write_extended(path, config.output / "long_model"))
+    return model.model_copy(update={"path": long})
 
 
 def known_benchmarks() -> str:

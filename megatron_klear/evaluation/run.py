@@ -48,15 +48,7 @@ def evaluate(config: EvaluationConfig, open_source: Callable[[], Source]) -> lis
     source = open_source()
     evaluated = []
     for benchmark, problems in benchmarks:
-        known = KNOWN.get(benchmark.name, OWN)
-        protocol = protocol_for(
-            config.protocol,
-            config.sampling,
-            paper_samples=known.samples,
-            samples=benchmark.samples,
-            long=config.long,
-            extension=source.extension(),
-        )
+        protocol = protocol_of(config, benchmark, source.extension())
         folder = config.output / benchmark.name
         responses = _draw(config, benchmark, problems, protocol, source, folder)
         grades = _grade(config, problems, responses, source, folder)
@@ -67,6 +59,18 @@ def evaluate(config: EvaluationConfig, open_source: Callable[[], Source]) -> lis
     write_text_atomically(config.output / "table.md", markdown(results) + "\n")
     write_page(evaluated, config.output / "report.html", title=f"Evaluation of {source.identity()['model']}")
     return results
+
+
+def protocol_of(config: EvaluationConfig, benchmark: BenchmarkConfig, extension: str = "") -> Protocol:
+    """How a benchmark's responses are drawn; `extension` is how the model's context is extended, in words."""
+    return protocol_for(
+        config.protocol,
+        config.sampling,
+        paper_samples=KNOWN.get(benchmark.name, OWN).samples,
+        samples=benchmark.samples,
+        long=config.long,
+        extension=extension,
+    )
 
 
 def _draw(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol as Interface
@@ -70,7 +71,11 @@ class LocalSource:
         cuda = torch.cuda.is_available()
         if config.device == "cuda" and not cuda:
             raise UserError("model.device is cuda, and torch sees none; use auto or cpu")
-        device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+        device = torch.device("cpu")
+        if cuda and config.device != "cpu":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            if device.index >= torch.cuda.device_count():
+                raise UserError(f"process {device.index} of this machine has no GPU: start as many as there are")
         architecture = read_architecture(config.path)
         self._tokenizer = load_tokenizer(config.path)
         stop = read_stop_tokens(config.path, turn_end=self._tokenizer.turn_end, tokenizer_eos=self._tokenizer.eos)
@@ -88,9 +93,18 @@ class LocalSource:
 
     def draw(self, wanted: Sequence[Wanted], protocol: Protocol, seed: int, drawn: Drawn) -> None:
         """Draw whole problems, several at a time; what was there already is drawn again and is the same."""
-        problems = max(1, BATCHES * self._rows // protocol.samples)
+        from megatron_klear.distributed import exchange  # which imports torch
+
+        problems = max(1, BATCHES * self._rows * exchange.size() // protocol.samples)
         for start in range(0, len(wanted), problems):
             self._draw(wanted[start : start + problems], protocol, seed, drawn)
+
+    def draw_for_the_first(self) -> None:
+        """On all processes but the first: draw a share of everything that it draws, until it is done."""
+        from megatron_klear.distributed import exchange
+
+        while (asked := exchange.tell_all(None)) is not None:
+            self._engine.draw(*asked)
 
     def opening(self, problem: Problem) -> str:
         """The prompt's text."""
@@ -132,8 +146,10 @@ class LocalSource:
     def _responses(
         self, wanted: Sequence[Wanted], prompts: Sequence[Prompt], protocol: Protocol, seed: int
     ) -> Iterator[Response]:
+        from megatron_klear.distributed import exchange
         from megatron_klear.rollout.engine import group_of
 
+        exchange.tell_all((prompts, protocol.local(), seed))
         drawn = self._engine.draw(prompts, protocol.local(), seed)
         for one, prompt, samples in zip(wanted, prompts, drawn, strict=True):
             group = group_of(prompt, samples, self._tokenizer.decode, self._stop)
