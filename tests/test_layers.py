@@ -72,7 +72,7 @@ WITHOUT_TORCH = [
     "rewards",
     "data.packing",
     "data.sources",
-    "curation.run",
+    "curation.verbs",
 ]
 
 

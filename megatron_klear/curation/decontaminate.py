@@ -7,20 +7,66 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from megatron_klear.data.sources import Chunk
+from pydantic import Field, PositiveInt, model_validator
 
-from .grams import GramIndex
-from .report import Judged
+from megatron_klear.config.base import Settings
+from megatron_klear.data.sources import Chunk, resolve_files
+
+from .benchmarks import read_items, read_templates
+from .grams import FAMILY_SHARE, FEWEST_CONTAINED_WORDS, GRAM_WORDS, GramIndex, build_index
+from .output import Output, finished_hits, raw_hits
+from .report import Judged, Report
 from .rows import BadRow, Row, Unusable, decode, problem_text, stream_chunks
-from .rules import Rule
+from .rules import Rule, RuleName
+from .run import Files, Place, Work, carry_out
 from .text import words
-from .workers import ordered_map
 
 _MOST_COMMON = 25
 _SHOWN_WORDS = 60
 REASON = "contaminated"
+
+
+class DecontaminateSettings(Settings):
+    """Drop rows whose problem overlaps with a benchmark's."""
+
+    against: tuple[str, ...] = Field(min_length=1)
+    """Benchmark files or globs."""
+    template: tuple[Path, ...] = ()
+    """Texts that files put around the benchmark's problems, one a file; cut from items first."""
+    rule: RuleName = "paper"
+    """`paper`: any shared 9-gram; `careful`: enough of an item's, phrases aside."""
+    max_items: PositiveInt = 1
+    """careful: a 9-gram of more items is a phrase."""
+    min_share: float = Field(default=0.1, ge=0, le=1)
+    """careful: of an item's 9-grams."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DecontaminateSettings:
+        if self.rule == "paper" and self.model_fields_set & {"max_items", "min_share"}:
+            raise ValueError("max_items and min_share go with the rule careful")
+        return self
+
+
+def run_decontaminate(files: Files, settings: DecontaminateSettings) -> dict[str, Any] | None:
+    """Drop rows that overlap with the items of benchmarks; returns the report, None where all is there already.
+
+    Raises DataError for what cannot be read or written.
+    """
+    against, templates = resolve_files(settings.against, "--against"), list(settings.template)
+    rule = Rule(settings.rule, settings.max_items, settings.min_share)
+    of_words = {"gram_words": GRAM_WORDS, "fewest_contained_words": FEWEST_CONTAINED_WORDS}
+    of_rule = {"max_items": rule.max_items, "min_share": rule.min_share, "family_share": FAMILY_SHARE}
+
+    def prepare() -> Work:
+        items = read_items(against, read_templates(templates), files.max_row_bytes)
+        scanner = Scanner(build_index(items), rule, files.max_row_bytes)
+        return _Decontamination(files, scanner, len(items))
+
+    named = {"rule": rule.name, **of_words, **(of_rule if rule.name == "careful" else {})}
+    read = {"against": against, "templates": templates}
+    return carry_out(files, "decontaminate", named, prepare, read=read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,42 +111,43 @@ class Scanner:
 
 
 @dataclass(slots=True)
-class Decontamination:
-    """A pass over files; `documents` counts the rows that have each gram, and is whole once the pass is."""
-
+class _Decontamination(Work):
+    files: Files
     scanner: Scanner
-    workers: int
+    benchmark_rows: int
     documents: Counter[int] = field(default_factory=Counter)
+    """How many rows have each gram; whole once all are judged."""
 
-    def run(self, files: list[Path], hits: IO[bytes]) -> Iterator[tuple[Path, Judged]]:
-        """Judge all rows in order and write a line for each that is dropped; memory does not grow with the rows.
-
-        Raises DataError where a file cannot be read.
-        """
-        chunks = ((path, chunk) for path in files for chunk in stream_chunks(path, self.scanner.max_row_bytes))
-        for (path, _), scanned in ordered_map(self._scan, chunks, self.workers):
+    def judge(self, output: Output) -> Iterator[Place]:
+        """Judge all rows in order and write a line for each that is dropped; memory does not grow with the rows."""
+        files = self.files
+        chunks = ((path, chunk) for path in files.inputs for chunk in stream_chunks(path, files.max_row_bytes))
+        for (path, _), scanned in files.map(_OfPath(self.scanner), chunks):
             self.documents.update(scanned.documents)
             for judged in scanned.rows:
                 if judged.reason == REASON:
                     hit = {"file": str(path), "row": judged.number, **judged.details}
-                    hits.write(json.dumps(hit, ensure_ascii=False).encode() + b"\n")
+                    output.hits.write(json.dumps(hit, ensure_ascii=False).encode() + b"\n")
                 yield path, judged
 
-    @property
-    def _scan(self) -> _OfPath:
-        return _OfPath(self.scanner)
+    def finish(self, report: Report) -> dict[str, Any]:
+        """Hits with their grams in words and how common those are, and what was looked for."""
+        with raw_hits(self.files.output).open("rb") as lines, finished_hits(self.files.output).open("wb") as stream:
+            for line in lines:
+                stream.write(json.dumps(self._in_words(json.loads(line)), ensure_ascii=False).encode() + b"\n")
+        if REASON in report.examples:
+            report.examples[REASON] = [self._in_words(example) for example in report.examples[REASON]]
+        index = self.scanner.index
+        return {
+            "rule": self.scanner.rule.name,
+            "benchmark": {"rows": self.benchmark_rows, "items": len(index.items), "grams": len(index.texts)},
+            "common_grams": self._common_grams(),
+        }
 
-    def finish(self, hit: dict[str, Any]) -> dict[str, Any]:
-        """A hit with its gram in words, and how many problems of the benchmarks and rows of the corpus have it."""
+    def _in_words(self, hit: dict[str, Any]) -> dict[str, Any]:
         return {**hit, "gram": self._gram(hit["gram"])}
 
-    def finish_hits(self, raw: Path, finished: Path) -> None:
-        """Finish every line of the file `raw`."""
-        with raw.open("rb") as lines, finished.open("wb") as stream:
-            for line in lines:
-                stream.write(json.dumps(self.finish(json.loads(line)), ensure_ascii=False).encode() + b"\n")
-
-    def common_grams(self) -> list[dict[str, Any]]:
+    def _common_grams(self) -> list[dict[str, Any]]:
         """The grams that most rows have: where phrases show."""
         ranked = sorted(self.documents.items(), key=lambda entry: (-entry[1], entry[0]))
         return [self._gram(gram) for gram, _ in ranked[:_MOST_COMMON]]

@@ -28,9 +28,9 @@ from megatron_klear.cli.environment import enter_environment
 
 enter_environment()
 
+from megatron_klear.curation.decontaminate import DecontaminateSettings, run_decontaminate
 from megatron_klear.curation.grams import GRAM_WORDS, Item, build_index
-from megatron_klear.curation.rules import Rule
-from megatron_klear.curation.run import Files, run_decontaminate
+from megatron_klear.curation.run import Files
 from megatron_klear.curation.text import words
 from tools.benchmark.device import cpu_name
 
@@ -86,7 +86,7 @@ def command(documents: Path, items: Path, output: Path) -> Result:
 
 def _command(documents: Path, items: Path, output: Path) -> Result:
     start = time.process_time()
-    run_decontaminate(Files([documents], output), [items], [], Rule("paper"), workers=1)
+    run_decontaminate(Files([documents], output), DecontaminateSettings(against=(str(items),)))
     seconds = time.process_time() - start
     # Not ru_maxrss, which a process inherits from the larger one that started it.
     status = Path("/proc/self/status").read_text().splitlines()

@@ -1,0 +1,28 @@
+"""The verbs of curation by name. Another one is another entry: its flags and its table in a build are its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_klear.config.base import Settings
+
+from .decontaminate import DecontaminateSettings, run_decontaminate
+from .deduplicate import DeduplicateSettings, run_deduplicate
+from .run import Files
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """What a verb is told, by a class whose docstring says what it does, and what carries it out."""
+
+    settings: type[Settings]
+    run: Callable[[Files, Any], dict[str, Any] | None]
+    """Given files and settings of that class; returns the report, None where all is there already."""
+
+
+VERBS = {
+    "deduplicate": Verb(DeduplicateSettings, run_deduplicate),
+    "decontaminate": Verb(DecontaminateSettings, run_decontaminate),
+}
