@@ -23,7 +23,7 @@ from megatron_klear.config.schema import Key, is_list, keys_of, value_type
 from megatron_klear.curation.run import Files
 from megatron_klear.curation.verbs import VERBS
 from megatron_klear.data.sources import resolve_files
-from megatron_klear.errors import exit_on_error
+from megatron_klear.errors import configure_logging, exit_on_error
 
 _TOLD_SECONDS = 0.5
 _MIB = 1 << 20
@@ -116,6 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Exit code 1 with a message where a file is wrong or the output exists."""
     options = parse_arguments(arguments)
     with exit_on_error():
+        configure_logging()
         report = run(options)
         if report is None:
             print(f"{options.output} is there already, of these files and settings", file=sys.stderr)

@@ -10,6 +10,7 @@ from megatron_klear.config.base import Settings
 
 from .decontaminate import DecontaminateSettings, run_decontaminate
 from .deduplicate import DeduplicateSettings, run_deduplicate
+from .distill import DistillSettings, run_distill
 from .run import Files
 
 
@@ -25,4 +26,5 @@ class Verb:
 VERBS = {
     "deduplicate": Verb(DeduplicateSettings, run_deduplicate),
     "decontaminate": Verb(DecontaminateSettings, run_decontaminate),
+    "distill": Verb(DistillSettings, run_distill),
 }

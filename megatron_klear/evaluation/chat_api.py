@@ -34,11 +34,12 @@ class EndpointError(UserError):
 
 
 class RefusedError(EndpointError):
-    """A server refuses a request with `status`, and would again."""
+    """A server refuses a request, and would again."""
 
-    def __init__(self, words: str, status: int) -> None:
-        super().__init__(words)
-        self.status = status
+    def __init__(self, server: str, place: str, status: int, said: str) -> None:
+        """`said` is the server's own words, without its address."""
+        super().__init__(f"{server} refuses {place}: {said}")
+        self.status, self.said = status, said
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +58,8 @@ class Completion:
 class Meter(Interface):
     """Is told of every attempt of a request, which may cost something whether or not an answer comes."""
 
-    def begin(self) -> None:
-        """Before an attempt; what it raises ends the request."""
+    async def begin(self) -> None:
+        """Before an attempt, which begins when this returns; what it raises ends the request."""
         ...
 
     def unused(self) -> None:
@@ -91,6 +92,8 @@ class ChatClient:
         self._urls = [url.rstrip("/") for url in config.urls]
         self._pacer = Pacer(config.max_requests_per_minute)
         self._turn = 0
+        self.stopping = False
+        """Set where another request has failed for good: no further attempt is begun, those under way end."""
 
     async def __aenter__(self) -> Self:
         """Open the connections."""
@@ -120,7 +123,7 @@ class ChatClient:
             if delay := self._pacer.delay_seconds(time.monotonic()):
                 await asyncio.sleep(delay)
             if meter:
-                meter.begin()
+                await meter.begin()
             outcome = await self._attempt(url, body, place)
             if isinstance(outcome, Completion):
                 return outcome
@@ -129,13 +132,15 @@ class ChatClient:
                 meter.unused()
             if outcome.refusal is not None:
                 raise outcome.refusal
+            if self.stopping:
+                break
             if attempt < self._config.attempts:
                 pause = max(pause, outcome.asked_pause_seconds)
                 await asyncio.sleep(pause * random.uniform(0.75, 1.25))
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         raise EndpointError(
-            f"{url} did not answer {place} in {self._config.attempts} attempts, at last {words}; what has come is "
-            "kept: start the same command again to go on"
+            f"{url} did not answer {place} in {attempt} attempts, at last {words}; what has come is kept: start the "
+            "same command again to go on"
         )
 
     async def _attempt(self, url: str, body: Mapping[str, Any], place: str) -> Completion | _Failure:
@@ -149,7 +154,7 @@ class ChatClient:
             return read_completion(content, f"{url} answered {place}")
         words = f"status {answer.status}: {content[:_SHOWN].decode(errors='replace')}"
         if answer.status not in _RETRIED and answer.status < 500:
-            return _Failure(words, refusal=RefusedError(f"{url} refuses {place}: {words}", answer.status))
+            return _Failure(words, refusal=RefusedError(url, place, answer.status, words))
         return _Failure(
             words,
             maybe_served=answer.status in _MAYBE_SERVED,
@@ -158,26 +163,34 @@ class ChatClient:
 
 
 def ask_all(config: EndpointConfig, requests: Iterable[C], ask: Callable[[ChatClient, C], Awaitable[None]]) -> None:
-    """Have `ask` deal with every request, as many at a time as the settings say; ends with the first error.
+    """Have `ask` deal with every request, as many at a time as the settings say.
 
-    `requests` is read as workers become free. Raises what `ask` raises.
+    `requests` is read as workers become free. Where one fails with a UserError no other is begun, those under way may
+    end, since a server counts them, and the error is raised. Others are raised at once.
     """
+    failed: list[UserError] = []
 
     async def run() -> None:
         waiting = iter(requests)
         async with ChatClient(config) as client, asyncio.TaskGroup() as group:
 
             async def work() -> None:
-                for request in waiting:
-                    await ask(client, request)
+                try:
+                    while not failed and (request := next(waiting, _NONE)) is not _NONE:
+                        await ask(client, request)  # type: ignore[arg-type]
+                except UserError as error:
+                    failed.append(error)
+                    client.stopping = True
 
             for _ in range(config.concurrency):
                 group.create_task(work())
 
-    try:
-        asyncio.run(run())
-    except* UserError as errors:
-        raise errors.exceptions[0] from None
+    asyncio.run(run())
+    if failed:
+        raise failed[0]
+
+
+_NONE = object()
 
 
 def request_body(
