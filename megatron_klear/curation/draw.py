@@ -206,7 +206,7 @@ class _Drawing:
             self.end()
 
     def _add(self, drawn: Drawn) -> None:
-        self._store.add(drawn)
+        self._store.keep(drawn)
         self._drawn += 1
         self._progress(self._drawn)
 

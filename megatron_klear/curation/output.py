@@ -16,8 +16,8 @@ from megatron_klear.data.rows import DataError
 
 from .parquet import write_parquet
 
-MANIFEST, REPORT, HITS = "manifest.json", "report.json", "hits.jsonl"
-_BESIDE = (MANIFEST, REPORT, HITS)
+MANIFEST, REPORT, HITS, VERDICTS = "manifest.json", "report.json", "hits.jsonl", "verdicts.jsonl"
+_BESIDE = (MANIFEST, REPORT, HITS, VERDICTS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,24 +10,16 @@ line that a kill cut short is dropped at the next start.
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from megatron_klear.errors import UserError
+from .lines import LineFile
 
 Tokens = tuple[int, int]
 """Of prompts and of completions."""
-ANSWERED = ("stop", "length")
-
-
-class StoreError(UserError):
-    """A file of responses that is damaged, or that another process is using."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +39,7 @@ class Drawn:
     """What the server said to a prompt that it refused."""
 
 
-class ResponseStore:
+class ResponseStore(LineFile):
     """The responses of a file, read when they are asked for; a context manager.
 
     Memory: about 150 bytes a response. Raises StoreError where the file is damaged or another process has it open.
@@ -55,32 +47,15 @@ class ResponseStore:
 
     def __init__(self, path: Path, model: str) -> None:
         """Open or begin `path`; what is told of spending is that of `model`."""
-        self.path, self._model = path, model
+        super().__init__(path)
+        self._model = model
         self.used: Tokens = (0, 0)
         """Of all answers of the model, as the server counted them."""
         self._open: dict[str, list[Tokens]] = defaultdict(list)
         self.answers = 0
         """Of the model; refusals are none."""
         self._places: dict[bytes, int] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = path.open("a+b")
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._whole = self._read()
-        except BlockingIOError:
-            self._stream.close()
-            raise StoreError(f"another process is drawing into {path}; wait for it") from None
-        except BaseException:
-            self._stream.close()
-            raise
-
-    def __enter__(self) -> Self:
-        """The store itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close it."""
-        self._stream.close()
+        self.load(self._read)
 
     def __contains__(self, key: bytes) -> bool:
         """Whether there is a response, or a refusal, under the key."""
@@ -88,10 +63,8 @@ class ResponseStore:
 
     def get(self, key: bytes) -> Drawn | None:
         """What is under the key, read from disk."""
-        if (place := self._places.get(key)) is None:
-            return None
-        self._stream.seek(place)
-        return Drawn(**json.loads(self._stream.readline().decode("utf-8", "surrogatepass")))
+        place = self._places.get(key)
+        return None if place is None else Drawn(**self.read(place))
 
     def unanswered(self) -> list[Tokens]:
         """The most that each attempt of the model could use that was begun and of which nothing is known."""
@@ -100,51 +73,27 @@ class ResponseStore:
     def asked(self, key: bytes, at_most: Tokens) -> None:
         """Note that an attempt begins."""
         self._open[key.hex()].append(at_most)
-        self._write({"asked": key.hex(), "model": self._model, "at_most": at_most})
+        self.add([{"asked": key.hex(), "model": self._model, "at_most": at_most}])
 
     def unused(self, key: bytes) -> None:
         """Note that the last attempt brought nothing that the server counts."""
         self._close(key.hex())
-        self._write({"unused": key.hex()})
+        self.add([{"unused": key.hex()}])
 
-    def add(self, drawn: Drawn) -> None:
+    def keep(self, drawn: Drawn) -> None:
         """Write a response, whole on disk when this returns."""
-        self._take(drawn, self._write(asdict(drawn)))
-        os.fsync(self._stream.fileno())
+        (place,) = self.add([asdict(drawn)], to_disk=True)
+        self._take(drawn, place)
 
-    def _write(self, content: Mapping[str, Any]) -> int:
-        if self._stream.seek(0, os.SEEK_END) != self._whole:
-            self._stream.truncate(self._whole)
-        place = self._whole
-        line = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
-        self._stream.write(line)
-        self._stream.flush()
-        self._whole += len(line)
-        return place
-
-    def _read(self) -> int:
-        """Take in what is there; returns the size of its whole lines."""
-        size = 0
-        self._stream.seek(0)
-        for number, line in enumerate(self._stream, 1):
-            if not line.endswith(b"\n"):
-                break  # cut short by a kill
-            try:
-                content = json.loads(line.decode("utf-8", "surrogatepass"))
-                if "asked" in content:
-                    if content["model"] == self._model:
-                        prompt, completion = content["at_most"]
-                        self._open[str(content["asked"])].append((int(prompt), int(completion)))
-                elif "unused" in content:
-                    self._close(str(content["unused"]))
-                else:
-                    self._take(Drawn(**content), size)
-            except (ValueError, TypeError, KeyError) as error:
-                raise StoreError(
-                    f"{self.path}:{number} is no response of a teacher: {error}; remove the line"
-                ) from None
-            size += len(line)
-        return size
+    def _read(self, place: int, content: Mapping[str, Any]) -> None:
+        if "asked" in content:
+            if content["model"] == self._model:
+                prompt, completion = content["at_most"]
+                self._open[str(content["asked"])].append((int(prompt), int(completion)))
+        elif "unused" in content:
+            self._close(str(content["unused"]))
+        else:
+            self._take(Drawn(**content), place)
 
     def _take(self, drawn: Drawn, place: int) -> None:
         self._places.setdefault(bytes.fromhex(drawn.key), place)

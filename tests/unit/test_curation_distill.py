@@ -7,7 +7,7 @@ import pytest
 from curation_rows import contents, curate, problem, read, write
 from teacher import PROMPT_TOKENS, Teacher, answer_to, curate_until
 
-from megatron_klear.curation.response_store import ResponseStore, StoreError
+from megatron_klear.curation.lines import LineFile, StoreError
 from megatron_klear.curation.spending import SpendLimitError
 from megatron_klear.data.rows import DataError, read_row
 from megatron_klear.evaluation import chat_api
@@ -177,7 +177,7 @@ def test_killed_at_any_instant_it_goes_on_to_the_same_files_within_the_limit(tmp
         teacher.tokens[:] = 0, 0
         output = tmp_path / str(instant) / "rows.jsonl"
         given = arguments_of(teacher, rows, output, **arguments)
-        watched = [(ResponseStore, "_write"), (os, "replace"), (os, "fsync"), (chat_api, "read_completion")]
+        watched = [(LineFile, "add"), (os, "replace"), (os, "fsync"), (chat_api, "read_completion")]
         done = curate_until(instant, watched, *given)
         if output.exists():
             assert files_but_the_store(output.parent) == whole
@@ -205,7 +205,7 @@ def test_a_response_cut_at_any_byte_is_drawn_again(tmp_path, teacher):
         (line,) = [line for line in read(cut.with_name("responses.jsonl")) if "key" in line]
         assert line == json.loads(store.splitlines()[-1])
     output.with_name("responses.jsonl").write_bytes(b'{"key": 5}\n' + store)
-    with pytest.raises(StoreError, match=r"responses\.jsonl:1 is no response of a teacher"):
+    with pytest.raises(StoreError, match=r"responses\.jsonl:1 is damaged"):
         distill(teacher, rows, output, "--force", samples=2)
 
 
