@@ -68,6 +68,26 @@ def decode(chunk: Chunk, max_row_bytes: int) -> Iterator[Row | Unusable]:
             yield Unusable(number, error.kind, str(error))
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A row that can be used, and what its user says."""
+
+    row: Row
+    text: str
+
+
+def read_problems(chunk: Chunk, max_row_bytes: int) -> Iterator[Problem | Unusable]:
+    """Rows of a chunk with the text of their problem, and what cannot be used."""
+    for row in decode(chunk, max_row_bytes):
+        if isinstance(row, Unusable):
+            yield row
+            continue
+        try:
+            yield Problem(row, problem_text(row.value))
+        except BadRow as error:
+            yield Unusable(row.number, error.kind, str(error))
+
+
 def problem_text(row: Mapping[str, Any]) -> str:
     """Return what the user says in a training row, turns joined by line ends; the row is checked as training does.
 
