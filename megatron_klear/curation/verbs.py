@@ -11,6 +11,7 @@ from megatron_klear.config.base import Settings
 from .decontaminate import DecontaminateSettings, run_decontaminate
 from .deduplicate import DeduplicateSettings, run_deduplicate
 from .run import Files
+from .select import SelectSettings, run_select
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,4 +26,5 @@ class Verb:
 VERBS = {
     "deduplicate": Verb(DeduplicateSettings, run_deduplicate),
     "decontaminate": Verb(DecontaminateSettings, run_decontaminate),
+    "select": Verb(SelectSettings, run_select),
 }
