@@ -53,6 +53,7 @@ ONLY_IN = {
     "flash_attn": {"mcore"},
     "vllm": {"rollout"},
     "ray": {"rewards"},
+    "rensa": {"curation"},
 }
 OBJECT_COLLECTIVES = re.compile(r"\b(all_gather|broadcast|gather|scatter)_object(_list)?\(")
 WITHOUT_TORCH = [

@@ -18,7 +18,7 @@ from .benchmarks import read_items, read_templates
 from .grams import FAMILY_SHARE, FEWEST_CONTAINED_WORDS, GRAM_WORDS, GramIndex, build_index
 from .output import Output, finished_hits, raw_hits
 from .report import Judged, Report
-from .rows import BadRow, Row, Unusable, decode, problem_text, stream_chunks
+from .rows import Problem, Unusable, read_problems, stream_chunks
 from .rules import Rule, RuleName
 from .run import Files, Place, Work, carry_out
 from .text import words
@@ -88,25 +88,22 @@ class Scanner:
     def __call__(self, chunk: Chunk) -> Scanned:
         """Judge the rows of a chunk."""
         judged: list[Judged] = []
-        usable: list[tuple[int, Row, str]] = []
-        for row in decode(chunk, self.max_row_bytes):
-            if isinstance(row, Unusable):
-                judged.append(Judged(row.number, reason=row.kind, bad=True, details={"why": row.reason}))
-                continue
-            try:
-                usable.append((len(judged), row, problem_text(row.value)))
-                judged.append(Judged(row.number, row.line))
-            except BadRow as error:
-                judged.append(Judged(row.number, reason=error.kind, bad=True, details={"why": str(error)}))
+        usable: list[tuple[int, Problem]] = []
+        for problem in read_problems(chunk, self.max_row_bytes):
+            if isinstance(problem, Unusable):
+                judged.append(Judged.unusable(problem))
+            else:
+                usable.append((len(judged), problem))
+                judged.append(Judged(problem.row.number, problem.row.line))
         documents: Counter[int] = Counter()
-        for which, match in self.index.scan([text for _, _, text in usable]).items():
+        for which, match in self.index.scan([problem.text for _, problem in usable]).items():
             documents.update(set(match.grams))
-            place, row, text = usable[which]
+            place, problem = usable[which]
             if (hit := self.rule.hit(self.index, match)) is not None:
                 begin, end = hit["span"]
-                shown = words(text)[begin : min(end, begin + _SHOWN_WORDS)]
+                shown = words(problem.text)[begin : min(end, begin + _SHOWN_WORDS)]
                 details = {**hit, "text": " ".join(shown) + (" ..." if end - begin > _SHOWN_WORDS else "")}
-                judged[place] = Judged(row.number, reason=REASON, details=details)
+                judged[place] = Judged(problem.row.number, reason=REASON, details=details)
         return Scanned(judged, documents)
 
 

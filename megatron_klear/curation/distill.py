@@ -19,7 +19,7 @@ from .draw import TeacherConfig, TeacherSampling, Wanted, draw, wanted_of
 from .output import Output
 from .report import Judged, Report
 from .response_store import Drawn, ResponseStore
-from .rows import BadRow, Row, Unusable, decode, stream_chunks
+from .rows import BadRow, Row, Unusable
 from .run import Files, Place, Work, carry_out
 from .spending import Ledger
 
@@ -79,22 +79,6 @@ def store_path(files: Files, folder: Path | None) -> Path:
     return path
 
 
-def rows_of(files: Files) -> Iterator[tuple[Path, str, Row | Unusable]]:
-    """All rows of the inputs, each with its file and its place as errors name it."""
-    for path in files.inputs:
-        for chunk in stream_chunks(path, files.max_row_bytes):
-            for row in decode(chunk, files.max_row_bytes):
-                yield path, chunk.where(row.number), row
-
-
-def bad(row: Row | Unusable, error: BadRow | None = None) -> Judged:
-    """A row that cannot be used, for the report."""
-    if error is not None:
-        return Judged(row.number, reason=error.kind, bad=True, details={"why": str(error)})
-    assert isinstance(row, Unusable)
-    return Judged(row.number, reason=row.kind, bad=True, details={"why": row.reason})
-
-
 def draw_missing(
     files: Files,
     endpoint: TeacherConfig,
@@ -140,7 +124,7 @@ class _Distillation(Work):
         }
 
     def _wanted(self) -> Iterator[Wanted]:
-        for _, place, row in rows_of(self._files):
+        for _, place, row in self._files.rows():
             if isinstance(row, Row):
                 try:
                     yield from self._of(row, place)
@@ -153,14 +137,14 @@ class _Distillation(Work):
 
     def _judged(self, store: ResponseStore | None) -> Iterator[Place]:
         """Where there is no store, the rows that cannot be used and nothing of the others."""
-        for path, _, row in rows_of(self._files):
+        for path, _, row in self._files.rows():
             if isinstance(row, Unusable):
-                yield path, bad(row)
+                yield path, Judged.unusable(row)
                 continue
             try:
                 wanted = list(self._of(row))
             except BadRow as error:
-                yield path, bad(row, error)
+                yield path, Judged.unusable(error.at(row.number))
                 continue
             if store is not None:
                 yield from ((path, self._response(row, one, store.get(one.key))) for one in wanted)

@@ -19,7 +19,7 @@ from megatron_klear.evaluation.protocols import Protocol
 from .response_store import Drawn, ResponseStore, Tokens
 from .rows import BadRow, problem_text
 from .spending import Ledger
-from .text import exact_key
+from .text import problem_id
 
 _OF_THE_PROMPT = frozenset({400, 403, 413, 422, 451})
 """A status that says something of one prompt, too long or not wanted; others are about the key or the address."""
@@ -110,7 +110,7 @@ def wanted_of(
     row: Mapping[str, Any], place: str, model: str, sampling: TeacherSampling, samples: int
 ) -> Iterator[Wanted]:
     """The responses that a row wants, in their order. Raises BadRow as `prompt_of` does, before the first."""
-    messages, problem = prompt_of(row), exact_key(problem_text(row)).hex()
+    messages, problem = prompt_of(row), problem_id(problem_text(row))
     for sample in range(samples):
         content = json.dumps([messages, model, sampling.model_dump(), sample], sort_keys=True, ensure_ascii=False)
         key = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:16]

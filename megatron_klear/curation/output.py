@@ -72,14 +72,19 @@ class Output:
         self._output = output
         self._rows = rows
         self.hits = hits
-        """Lines of further detail; written as hits.jsonl where there are any."""
+        """Lines of further detail; written as hits.jsonl or verdicts.jsonl where there are any."""
 
     def write(self, line: bytes) -> None:
         """Write one row."""
         self._rows.write(line + b"\n")
 
     def commit(
-        self, identity: Identity, counts: Mapping[str, int], report: Mapping[str, Any], hits: Path | None
+        self,
+        identity: Identity,
+        counts: Mapping[str, int],
+        report: Mapping[str, Any],
+        hits: Path | None,
+        name_of_hits: str = HITS,
     ) -> None:
         """Give everything its name. Raises DataError where the rows do not fit Parquet."""
         self._rows.flush()
@@ -91,7 +96,7 @@ class Output:
         _partial(self._output.with_name(REPORT)).write_bytes(_as_json(report))
         staged = {self._output.name: rows, REPORT: _partial(self._output.with_name(REPORT))}
         if hits is not None:
-            staged[HITS] = hits
+            staged[name_of_hits] = hits
         outputs = [{"path": name, **_digest(path)} for name, path in sorted(staged.items())]
         manifest = {**identity.content(), "counts": dict(counts), "outputs": outputs}
         staged[MANIFEST] = _partial(self._output.with_name(MANIFEST))
@@ -100,7 +105,7 @@ class Output:
             _flush_to_disk(path)
         # The manifest first: what a kill leaves is then known as this output's. The rows last: they say it is done,
         # and nothing looks at the folder again.
-        for name in (MANIFEST, REPORT, HITS, self._output.name):
+        for name in (*_BESIDE, self._output.name):
             if name == self._output.name:
                 self._remove_unfinished(but=rows)
             if name in staged:

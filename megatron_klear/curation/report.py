@@ -6,7 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from .rows import Unusable
+
 MOST_EXAMPLES = 20
+SHOWN_CHARACTERS = 300
+"""Of a problem, in an example."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,11 @@ class Judged:
     """Whether the row could not be used, other than one that the verb drops."""
     details: dict[str, Any] = field(default_factory=dict)
     """What an example of it shows besides file and row."""
+
+    @classmethod
+    def unusable(cls, row: Unusable) -> Judged:
+        """A row that is counted as bad."""
+        return cls(row.number, reason=row.kind, bad=True, details={"why": row.reason})
 
 
 @dataclass(slots=True)

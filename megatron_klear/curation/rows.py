@@ -27,6 +27,10 @@ class BadRow(Exception):
         super().__init__(reason if len(reason) <= _MOST_REASON else f"{reason[:_MOST_REASON]} ...")
         self.kind = kind
 
+    def at(self, number: int) -> Unusable:
+        """The row of that number, as one that is counted and left out."""
+        return Unusable(number, self.kind, str(self))
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -66,6 +70,26 @@ def decode(chunk: Chunk, max_row_bytes: int) -> Iterator[Row | Unusable]:
             yield Row(number, line, _as_object(line))
         except BadRow as error:
             yield Unusable(number, error.kind, str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A row that can be used, and what its user says."""
+
+    row: Row
+    text: str
+
+
+def read_problems(chunk: Chunk, max_row_bytes: int) -> Iterator[Problem | Unusable]:
+    """Rows of a chunk with the text of their problem, and what cannot be used."""
+    for row in decode(chunk, max_row_bytes):
+        if isinstance(row, Unusable):
+            yield row
+            continue
+        try:
+            yield Problem(row, problem_text(row.value))
+        except BadRow as error:
+            yield Unusable(row.number, error.kind, str(error))
 
 
 def problem_text(row: Mapping[str, Any]) -> str:

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from megatron_klear.data.rows import DataError
 
-from .output import Identity, Output, describe_files, finished_hits, is_done, open_output
+from .output import HITS, Identity, Output, describe_files, finished_hits, is_done, open_output
 from .report import Judged, Report
+from .rows import Row, Unusable, decode, stream_chunks
 from .workers import ordered_map
 
 Place = tuple[Path, Judged]
@@ -48,6 +49,16 @@ class Files:
         if self.output.resolve() in {*given, *(path.resolve() for path in read)}:
             raise DataError(f"--output {self.output} is among the files that are read")
 
+    def rows(self) -> Iterator[tuple[Path, str, Row | Unusable]]:
+        """All rows in order, each with its file and its place as errors name it.
+
+        Raises DataError where a file cannot be read.
+        """
+        for path in self.inputs:
+            for chunk in stream_chunks(path, self.max_row_bytes):
+                for row in decode(chunk, self.max_row_bytes):
+                    yield path, chunk.where(row.number), row
+
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
         """Each task with the function's result, in order; the function is pickled where there are workers."""
         return ordered_map(function, tasks, self.workers)
@@ -56,6 +67,9 @@ class Files:
 class Work(ABC):
     """What a verb does once it is known that it has to be done."""
 
+    lines: ClassVar[str] = HITS
+    """The name that its further lines get."""
+
     @abstractmethod
     def judge(self, output: Output) -> Iterable[Place]:
         """Judge all rows, in the order in which the kept ones are written; further lines may go to `output.hits`."""
@@ -63,8 +77,8 @@ class Work(ABC):
     def finish(self, report: Report) -> dict[str, Any]:
         """After the last row: what the verb adds to the report.
 
-        It also finishes the hits where there are to be any, from `raw_hits` of the output into `finished_hits`; only
-        then is there a hits.jsonl.
+        It also finishes the further lines where there are to be any, from `raw_hits` of the output into
+        `finished_hits`; only then is there a file of them.
         """
         return {}
 
@@ -99,7 +113,7 @@ def carry_out(
         added = work.finish(report)
         content = {"verb": verb, **report.content(), **added}
         hits = finished_hits(files.output)
-        output.commit(identity, report.totals(), content, hits if hits.exists() else None)
+        output.commit(identity, report.totals(), content, hits if hits.exists() else None, work.lines)
     return content
 
 

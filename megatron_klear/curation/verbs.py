@@ -12,6 +12,7 @@ from .decontaminate import DecontaminateSettings, run_decontaminate
 from .deduplicate import DeduplicateSettings, run_deduplicate
 from .distill import DistillSettings, run_distill
 from .run import Files
+from .select import SelectSettings, run_select
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,5 +27,6 @@ class Verb:
 VERBS = {
     "deduplicate": Verb(DeduplicateSettings, run_deduplicate),
     "decontaminate": Verb(DecontaminateSettings, run_decontaminate),
+    "select": Verb(SelectSettings, run_select),
     "distill": Verb(DistillSettings, run_distill),
 }

@@ -172,6 +172,7 @@ INLINE: dict[str, Runs | Refused | Exempt] = {
     "python tools/benchmark/code_reward.py": Exempt("most of an hour; says what its results hold"),
     "python tools/benchmark/interval_coverage.py": Runs("--repeats 2 --out runs/coverage.json", shows="30, 64, 0.67"),
     "pip install": NAMED,
+    'pip install "megatron-klear[curation]"': Exempt("setup_env.sh installs it for the tests of near duplicates"),
     'pip install "megatron-klear[ray]"': Exempt("setup_env.sh installs it for the tests of Ray"),
     "klear sft": NAMED,
     "klear convert": NAMED,

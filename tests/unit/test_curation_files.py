@@ -50,9 +50,9 @@ def test_the_first_file_s_row_stays_as_it_is(tmp_path):
     assert output.read_bytes() == first.read_bytes() + json.dumps(CHAT).encode() + b"\n"
     assert [source["dropped"] for source in report["sources"]] == [0, 3]
     assert report["examples"]["duplicate"] == [
-        {"file": str(second), "row": 1, "kept": {"file": str(first), "row": 1}},
-        {"file": str(second), "row": 3, "kept": {"file": str(first), "row": 2}},
-        {"file": str(second), "row": 4, "kept": {"file": str(second), "row": 2}},
+        {"file": str(second), "row": 1, "kept": {"file": str(first), "row": 1}, "problem": " find\tX."},
+        {"file": str(second), "row": 3, "kept": {"file": str(first), "row": 2}, "problem": "HI"},
+        {"file": str(second), "row": 4, "kept": {"file": str(second), "row": 2}, "problem": "What is 2 + 3?"},
     ]
 
 
