@@ -45,18 +45,18 @@ class GradingConfig(Settings):
     `"my/set" = "math"`."""
     code: CodeRewardConfig = CodeRewardConfig()
 
-    def for_rewards(self) -> RewardSettings:
-        """The part that rewards themselves read."""
-        code = CodeSettings(**self.code.model_dump())
+    def for_rewards(self, *, programs: bool = False) -> RewardSettings:
+        """The part that rewards themselves read; `programs` where responses are programs as a whole."""
+        code = CodeSettings(**self.code.model_dump(), whole_programs=programs)
         return RewardSettings(require_thinking=False, functions=self.functions, code=code)
 
     def identity(self) -> dict[str, Any]:
         """What grades depend on."""
         return self.model_dump(mode="json", include={"functions": True, "code": True})
 
-    def open_pool(self, data_sources: set[str], workers: int) -> OwnedPool:
+    def open_pool(self, data_sources: set[str], workers: int, *, programs: bool = False) -> OwnedPool:
         """Grading processes; a context manager. Raises RewardError where they would not have enough time."""
-        settings = self.for_rewards()
+        settings = self.for_rewards(programs=programs)
         check_time(data_sources, settings, self.timeout_seconds)
         return open_pool(
             data_sources,
@@ -111,11 +111,13 @@ def truth_of(row: Mapping[str, Any], functions: Mapping[str, str]) -> Truth:
 class Grader:
     """Grades responses in a pool of processes; what the file of grades has is not graded again."""
 
-    def __init__(self, config: GradingConfig, open_pool: Callable[[], OwnedPool], file: LineFile) -> None:
+    def __init__(
+        self, config: GradingConfig, open_pool: Callable[[], OwnedPool], file: LineFile, *, programs: bool = False
+    ) -> None:
         """Read the file; the pool is opened once there is something to grade. Raises StoreError where it is damaged."""
         self._config, self._file = config, file
         self._pool = cache(open_pool)
-        self._settings = json.dumps(config.identity(), sort_keys=True)
+        self._settings = json.dumps([config.identity(), programs], sort_keys=True)
         self._places: dict[bytes, int] = {}
         self.judged = self.failed = 0
         """Responses so far, and those among them that could not be graded."""

@@ -16,8 +16,9 @@ from megatron_klear.data.rows import DataError
 
 from .parquet import write_parquet
 
-MANIFEST, REPORT, HITS, VERDICTS = "manifest.json", "report.json", "hits.jsonl", "verdicts.jsonl"
-_BESIDE = (MANIFEST, REPORT, HITS, VERDICTS)
+MANIFEST, REPORT = "manifest.json", "report.json"
+HITS, VERDICTS, TESTS = "hits.jsonl", "verdicts.jsonl", "tests.jsonl"
+_BESIDE = (MANIFEST, REPORT, HITS, VERDICTS, TESTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Output:
         self._output = output
         self._rows = rows
         self.hits = hits
-        """Lines of further detail; written as hits.jsonl or verdicts.jsonl where there are any."""
+        """Lines of further detail; written where there are any, under a name of the verb's."""
 
     def write(self, line: bytes) -> None:
         """Write one row."""

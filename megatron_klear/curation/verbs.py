@@ -11,6 +11,7 @@ from megatron_klear.config.base import Settings
 from .decontaminate import DecontaminateSettings, run_decontaminate
 from .deduplicate import DeduplicateSettings, run_deduplicate
 from .distill import DistillSettings, run_distill
+from .filter_code import FilterCodeSettings, run_filter_code
 from .pass_rate import PassRateSettings, run_filter_pass_rate
 from .run import Files
 from .select import SelectSettings, run_select
@@ -29,6 +30,7 @@ VERBS = {
     "deduplicate": Verb(DeduplicateSettings, run_deduplicate),
     "decontaminate": Verb(DecontaminateSettings, run_decontaminate),
     "select": Verb(SelectSettings, run_select),
+    "filter-code": Verb(FilterCodeSettings, run_filter_code),
     "filter-pass-rate": Verb(PassRateSettings, run_filter_pass_rate),
     "distill": Verb(DistillSettings, run_distill),
 }
