@@ -23,9 +23,9 @@ from megatron_klear.config.read import SettingsError, from_flags, parse_command_
 from megatron_klear.config.schema import Key, is_list, keys_of, value_type
 from megatron_klear.curation.build import plan, run_build
 from megatron_klear.curation.build_config import BuildConfig
+from megatron_klear.curation.rows import resolve
 from megatron_klear.curation.run import Files
 from megatron_klear.curation.verbs import VERBS
-from megatron_klear.data.sources import resolve_files
 from megatron_klear.errors import exit_on_error
 
 _TOLD_SECONDS = 0.5
@@ -57,7 +57,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl or .parquet, or globs")
+    command.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help=".jsonl, .parquet or .json, or globs"
+    )
     command.add_argument("--output", type=Path, required=True, help=".jsonl or .parquet, alone in its folder")
     command.add_argument("--strict", action="store_true", help="stop at a row that cannot be used")
     command.add_argument("--force", action="store_true", help="replace an existing output")
@@ -91,7 +93,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """Do what the command line asks for; returns the report, None where it was done already."""
     files = Files(
-        inputs=resolve_files(options.input, "--input"),
+        inputs=resolve(options.input, "--input"),
         output=options.output,
         strict=options.strict,
         force=options.force,

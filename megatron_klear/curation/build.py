@@ -12,13 +12,13 @@ from typing import Any, Literal
 from megatron_klear.config.base import Settings
 from megatron_klear.config.files import write_text_atomically
 from megatron_klear.data.rows import DataError, read_problem, read_row
-from megatron_klear.data.sources import Chunk, resolve_files
+from megatron_klear.data.sources import Chunk
 from megatron_klear.errors import UserError
 
 from .build_config import BuildConfig, SetConfig
 from .output import MANIFEST, REPORT, Output
 from .report import Judged, Report
-from .rows import Row, Unusable, decode, stream_chunks
+from .rows import Row, Unusable, decode, resolve, stream_chunks
 from .run import Files, Place, Work, carry_out
 from .verbs import VERBS
 
@@ -43,7 +43,7 @@ def plan(config: BuildConfig, progress: Callable[[int], None] = lambda rows: Non
 
     Raises DataError where a source has no files.
     """
-    found = {source.name: resolve_files(source.files, f"sources.{source.name}") for source in config.sources}
+    found = {source.name: resolve(source.files, f"sources.{source.name}") for source in config.sources}
     return [step for name, wanted in config.sets() for step in _of_set(config, name, wanted, found, progress)]
 
 
