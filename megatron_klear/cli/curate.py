@@ -4,7 +4,7 @@ klear curate deduplicate --input first.jsonl second.jsonl --output runs/curated/
 klear curate decontaminate --input rows.jsonl --output runs/curated/clean/rows.jsonl --against aime.jsonl
 klear curate build --config examples/data_math.toml
 
-Each output has a folder of its own: manifest.json and report.json stand beside it, and hits.jsonl of decontaminate.
+Each output has a folder of its own: manifest.json, report.json and report.html stand beside it.
 docs/curation.md says what they hold and what the rules are.
 """
 

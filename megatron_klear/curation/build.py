@@ -16,7 +16,8 @@ from megatron_klear.data.sources import Chunk
 from megatron_klear.errors import UserError
 
 from .build_config import BuildConfig, SetConfig
-from .output import MANIFEST, REPORT, Output
+from .output import MANIFEST, PAGE, REPORT, Output
+from .page import page_of
 from .report import Judged, Report
 from .rows import Row, Unusable, decode, resolve, stream_chunks
 from .run import Files, Place, Work, carry_out
@@ -48,7 +49,7 @@ def plan(config: BuildConfig, progress: Callable[[int], None] = lambda rows: Non
 
 
 def run_build(config: BuildConfig, tell: Tell, progress: Callable[[int], None] = lambda rows: None) -> dict[str, Any]:
-    """Carry out every step that is not done yet, and write report.json over all of them; returns the report.
+    """Carry out every step that is not done yet, and write one report over all of them, which is returned.
 
     Raises UserError that names the step which cannot be done.
     """
@@ -71,6 +72,7 @@ def run_build(config: BuildConfig, tell: Tell, progress: Callable[[int], None] =
         (rows,) = [entry for entry in manifest["outputs"] if entry["path"] == step.files.output.name]
         of_set |= {"rows": counts["kept"], "file": str(step.files.output), "sha256": rows["sha256"]}
     content = {"verb": "build", "sets": sets}
+    write_text_atomically(config.output / PAGE, page_of(content))
     write_text_atomically(config.output / REPORT, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     return content
 

@@ -100,7 +100,12 @@ def test_the_manifest_has_hashes_counts_and_settings(tmp_path, of_verb):
     }
     assert manifest["counts"] == {"rows": 3, "kept": 2, "dropped": 1, "bad": 0}
     assert [entry["path"] for entry in manifest["inputs"]] == [str(rows)]
-    assert {entry["path"] for entry in manifest["outputs"]} == {"rows.jsonl", "report.json", "hits.jsonl"}
+    assert {entry["path"] for entry in manifest["outputs"]} == {
+        "rows.jsonl",
+        "report.json",
+        "report.html",
+        "hits.jsonl",
+    }
     for entry in [*manifest["inputs"], *manifest["against"], *manifest["outputs"]]:
         content = (tmp_path / "out" / entry["path"]).read_bytes()
         assert (entry["sha256"], entry["bytes"]) == (hashlib.sha256(content).hexdigest(), len(content))
