@@ -1,9 +1,10 @@
-"""Curate training rows: drop repeated problems, and problems that overlap with benchmarks.
+"""Curate training rows: drop repeated problems and those that overlap with benchmarks, choose, build whole sets.
 
 klear curate deduplicate --input first.jsonl second.jsonl --output runs/curated/distinct/rows.jsonl
 klear curate decontaminate --input rows.jsonl --output runs/curated/clean/rows.jsonl --against aime.jsonl
+klear curate build --config examples/data_math.toml
 
-Each output has a folder of its own: manifest.json and report.json stand beside it, and hits.jsonl of decontaminate.
+Each output has a folder of its own: manifest.json, report.json and report.html stand beside it.
 docs/curation.md says what they hold and what the rules are.
 """
 
@@ -18,15 +19,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_klear.config.base import Settings
-from megatron_klear.config.read import SettingsError, from_flags
+from megatron_klear.config.read import SettingsError, from_flags, parse_command_line
 from megatron_klear.config.schema import Key, is_list, keys_of, value_type
+from megatron_klear.curation.build import plan, run_build
+from megatron_klear.curation.build_config import BuildConfig
+from megatron_klear.curation.rows import resolve
 from megatron_klear.curation.run import Files
 from megatron_klear.curation.verbs import VERBS
-from megatron_klear.data.sources import resolve_files
 from megatron_klear.errors import configure_logging, exit_on_error
 
 _TOLD_SECONDS = 0.5
 _MIB = 1 << 20
+_BUILD = "Make the SFT set, the maths RL set and the code RL set of one TOML file, going on where it was stopped."
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -39,6 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         _add_common(command)
         for key in keys_of(verb.settings).values():
             _add_setting(command, key)
+    verbs.add_parser("build", help=_BUILD[:1].lower() + _BUILD[1:].rstrip("."), add_help=False)
     options = parser.parse_args(arguments)
     if not 0 < options.max_row_mib <= 1024:
         parser.error("--max-row-mib must be above 0, at most 1024")
@@ -52,7 +57,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl or .parquet, or globs")
+    command.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help=".jsonl, .parquet or .json, or globs"
+    )
     command.add_argument("--output", type=Path, required=True, help=".jsonl or .parquet, alone in its folder")
     command.add_argument("--strict", action="store_true", help="stop at a row that cannot be used")
     command.add_argument("--force", action="store_true", help="replace an existing output")
@@ -86,7 +93,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """Do what the command line asks for; returns the report, None where it was done already."""
     files = Files(
-        inputs=resolve_files(options.input, "--input"),
+        inputs=resolve(options.input, "--input"),
         output=options.output,
         strict=options.strict,
         force=options.force,
@@ -112,9 +119,27 @@ def _progress() -> Callable[[int], None]:
     return tell
 
 
+def build(arguments: list[str]) -> None:
+    """`klear curate build`: sets from one file of settings."""
+    command = parse_command_line(BuildConfig, arguments, description="klear curate build\n\n" + _BUILD)
+    with exit_on_error():
+        configure_logging()
+        if command.dry_run:
+            for step in plan(command.config):
+                print(f"{step.set_name:8} {step.label:24} {step.files.output}")
+            return
+        report = run_build(command.config, lambda line: print(line, file=sys.stderr), _progress())
+        for name, made in report["sets"].items():
+            print(f"{name}: {made['rows']} rows -> {made['file']}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Exit code 1 with a message where a file is wrong or the output exists."""
-    options = parse_arguments(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["build"]:
+        build(given[1:])
+        return
+    options = parse_arguments(given)
     with exit_on_error():
         configure_logging()
         report = run(options)

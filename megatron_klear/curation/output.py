@@ -1,4 +1,4 @@
-"""Where a curation goes: the rows, with manifest.json and report.json beside them, whole or not at all."""
+"""Where a curation goes: the rows, with manifest.json, report.json and its page beside them, whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from typing import IO, Any
 
 from megatron_klear.data.rows import DataError
 
+from .page import page_of
 from .parquet import write_parquet
 
-MANIFEST, REPORT = "manifest.json", "report.json"
+MANIFEST, REPORT, PAGE = "manifest.json", "report.json", "report.html"
 HITS, VERDICTS, TESTS = "hits.jsonl", "verdicts.jsonl", "tests.jsonl"
-_BESIDE = (MANIFEST, REPORT, HITS, VERDICTS, TESTS)
+_BESIDE = (MANIFEST, REPORT, PAGE, HITS, VERDICTS, TESTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,10 @@ class Output:
         if self._output.suffix == ".parquet":
             rows = _partial(self._output.with_suffix(".rows.parquet"))
             write_parquet(_partial(self._output), rows)
-        _partial(self._output.with_name(REPORT)).write_bytes(_as_json(report))
-        staged = {self._output.name: rows, REPORT: _partial(self._output.with_name(REPORT))}
+        staged = {self._output.name: rows}
+        for name, content in ((REPORT, _as_json(report)), (PAGE, page_of(report).encode())):
+            staged[name] = _partial(self._output.with_name(name))
+            staged[name].write_bytes(content)
         if hits is not None:
             staged[name_of_hits] = hits
         outputs = [{"path": name, **_digest(path)} for name, path in sorted(staged.items())]

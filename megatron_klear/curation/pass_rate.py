@@ -126,6 +126,8 @@ class _PassRate(Work):
         self._files, self._settings, self._responses, self._path = files, settings, responses, path
         self._seen: set[str] = set()
         self._passed: Counter[int] = Counter()
+        self._kept_rates: Counter[int] = Counter()
+        """By tenths."""
         self._verdicts: Counter[str] = Counter()
         self._recorded: RecordedResponses | None = None
         self._grader: Grader | None = None
@@ -157,6 +159,7 @@ class _PassRate(Work):
         added: dict[str, Any] = {
             "rule": self._settings.rule(),
             "problems_by_passed": {str(passed): self._passed[passed] for passed in range(samples + 1)},
+            "pass_rates": [self._kept_rates[tenth] for tenth in range(11)],
             "verdicts": dict(sorted(self._verdicts.items())),
             "not_graded": self._grader.failed if self._grader else 0,
         }
@@ -250,5 +253,7 @@ class _PassRate(Work):
             passed += graded.passed
         self._passed[passed] += 1
         reason = self._settings.why_dropped(passed)
+        if not reason:
+            self._kept_rates[10 * passed // self._settings.samples] += 1
         details = {"passed": passed, "responses": self._settings.samples}
         return Judged(problem.row.number, problem.row.line, reason, details=details)

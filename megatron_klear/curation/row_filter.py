@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from megatron_klear.data.sources import Chunk
 
 from .features import terms
 from .report import SHOWN_CHARACTERS, Judged
-from .rows import Problem, Unusable, read_problems
+from .rows import BadRow, Problem, Unusable, field_of, read_problems
 from .text import problem_id
 from .verdict_file import Verdicts
 
@@ -61,47 +60,31 @@ class Looker:
     def _look(self, problem: Problem, path: str) -> Looked:
         row = problem.row
         try:
-            source = str(_field(row.value, self.source)) if self.source else path
+            source = str(field_of(row.value, self.source)) if self.source else path
             if self.sources is not None and source not in self.sources:
                 return _dropped(problem, "other_source", source=source)
             for name, value in self.wanted:
-                if (found := str(_field(row.value, name))) != value:
+                if (found := str(field_of(row.value, name))) != value:
                     return _dropped(problem, f"other_{name}", found=found[:SHOWN_CHARACTERS])
             rate = None
             if self.verdicts is not None:
                 identity = problem_id(problem.text)
                 rate = self.verdicts.pass_rate(identity)
                 if rate is None:
-                    raise _MissingError("no_verdict", "no completion of this problem has a verdict")
+                    raise BadRow("no_verdict", "no completion of this problem has a verdict")
                 if self.correct != "mixed":
-                    passed = self.verdicts.of(identity).get(number := _field(row.value, self.sample))
+                    passed = self.verdicts.of(identity).get(number := field_of(row.value, self.sample))
                     if passed is None:
-                        raise _MissingError("no_verdict", f"completion {number!r} of this problem has no verdict")
+                        raise BadRow("no_verdict", f"completion {number!r} of this problem has no verdict")
                     if passed != (self.correct == "only"):
                         return _dropped(problem, "correct" if passed else "wrong")
                 if self.difficulty != "all" and (rate > self.easy_rate) != (self.difficulty == "easy"):
                     return _dropped(problem, "easy" if rate > self.easy_rate else "hard", pass_rate=rate)
-        except _MissingError as error:
+        except BadRow as error:
             return Looked(Judged.unusable(Unusable(row.number, error.kind, str(error))))
         return Looked(
             Judged(row.number, row.line), source, terms(problem.text) if self.hashes_terms else _NO_TERMS, rate
         )
-
-
-class _MissingError(Exception):
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-
-
-def _field(row: Mapping[str, Any], name: str) -> Any:
-    """The value under a name, dots for fields inside. Raises _MissingError where there is none, or a list or table."""
-    value: Any = row
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    if value is None or isinstance(value, Mapping | list):
-        raise _MissingError("missing_field", f"the row has no value under {name}")
-    return value
 
 
 def _dropped(problem: Problem, reason: str, **details: Any) -> Looked:

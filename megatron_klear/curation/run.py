@@ -125,7 +125,7 @@ def write_kept(files: Files, judged: Iterable[Place], output: Output) -> Report:
     report = Report({str(path): Counter() for path in files.inputs})
     for done, (path, row) in enumerate(judged, 1):
         if row.bad and files.strict:
-            place = f"{path}: row {row.number}" if path.suffix == ".parquet" else f"{path}:{row.number}"
+            place = f"{path}: row {row.number}" if path.suffix in (".parquet", ".json") else f"{path}:{row.number}"
             raise DataError(f"{place}: {row.details['why']}")
         report.add(str(path), row)
         if not row.reason:

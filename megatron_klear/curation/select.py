@@ -14,14 +14,13 @@ from pydantic import Field, PositiveInt, model_validator
 
 from megatron_klear.config.base import Settings
 from megatron_klear.data.rows import DataError
-from megatron_klear.data.sources import resolve_files
 
 from .features import DIMENSIONS, TERM_BITS, rarity_of, read_embeddings, rounded, vector
 from .k_center import k_center
 from .output import Output
 from .report import Judged, Report
 from .row_filter import Looked, Looker
-from .rows import stream_chunks
+from .rows import resolve, stream_chunks
 from .run import Files, Place, Work, carry_out
 from .verdict_file import read_verdicts
 
@@ -90,7 +89,7 @@ def run_select(files: Files, settings: SelectSettings) -> dict[str, Any] | None:
 
     Raises DataError for what cannot be read or written, and where a source of the ranking has no row.
     """
-    verdicts = resolve_files(settings.verdicts, "--verdicts")
+    verdicts = resolve(settings.verdicts, "--verdicts")
     sources = settings.sources(files)
     read = {"verdicts": verdicts, "features": [settings.features] if settings.features else []}
     named = {**settings.model_dump(mode="json", exclude={"verdicts", "features"}), "term_bits": TERM_BITS}

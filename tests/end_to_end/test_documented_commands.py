@@ -129,6 +129,7 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
     "--against examples/data/gsm8k_test_100.jsonl --template runs/curated/instruction.txt --rule careful": Runs(
         swap=KLEAR, shows="897 of 897 rows kept"
     ),
+    "klear curate build --config examples/data_math.toml --dry-run": Runs(swap=KLEAR, shows="1 deduplicate"),
     f"python tools/inspect_data.py --config {TINY} --index 3": Runs(),
     "python tools/report.py examples/results/gppo_smollm2_arithmetic --out runs/report.html": Runs(),
     "python tools/report.py runs/quickstart examples/results/gppo_smollm2_arithmetic --out runs/compared.html "
@@ -177,6 +178,8 @@ INLINE: dict[str, Runs | Refused | Exempt] = {
     "klear sft": NAMED,
     "klear convert": NAMED,
     "klear curate": NAMED,
+    "klear curate VERB --help": NAMED,
+    "klear curate build": NAMED,
     "pytest -m gpu": Exempt("needs a CUDA device"),
     "python tools/prepare_data.py": Runs("--help"),
     "python tools/losses.py": Runs(shows="clip_cov"),

@@ -66,7 +66,8 @@ def test_tests_references_and_outputs_decide(tmp_path):
     ]
     rows = write(tmp_path / "rows.jsonl", *lines)
     output = tmp_path / "out" / "rows.jsonl"
-    report = filtered(rows, output, "--reward.code.total-seconds", 2)
+    short = ("--reward.code.total-seconds", 2, "--store", tmp_path / "store")
+    report = filtered(rows, output, *short)
     assert [row["prompt"] for row in read(output)] == [
         "right", "no reference", "a solution that crashes", "a solution of nothing", "asserts"
     ]  # fmt: skip
@@ -84,7 +85,7 @@ def test_tests_references_and_outputs_decide(tmp_path):
     assert found[9]["ambiguous"] == "tests 1 and 4 have one input and different outputs"
     lenient = filtered(
         rows, tmp_path / "lenient" / "rows.jsonl", "--ambiguous", "keep", "--without-reference", "drop",
-        "--max-references", 1, "--store", output.parent,
+        "--max-references", 1, *short,
     )  # fmt: skip
     assert lenient["dropped"] == {"no_reference": 1, "reference_fails": 3, "too_few_tests": 2}
 
@@ -203,7 +204,7 @@ def test_killed_at_any_instant_it_goes_on_to_the_same_files(tmp_path, monkeypatc
     rows = write(tmp_path / "rows.jsonl", *lines)
     given = ("filter-code", "--input", rows, "--min-tests", 4, "--drop-failing-tests", "--ambiguous", "keep", *LIMITS)
     curate(*given, "--output", tmp_path / "whole" / "rows.jsonl")
-    results = ("rows.jsonl", "tests.jsonl", "report.json", "manifest.json")
+    results = ("rows.jsonl", "tests.jsonl", "report.json", "report.html", "manifest.json")
 
     def made(folder):
         return {name: content for name, content in contents(folder).items() if name in results}

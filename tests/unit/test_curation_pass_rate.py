@@ -76,6 +76,7 @@ def test_the_rate_decides_strictly_or_not(tmp_path, rows):
         assert [row["prompt"] for row in read(output)] == [f"Problem {passed}" for passed in kept]
         assert report["problems_by_passed"] == {str(passed): 1 for passed in range(5)}
         assert report["counts"]["dropped"] == 5 - len(kept)
+        assert [tenth for tenth, count in enumerate(report["pass_rates"]) if count] == [10 * k // 4 for k in kept]
     assert report["verdicts"] == {"right": 10, "wrong": 10}
     assert report["rule"] == "pass rate >= 0 and <= 1, of 4 responses"
     verdicts = read(output.with_name("verdicts.jsonl"))
@@ -230,7 +231,7 @@ def test_killed_at_any_instant_it_goes_on_to_the_same_files(tmp_path, teacher, l
     given = ("filter-pass-rate", "--input", rows, *teacher.flags(), *light_reward)
     given = (*given, "--samples", 2, "--min-rate", 0, "--output")
     curate(*given, tmp_path / "whole" / "rows.jsonl")
-    results = ("rows.jsonl", "verdicts.jsonl", "report.json", "manifest.json")
+    results = ("rows.jsonl", "verdicts.jsonl", "report.json", "report.html", "manifest.json")
 
     def made(folder):
         return {name: content for name, content in contents(folder).items() if name in results}
