@@ -20,6 +20,6 @@ python pretrain_sft.py --config examples/sft_tiny_cpu.toml --output runs/data_co
     --data.train $DATA/sft/rows.jsonl --train.steps 20
 python train_gppo.py --config examples/gppo_code_tiny_cpu.toml --output runs/data_code_gppo \
     --model.path runs/data_code_sft/hf --prompts.sources "[{ files = ['$DATA/code_rl/rows.jsonl'] }]" \
-    --prompts.max_tokens 512 --algorithm.overlong_penalty '{ buffer_tokens = 128 }' \
+    --prompts.max_tokens 512 --algorithm.overlong_penalty.buffer_tokens 128 \
     --validation.sources "[{ files = ['$TASKS/held_out.jsonl'] }]" --train.steps 2
 echo "$DATA/report.html"

@@ -16,5 +16,5 @@ python pretrain_sft.py --config examples/sft_tiny_cpu.toml --output runs/data_ma
 python train_gppo.py --config examples/quickstart_gppo.toml --output runs/data_math_gppo --model.path runs/data_math_sft/hf \
     --prompts.sources "[{ files = ['$DATA/math_rl/rows.jsonl'] }]" --prompts.max_tokens 512 \
     --validation.sources "[{ files = ['examples/data/gsm8k_test_100.jsonl'] }]" --validation.sampling.samples_per_prompt 1 \
-    --algorithm.max_generation_rounds 1 --algorithm.overlong_penalty '{ buffer_tokens = 64 }' --train.steps 2
+    --algorithm.max_generation_rounds 1 --algorithm.overlong_penalty.buffer_tokens 64 --train.steps 2
 echo "$DATA/report.html"
