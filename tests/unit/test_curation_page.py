@@ -7,7 +7,7 @@ from curation_rows import curate, problem, sentence, write
 
 from megatron_klear.cli.curate import main
 
-EVIL = "</div></details><script>alert(1)</script> \ud83d & @@BODY@@"
+EVIL = "</div></details><script>alert(1)</script> & @@BODY@@"
 
 
 def text_of(page: str) -> str:
@@ -16,9 +16,7 @@ def text_of(page: str) -> str:
 
 
 def test_what_was_dropped_is_shown_with_examples_and_no_row_breaks_the_page(tmp_path):
-    rows = write(
-        tmp_path / "rows.jsonl", problem(EVIL.replace("\ud83d", "")), problem(EVIL.replace("\ud83d", "")), b"{"
-    )
+    rows = write(tmp_path / "rows.jsonl", problem(EVIL), problem(EVIL), b"{")
     curate("deduplicate", "--input", rows, "--output", tmp_path / "out" / "rows.jsonl")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script" not in page
@@ -26,7 +24,7 @@ def test_what_was_dropped_is_shown_with_examples_and_no_row_breaks_the_page(tmp_
     assert page.count("<details>") == page.count("</details>") == 2
     seen = text_of(page)
     assert "deduplicate: 1 of 3 rows kept" in seen
-    assert EVIL.replace("\ud83d", "") in seen
+    assert EVIL in seen
     assert "malformed_json 1 (33.3 %)" in seen
 
 
