@@ -1,7 +1,9 @@
-"""Curate training rows: drop repeated problems and those that overlap with benchmarks, choose, build whole sets.
+r"""Curate training rows: drop repeated problems and those that overlap with benchmarks, choose, build whole sets.
 
 klear curate deduplicate --input first.jsonl second.jsonl --output runs/curated/distinct/rows.jsonl
 klear curate decontaminate --input rows.jsonl --output runs/curated/clean/rows.jsonl --against aime.jsonl
+klear curate distill --input rows.jsonl --output runs/curated/sft/rows.jsonl --endpoint.urls http://127.0.0.1:8000/v1 \
+    --endpoint.model teacher
 klear curate build --config examples/data_math.toml
 
 Each output has a folder of its own: manifest.json, report.json and report.html stand beside it.
@@ -26,7 +28,7 @@ from megatron_klear.curation.build_config import BuildConfig
 from megatron_klear.curation.rows import resolve
 from megatron_klear.curation.run import Files
 from megatron_klear.curation.verbs import VERBS
-from megatron_klear.errors import configure_logging, exit_on_error
+from megatron_klear.errors import exit_on_error
 
 _TOLD_SECONDS = 0.5
 _MIB = 1 << 20
@@ -123,7 +125,6 @@ def build(arguments: list[str]) -> None:
     """`klear curate build`: sets from one file of settings."""
     command = parse_command_line(BuildConfig, arguments, description="klear curate build\n\n" + _BUILD)
     with exit_on_error():
-        configure_logging()
         if command.dry_run:
             for step in plan(command.config):
                 print(f"{step.set_name:8} {step.label:24} {step.files.output}")
@@ -141,7 +142,6 @@ def main(arguments: list[str] | None = None) -> None:
         return
     options = parse_arguments(given)
     with exit_on_error():
-        configure_logging()
         report = run(options)
         if report is None:
             print(f"{options.output} is there already, of these files and settings", file=sys.stderr)

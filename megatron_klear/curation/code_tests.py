@@ -11,6 +11,7 @@ from typing import Any
 from megatron_klear.rewards.code.cases import load_json
 from megatron_klear.rewards.code.compare_text import same_text
 from megatron_klear.rewards.code.compare_values import same_value
+from megatron_klear.rewards.code.extract import find_program, is_python
 from megatron_klear.rewards.code.forms import FormError, read_problem
 from megatron_klear.rewards.code.problem import AnyOf, Case, Expected, Problem, Test, Text
 
@@ -98,8 +99,8 @@ def _picked(truth: Any, numbers: Sequence[int], count: int) -> Any:
 def references_of(row: Mapping[str, Any], fields: Sequence[str]) -> list[str]:
     """The reference solutions of a row: those under the first of the fields that it has; none where it has none.
 
-    A field, dots for fields inside, holds a program, a list of programs, that list as JSON, or code_contests' table of
-    which the programs in Python 3 are taken.
+    A field, dots for fields inside, holds a program, a response with one, a list of them, that list as JSON, or
+    code_contests' table, of which the programs in Python 3 are taken.
     """
     for name in fields:
         value: Any = row
@@ -119,12 +120,12 @@ def references_of(row: Mapping[str, Any], fields: Sequence[str]) -> list[str]:
 
 
 def as_response(program: str) -> str:
-    """A program as the reward reads it, in a fence that it does not hold itself; a fenced one as it is.
+    """A program as the reward reads it, in a fence that it does not hold itself; a response with one as it is.
 
     The rest of the prompt's function (HumanEval) keeps its indentation.
     """
-    if program.lstrip().startswith("```"):
-        return program.lstrip()
+    if not is_python(program) and find_program(program).program is not None:
+        return program
     if program.lstrip("\r\n")[:1].isspace():
         program = f"#\n{program}"  # a block that is indented as a whole would lose that
     fence = "```"

@@ -16,6 +16,7 @@ from megatron_klear.data.rows import DataError, read_row
 from megatron_klear.rewards.format import CLOSE, OPEN
 
 from .draw import TeacherConfig, TeacherSampling, Wanted, draw, wanted_of
+from .grading import GRADES
 from .output import Output
 from .report import Judged, Report
 from .response_store import Drawn, ResponseStore
@@ -72,10 +73,15 @@ def run_distill(files: Files, settings: DistillSettings) -> dict[str, Any] | Non
 
 
 def store_path(files: Files, folder: Path | None) -> Path:
-    """Where responses are kept. Raises DataError where that is the output."""
+    """Where responses are kept, which is also the folder of grades.
+
+    Raises DataError where the output would take the place of one of them.
+    """
     path = (folder or files.output.parent) / STORE
-    if path.resolve() == files.output.resolve():
-        raise DataError(f"--output {files.output} is where responses are kept; choose another name or --store")
+    if files.output.resolve() in (path.resolve(), path.with_name(GRADES).resolve()):
+        raise DataError(
+            f"--output {files.output} is where responses or grades are kept; choose another name or --store"
+        )
     return path
 
 

@@ -19,6 +19,7 @@ from megatron_klear.rewards.base import BUILT_IN, find
 from megatron_klear.rewards.code.problem import Problem
 
 from .code_tests import as_response, as_value, contradiction, num_distinct, only, references_of, tests_of
+from .distill import store_path
 from .grading import Graded, Grader, GradingConfig, Truth, open_grades, truth_of
 from .output import TESTS, Output, finished_hits, raw_hits
 from .report import Judged, Report
@@ -68,7 +69,8 @@ def run_filter_code(files: Files, settings: FilterCodeSettings) -> dict[str, Any
         **settings.model_dump(mode="json", exclude={"reward", "store"}),
         "reward": settings.reward.identity(),
     }
-    return carry_out(files, "filter-code", named, lambda: _CodeFilter(files, settings))
+    folder = store_path(files, settings.store).parent
+    return carry_out(files, "filter-code", named, lambda: _CodeFilter(files, settings, folder))
 
 
 @dataclass(slots=True)
@@ -101,8 +103,8 @@ class _CodeFilter(Work):
 
     lines = TESTS
 
-    def __init__(self, files: Files, settings: FilterCodeSettings) -> None:
-        self._files, self._settings = files, settings
+    def __init__(self, files: Files, settings: FilterCodeSettings, folder: Path) -> None:
+        self._files, self._settings, self._folder = files, settings, folder
         self._references: Counter[str] = Counter()
         self._ambiguous = self._thinned = self._tests_dropped = 0
 
@@ -115,7 +117,7 @@ class _CodeFilter(Work):
                     yield path, Judged.unusable(usable)
         with ExitStack() as stack:
             reward, workers = self._settings.reward, self._files.workers
-            file = stack.enter_context(open_grades(self._settings.store or self._files.output.parent))
+            file = stack.enter_context(open_grades(self._folder))
             grader = Grader(
                 reward,
                 lambda: stack.enter_context(reward.open_pool({"code"}, workers, programs=True)),

@@ -129,6 +129,12 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
     "--against examples/data/gsm8k_test_100.jsonl --template runs/curated/instruction.txt --rule careful": Runs(
         swap=KLEAR, shows="897 of 897 rows kept"
     ),
+    "klear curate filter-code --input examples/data/mbpp_train_100.jsonl --output runs/curated/tested/rows.jsonl "
+    "--reference response --min-tests 3": Runs(swap=KLEAR, shows="100 of 100 rows kept"),
+    "klear curate distill --input rows.jsonl --output runs/curated/sft/rows.jsonl "
+    "--endpoint.urls http://127.0.0.1:8000/v1 --endpoint.model DeepSeek-R1-0528": Exempt(
+        "asks a server; tests/unit/test_curation_distill.py has one"
+    ),
     "klear curate build --config examples/data_math.toml --dry-run": Runs(swap=KLEAR, shows="1 deduplicate"),
     f"python tools/inspect_data.py --config {TINY} --index 3": Runs(),
     "python tools/report.py examples/results/gppo_smollm2_arithmetic --out runs/report.html": Runs(),

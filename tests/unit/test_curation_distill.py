@@ -7,6 +7,7 @@ import pytest
 from curation_rows import contents, curate, problem, read, write
 from teacher import PROMPT_TOKENS, Teacher, answer_to, curate_until
 
+from megatron_klear.curation.distill import with_thinking_opened
 from megatron_klear.curation.lines import LineFile, StoreError
 from megatron_klear.curation.spending import SpendLimitError
 from megatron_klear.data.rows import DataError, read_row
@@ -223,4 +224,26 @@ def test_bad_rows_are_counted_with_their_places_and_cost_nothing(tmp_path, teach
     teacher.asked.clear()
     with pytest.raises(DataError, match=r"rows\.jsonl:1: not valid JSON"):
         distill(teacher, rows, tmp_path / "strict" / "rows.jsonl", "--strict", samples=2)
+    assert not teacher.asked
+
+
+def test_what_is_under_way_is_kept_when_another_request_fails_for_good(tmp_path, teacher, rows):
+    teacher.faults = {5: 401}
+    with pytest.raises(EndpointError, match="status 401"):
+        distill(teacher, rows, tmp_path / "out" / "rows.jsonl")
+    kept = [line for line in read(tmp_path / "out" / "responses.jsonl") if "key" in line]
+    assert len(kept) == teacher.answered.total() >= 4
+    assert teacher.asked.total() < 18
+
+
+def test_thinking_that_the_template_opened_is_opened_in_the_row():
+    assert with_thinking_opened("So.\n</think>\n\n5") == "<think>\nSo.\n</think>\n\n5"
+    for text in ("<think>\nSo.\n</think>\n\n5", "no thinking", "<think> cut off"):
+        assert with_thinking_opened(text) == text
+
+
+@pytest.mark.parametrize("name", ["responses.jsonl", "grades.jsonl"])
+def test_the_output_is_not_where_results_are_kept(tmp_path, teacher, rows, name):
+    with pytest.raises(DataError, match="where responses or grades are kept"):
+        distill(teacher, rows, tmp_path / name)
     assert not teacher.asked

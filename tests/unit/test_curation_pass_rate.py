@@ -10,6 +10,7 @@ from curation_rows import contents, curate, problem, read, write
 from sandboxes import needs_bubblewrap
 from teacher import Teacher, answer_to, curate_until
 
+from megatron_klear.cli.curate import main
 from megatron_klear.curation.lines import LineFile
 from megatron_klear.curation.text import problem_id
 from megatron_klear.data.prompts import problem_id as evaluation_id
@@ -264,3 +265,16 @@ def test_what_makes_no_sense_is_refused(tmp_path, rows, arguments, told, capsys)
     with pytest.raises(SystemExit):
         filtered(rows, tmp_path / "out" / "rows.jsonl", *arguments)
     assert told in capsys.readouterr().err
+
+
+def test_it_is_a_step_of_a_build(tmp_path, light_reward):
+    rows = [problem(f"Problem {k}") | {"responses": ["Seed", "Seed" if k else "none"]} for k in range(2)]
+    write(tmp_path / "rows.jsonl", *rows)
+    step = f'kind = "filter-pass-rate", samples = 2, responses = ["{tmp_path}/rows.jsonl"]'
+    config = tmp_path / "build.toml"
+    config.write_text(
+        f'output = "{tmp_path}/out"\nsources = [{{ name = "all", files = ["{tmp_path}/rows.jsonl"] }}]\n[math_rl]\n'
+        f'sources = ["all"]\nsteps = [{{ {step}, reward.functions = {light_reward[1]} }}]\n'
+    )
+    main(["build", "--config", str(config)])
+    assert [row["prompt"] for row in read(tmp_path / "out" / "math_rl" / "rows.jsonl")] == ["Problem 1"]
