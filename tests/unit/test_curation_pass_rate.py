@@ -222,6 +222,12 @@ def test_drawn_responses_share_the_store_of_distillation(tmp_path, teacher):
     for text, seed in teacher.answered:
         passed[text] += "\\boxed{1}" in (answer_to(text, seed)[0] or "")
     assert [row["prompt"] for row in read(tmp_path / "out" / "rows.jsonl")] == [text for text in texts if passed[text]]
+    verdicts, right = tmp_path / "out" / "verdicts.jsonl", tmp_path / "right" / "rows.jsonl"
+    chosen = ("--verdicts", verdicts, "--correct", "only", "--output", right)
+    curate("select", "--input", tmp_path / "sft" / "rows.jsonl", *chosen)
+    assert 0 < len(read(right)) < len(read(tmp_path / "sft" / "rows.jsonl"))
+    for row in read(tmp_path / "sft" / "rows.jsonl"):
+        assert ("\\boxed{1}" in row["messages"][-1]["content"]) == (row in read(right))
     again = curate(*given, "--output", tmp_path / "again" / "rows.jsonl", "--recorded")
     assert again["problems_by_passed"] == report["problems_by_passed"]
     assert teacher.asked.total() == asked
