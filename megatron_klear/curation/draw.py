@@ -23,7 +23,6 @@ from .text import problem_id
 
 _OF_THE_PROMPT = frozenset({400, 403, 413, 422, 451})
 """A status that says something of one prompt, too long or not wanted; others are about the key or the address."""
-_REFUSED_AT_FIRST = 8
 _MESSAGE_TOKENS, _PROMPT_TOKENS = 64, 64
 """More than templates put around a message and around a prompt."""
 _SENT = ("role", "content", "name")
@@ -40,6 +39,10 @@ class TeacherConfig(EndpointConfig):
     """For a million tokens of prompts."""
     output_price: float = Field(default=0, ge=0)
     """For a million tokens of answers, thinking included."""
+
+    max_refused: PositiveInt = 100
+    """Stop where so many prompts are refused and nothing is answered in between, and keep none of these refusals: the
+    key or a setting is then more likely to be wrong than the prompts."""
 
     @model_validator(mode="after")
     def _check(self) -> TeacherConfig:
@@ -85,9 +88,10 @@ class Wanted:
 
 
 def prompt_of(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The messages that a row's last answer answers, as they are sent; the row is checked as training does.
+    """The messages that a row's last answer answers, or all where the user has the last word, as they are sent.
 
-    Raises BadRow where the row is of neither form of docs/data.md, uses tools, or does not end with the user's message.
+    The row is checked as training does. Raises BadRow where it is of neither form of docs/data.md, uses tools, or does
+    not have the user's message there.
     """
     problem_text(row)
     supervised = row.get("messages") is not None or row.get("response") is not None
@@ -96,9 +100,9 @@ def prompt_of(row: Mapping[str, Any]) -> tuple[Message, ...]:
     except DataError as error:
         raise BadRow("wrong_type", str(error)) from None
     messages = list(found.messages)
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if supervised and answers:
-        messages = messages[: answers[-1]]
+    if supervised and messages[-1]["role"] != "user":
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        messages = messages[: answers[-1]] if answers else messages
     if row.get("tools") or any("tool_calls" in message or message["role"] == "tool" for message in messages):
         raise BadRow("uses_tools", "the conversation uses tools, which a teacher is not given")
     if not messages or messages[-1]["role"] != "user":
@@ -127,8 +131,8 @@ def draw(
 ) -> None:
     """Draw what the store lacks; what has come is kept when this raises.
 
-    Refusals of single prompts are kept as well, once the teacher has answered at all. Raises EndpointError where it
-    refuses everything or cannot be reached, SpendLimitError where the limit would be exceeded.
+    Refusals of prompts are kept as well, once the teacher has answered another. Raises EndpointError where it refuses
+    everything or cannot be reached, SpendLimitError where the limit would be exceeded.
     """
     drawing = _Drawing(config, sampling, store, ledger, progress)
     ask_all(config, drawing.missing(wanted), drawing.ask)
@@ -149,6 +153,7 @@ class _Drawing:
         self._config, self._sampling, self._protocol = config, sampling, sampling.protocol()
         self._store, self._ledger, self._progress = store, ledger, progress
         self._drawn = 0
+        self._answered = False
         self._held: list[tuple[Drawn, RefusedError]] = []
         """Refusals that may be of everything rather than of their prompts."""
 
@@ -184,26 +189,38 @@ class _Drawing:
                     completion_tokens=found.completion_tokens,
                 )
             )
-            self.end()
+            self._answered = True
+            self._keep_refusals()
         except RefusedError as error:
             self._refused(replace(of_it, why=error.said), error)
         finally:
             await meter.end()
 
     def end(self) -> None:
-        """Keep the refusals that were held. Raises EndpointError where nothing but refusals has come."""
-        held, self._held = self._held, []
-        if held and not self._store.answers:
-            raise EndpointError(f"all of the first {len(held)} requests are refused, so nothing is kept; {held[0][1]}")
-        for drawn, _ in held:
-            self._add(drawn)
+        """Keep the last refusals. Raises EndpointError where nothing but refusals has come."""
+        if self._held and not self._answered:
+            self._stop()
+        self._keep_refusals()
 
     def _refused(self, drawn: Drawn, error: RefusedError) -> None:
         if error.status not in _OF_THE_PROMPT:
             raise error
         self._held.append((drawn, error))
-        if self._store.answers or len(self._held) >= _REFUSED_AT_FIRST:
-            self.end()
+        if len({held.problem for held, _ in self._held}) >= self._config.max_refused:
+            self._stop()
+
+    def _stop(self) -> None:
+        count, first = len(self._held), self._held[0][1]
+        self._held.clear()
+        raise EndpointError(
+            f"{count} requests are refused and nothing is answered in between, so these refusals are not kept; {first}. If "
+            "the prompts are to blame, raise endpoint.max_refused, or pass --recorded for the rows of what is there"
+        )
+
+    def _keep_refusals(self) -> None:
+        for drawn, _ in self._held:
+            self._add(drawn)
+        self._held.clear()
 
     def _add(self, drawn: Drawn) -> None:
         self._store.keep(drawn)

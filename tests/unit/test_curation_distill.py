@@ -16,6 +16,7 @@ from megatron_klear.evaluation.chat_api import EndpointError
 
 CHAT = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 3?"}]}
 ANSWERED = {"messages": [*CHAT["messages"], {"role": "assistant", "content": "5"}]}
+OPEN = {"messages": [*ANSWERED["messages"], {"role": "user", "content": "And 3 + 3?"}]}
 TEXTS = [f"Problem {k}" for k in range(6)]
 MAX_TOKENS = 20
 PRICES = {"input_price": 1e6, "output_price": 2e6}  # one for a token of a prompt, two for one of an answer
@@ -53,13 +54,13 @@ def rows(tmp_path):
 
 def test_responses_are_rows_for_sft_with_where_they_are_from(tmp_path, teacher):
     rl = {**problem("Problem 1"), "extra_info": {"split": "train"}}
-    rows = write(tmp_path / "rows.jsonl", rl, ANSWERED, {"prompt": "Hi", "response": "Ho"})
+    rows = write(tmp_path / "rows.jsonl", rl, ANSWERED, {"prompt": "Hi", "response": "Ho"}, OPEN)
     output = tmp_path / "out" / "rows.jsonl"
     report = distill(teacher, rows, output)
     made = read(output)
-    assert report["counts"] == {"rows": 9, "kept": 9, "dropped": 0, "bad": 0}
-    assert [row["sample"] for row in made] == [0, 1, 2] * 3
-    for row, source in zip(made, [rl] * 3 + [ANSWERED] * 3 + [None] * 3, strict=True):
+    assert report["counts"] == {"rows": 12, "kept": 12, "dropped": 0, "bad": 0}
+    assert [row["sample"] for row in made] == [0, 1, 2] * 4
+    for row, source in zip(made, [rl] * 3 + [ANSWERED] * 3 + [None] * 3 + [OPEN] * 3, strict=True):
         prompt, answer = row["messages"][:-1], row["messages"][-1]
         assert answer["content"].startswith("<think>\nSeed ")
         assert read_row(row).through_last_assistant()[-1]["role"] == "assistant"
@@ -69,8 +70,10 @@ def test_responses_are_rows_for_sft_with_where_they_are_from(tmp_path, teacher):
             assert {name: row[name] for name in rl if name != "prompt"} == {k: rl[k] for k in rl if k != "prompt"}
         elif source is ANSWERED:
             assert prompt == CHAT["messages"]
+        elif source is OPEN:
+            assert prompt == OPEN["messages"]
     seeds = [row["messages"][-1]["content"] for row in made]
-    assert len(set(seeds)) == 9
+    assert len(set(seeds)) == 12
     assert teacher.url not in (output.parent / "manifest.json").read_text()
 
 
@@ -111,16 +114,29 @@ def test_answers_that_are_none_to_train_on_are_counted_and_not_asked_for_again(t
 
 
 def test_a_teacher_that_refuses_everything_has_refused_no_prompt(tmp_path, teacher):
-    rows = write(tmp_path / "rows.jsonl", problem("forbidden"), problem("also forbidden"))
-    output = tmp_path / "out" / "rows.jsonl"
-    for name in ("few", "many"):
-        with pytest.raises(EndpointError, match=r"are refused, so nothing is kept; .* status 400: not such prompts"):
-            distill(teacher, rows, tmp_path / name / "rows.jsonl", samples={"few": 2, "many": 40}[name])
-    assert not output.exists()
-    assert teacher.asked.total() < 20
+    rows = write(tmp_path / "rows.jsonl", *(problem(f"forbidden {k}") for k in range(30)))
+    for number, further in enumerate([{}, {"max_refused": 5}]):
+        output = tmp_path / str(number) / "rows.jsonl"
+        teacher.asked.clear()
+        with pytest.raises(EndpointError, match=r"requests are refused and nothing .* status 400: not such prompts"):
+            distill(teacher, rows, output, **further)
+        assert not [line for line in read(output.with_name("responses.jsonl")) if "key" in line]
+        assert teacher.asked.total() == 90 if not further else teacher.asked.total() < 30
     teacher.faults = dict.fromkeys(range(1000), 401)
     with pytest.raises(EndpointError, match="status 401"):
         distill(teacher, write(tmp_path / "other.jsonl", problem("x")), tmp_path / "key" / "rows.jsonl")
+
+
+def test_a_key_that_ends_in_between_refuses_no_prompt(tmp_path, teacher, rows):
+    output = tmp_path / "out" / "rows.jsonl"
+    teacher.faults = dict.fromkeys(range(7, 1000), 403)
+    with pytest.raises(EndpointError, match=r"nothing is answered in between, .* status 403: not now"):
+        distill(teacher, rows, output, concurrency=1, max_refused=2)
+    with pytest.raises(EndpointError, match=r"nothing is answered in between, .* status 403: not now"):
+        distill(teacher, rows, output, concurrency=1)
+    assert len([line for line in read(output.with_name("responses.jsonl")) if "key" in line]) == 7
+    teacher.faults = {}
+    assert distill(teacher, rows, output)["finishes"] == {"stop": 18}
 
 
 def test_equal_prompts_share_their_responses(tmp_path, teacher):
