@@ -213,8 +213,8 @@ class _Drawing:
         count, first = len(self._held), self._held[0][1]
         self._held.clear()
         raise EndpointError(
-            f"{count} requests are refused and nothing is answered in between, so these refusals are not kept; {first}. If "
-            "the prompts are to blame, raise endpoint.max_refused, or pass --recorded for the rows of what is there"
+            f"{count} requests are refused and nothing is answered in between, so no refusal is kept; {first}. "
+            "If the prompts are to blame, raise endpoint.max_refused, or pass --recorded for the rows of what is there"
         )
 
     def _keep_refusals(self) -> None:
