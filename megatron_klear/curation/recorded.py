@@ -48,7 +48,7 @@ class _Place:
 
 
 class RecordedResponses:
-    """The responses of JSONL files, by problem, read when they are asked for. Memory: about 300 bytes a response."""
+    """The responses of JSONL files, by problem, read when they are asked for. Memory: about 150 bytes a response."""
 
     def __init__(self, files: Sequence[Path], max_row_bytes: int, *, strict: bool) -> None:
         """Read the files once.

@@ -120,10 +120,14 @@ class ChatClient:
         self._turn += 1
         pause, words = _FIRST_PAUSE_SECONDS, ""
         for attempt in range(1, self._config.attempts + 1):
-            if delay := self._pacer.delay_seconds(time.monotonic()):
-                await asyncio.sleep(delay)
             if meter:
                 await meter.begin()
+            if delay := self._pacer.delay_seconds(time.monotonic()):
+                await asyncio.sleep(delay)
+            if self.stopping:  # since this one began to wait
+                if meter:
+                    meter.unused()
+                break
             outcome = await self._attempt(url, body, place)
             if isinstance(outcome, Completion):
                 return outcome
@@ -132,8 +136,6 @@ class ChatClient:
                 meter.unused()
             if outcome.refusal is not None:
                 raise outcome.refusal
-            if self.stopping:
-                break
             if attempt < self._config.attempts:
                 pause = max(pause, outcome.asked_pause_seconds)
                 await asyncio.sleep(pause * random.uniform(0.75, 1.25))

@@ -175,3 +175,22 @@ def test_every_try_waits_for_its_turn(server, monkeypatch):
     monkeypatch.setattr(chat_api.time, "monotonic", lambda: 10.0)
     draw(server, names="a", samples=2, concurrency=1, max_requests_per_minute=6)
     assert [seconds for seconds in waited if seconds > 1] == [10.0, 20.0]
+
+
+def test_nothing_is_begun_once_a_request_has_failed_for_good(monkeypatch):
+    begun, pause = [], asyncio.sleep
+
+    async def attempt(_, url, body, place):
+        begun.append(place)
+        refusal = chat_api.RefusedError(url, place, 401, "no") if place == "refused" else None
+        return chat_api._Failure("status 500", refusal=refusal)
+
+    async def ask(client, place):
+        await client.ask({}, place)
+
+    monkeypatch.setattr(chat_api.ChatClient, "_attempt", attempt)
+    monkeypatch.setattr(chat_api.asyncio, "sleep", lambda seconds: pause(0))
+    config = EndpointConfig(urls=("http://127.0.0.1:1",), model="m", concurrency=3)
+    with pytest.raises(EndpointError, match="refuses refused"):
+        chat_api.ask_all(config, ["a", "b", "refused", "later"], ask)
+    assert begun == ["a", "b", "refused"]
