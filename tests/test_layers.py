@@ -52,7 +52,7 @@ ONLY_IN = {
     "apex": {"mcore"},
     "flash_attn": {"mcore"},
     "vllm": {"rollout"},
-    "ray": {"rewards"},
+    "ray": {"rewards", "curation"},
     "rensa": {"curation"},
 }
 OBJECT_COLLECTIVES = re.compile(r"\b(all_gather|broadcast|gather|scatter)_object(_list)?\(")

@@ -25,6 +25,7 @@ from megatron_klear.config.read import SettingsError, from_flags, parse_command_
 from megatron_klear.config.schema import Key, is_list, keys_of, value_type
 from megatron_klear.curation.build import plan, run_build
 from megatron_klear.curation.build_config import BuildConfig
+from megatron_klear.curation.ray_engine import open_engine
 from megatron_klear.curation.rows import resolve
 from megatron_klear.curation.run import Files
 from megatron_klear.curation.verbs import VERBS
@@ -67,6 +68,12 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="replace an existing output")
     command.add_argument("--max-row-mib", type=float, default=16, help="a longer row is left out (default 16)")
     command.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    command.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="whose: this command's, or a local Ray's that it starts",
+    )
 
 
 def _add_setting(command: argparse.ArgumentParser, key: Key) -> None:
@@ -94,16 +101,18 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """Do what the command line asks for; returns the report, None where it was done already."""
-    files = Files(
-        inputs=resolve(options.input, "--input"),
-        output=options.output,
-        strict=options.strict,
-        force=options.force,
-        max_row_bytes=int(options.max_row_mib * _MIB),
-        workers=options.workers,
-        progress=_progress(),
-    )
-    return VERBS[options.verb].run(files, options.settings)
+    with open_engine(options.engine, options.workers) as engine:
+        files = Files(
+            inputs=resolve(options.input, "--input"),
+            output=options.output,
+            strict=options.strict,
+            force=options.force,
+            max_row_bytes=int(options.max_row_mib * _MIB),
+            workers=options.workers,
+            engine=engine,
+            progress=_progress(),
+        )
+        return VERBS[options.verb].run(files, options.settings)
 
 
 def _progress() -> Callable[[int], None]:

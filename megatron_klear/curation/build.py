@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from megatron_klear.errors import UserError
 from .build_config import BuildConfig, SetConfig
 from .output import MANIFEST, PAGE, REPORT, Output
 from .page import page_of
+from .ray_engine import open_engine
 from .report import Judged, Report
 from .rows import Row, Unusable, decode, resolve, stream_chunks
 from .run import Files, Place, Work, carry_out
@@ -39,13 +40,21 @@ class Step:
     run: Callable[[], dict[str, Any] | None]
 
 
-def plan(config: BuildConfig, progress: Callable[[int], None] = lambda rows: None) -> list[Step]:
+def plan(config: BuildConfig, common: Files | None = None) -> list[Step]:
     """All steps in order: a set's rows are gathered, go through its steps, and are checked for the form trained on.
 
-    Raises DataError where a source has no files.
+    `common` is what the files of all steps share besides what is in `config`. Raises DataError where a source has no
+    files.
     """
     found = {source.name: resolve(source.files, f"sources.{source.name}") for source in config.sources}
-    return [step for name, wanted in config.sets() for step in _of_set(config, name, wanted, found, progress)]
+    files = replace(
+        common or Files([], config.output),
+        strict=config.strict,
+        force=config.force,
+        max_row_bytes=int(config.max_row_mib * (1 << 20)),
+        workers=config.workers,
+    )
+    return [step for name, wanted in config.sets() for step in _of_set(config.output / name, wanted, found, files)]
 
 
 def run_build(config: BuildConfig, tell: Tell, progress: Callable[[int], None] = lambda rows: None) -> dict[str, Any]:
@@ -54,8 +63,18 @@ def run_build(config: BuildConfig, tell: Tell, progress: Callable[[int], None] =
     Raises UserError that names the step which cannot be done.
     """
     _check_free(config)
+    with open_engine(config.engine, config.workers) as engine:
+        sets = _carry_out_all(plan(config, Files([], config.output, engine=engine, progress=progress)), config, tell)
+    content = {"verb": "build", "sets": sets}
+    write_text_atomically(config.output / PAGE, page_of(content))
+    write_text_atomically(config.output / REPORT, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    return content
+
+
+def _carry_out_all(steps: Sequence[Step], config: BuildConfig, tell: Tell) -> dict[str, Any]:
+    """The sets, each with the reports of its steps."""
     sets: dict[str, dict[str, Any]] = {}
-    for step in plan(config, progress):
+    for step in steps:
         where = f"{step.set_name}, {step.label}"
         try:
             done_before = step.run() is None
@@ -71,10 +90,7 @@ def run_build(config: BuildConfig, tell: Tell, progress: Callable[[int], None] =
         manifest = json.loads((folder / MANIFEST).read_bytes())
         (rows,) = [entry for entry in manifest["outputs"] if entry["path"] == step.files.output.name]
         of_set |= {"rows": counts["kept"], "file": str(step.files.output), "sha256": rows["sha256"]}
-    content = {"verb": "build", "sets": sets}
-    write_text_atomically(config.output / PAGE, page_of(content))
-    write_text_atomically(config.output / REPORT, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-    return content
+    return sets
 
 
 def _check_free(config: BuildConfig) -> None:
@@ -88,25 +104,11 @@ def _check_free(config: BuildConfig) -> None:
         raise DataError(f"{path} is of no build; choose another output or pass --force")
 
 
-def _of_set(
-    config: BuildConfig,
-    name: str,
-    wanted: SetConfig,
-    found: Mapping[str, list[Path]],
-    progress: Callable[[int], None],
-) -> Iterator[Step]:
-    folder = config.output / name
+def _of_set(folder: Path, wanted: SetConfig, found: Mapping[str, list[Path]], common: Files) -> Iterator[Step]:
+    name = folder.name
 
     def files(inputs: Sequence[Path], output: Path) -> Files:
-        return Files(
-            inputs=list(inputs),
-            output=output,
-            strict=config.strict,
-            force=config.force,
-            max_row_bytes=int(config.max_row_mib * (1 << 20)),
-            workers=config.workers,
-            progress=progress,
-        )
+        return replace(common, inputs=list(inputs), output=output)
 
     names = {path: source for source in wanted.sources for path in found[source]}
     gathered = files([path for source in wanted.sources for path in found[source]], folder / "0-gather" / "rows.jsonl")

@@ -55,6 +55,9 @@ class BuildConfig(Settings):
     """A longer row is left out."""
     workers: PositiveInt = 1
     """Processes; no file depends on how many."""
+    engine: Literal["local", "ray"] = "local"
+    """Whose processes the workers are: this command's own, or those of a Ray that it starts here and ends
+    (`pip install "megatron-klear[ray]"`)."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     sft: SetConfig | None = None
     math_rl: SetConfig | None = None

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 from megatron_klear.data.rows import DataError
 
 from .output import HITS, Identity, Output, describe_files, finished_hits, is_done, open_output
+from .ray_engine import RayEngine
 from .report import Judged, Report
 from .rows import Row, Unusable, decode, stream_chunks
 from .workers import ordered_map
@@ -34,6 +35,8 @@ class Files:
     max_row_bytes: int = 16 << 20
     workers: int = 1
     """Processes; no file depends on how many."""
+    engine: RayEngine | None = None
+    """Whose workers they are; those of this process unless given."""
     progress: Callable[[int], None] = lambda rows: None
     """Called with the number of rows done."""
 
@@ -61,6 +64,8 @@ class Files:
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
         """Each task with the function's result, in order; the function is pickled where there are workers."""
+        if self.engine is not None:
+            return self.engine.map(function, tasks)
         return ordered_map(function, tasks, self.workers)
 
 
