@@ -55,7 +55,8 @@ ONLY_IN = {
     "apex": {"mcore"},
     "flash_attn": {"mcore"},
     "vllm": {"rollout"},
-    "ray": {"rewards"},
+    "ray": {"rewards", "curation"},
+    "rensa": {"curation"},
 }
 OBJECT_COLLECTIVES = re.compile(r"\b(all_gather|broadcast|gather|scatter)_object(_list)?\(")
 WITHOUT_TORCH = [
@@ -76,7 +77,7 @@ WITHOUT_TORCH = [
     "statistics.figures",
     "data.packing",
     "data.sources",
-    "curation.run",
+    "curation.verbs",
 ]
 
 

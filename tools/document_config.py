@@ -24,6 +24,7 @@ from megatron_klear.config.evaluation import EvaluationConfig
 from megatron_klear.config.files import write_text_atomically
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.config.schema import Key, keys_of, tables_in
+from megatron_klear.curation.build_config import BuildConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "settings.md"
@@ -31,6 +32,7 @@ RUNS: dict[str, type[BaseModel]] = {
     "pretrain_sft.py": SFTConfig,
     "train_gppo.py": GPPOConfig,
     "evaluate.py": EvaluationConfig,
+    "klear curate build": BuildConfig,
 }
 HEADER = """\
 # Every setting

@@ -37,7 +37,7 @@ COMMANDS = {
     "serve": Command("serve_rollouts", "start and watch the vLLM servers of a run"),
     "doctor": Command("doctor", "what this machine has, and what a run lacks here", needs_packages=False),
     "prepare": Command("prepare_data", "GSM8K, MATH and generated arithmetic as rows"),
-    "curate": Command("curate", "drop repeated problems, and those that overlap with benchmarks"),
+    "curate": Command("curate", "make training sets: drop repeats and overlaps, filter, distil, choose, build"),
     "inspect-data": Command("inspect_data", "a sample as the model reads it, with the trained tokens marked"),
     "convert": Command("convert", "a Hugging Face folder into a Megatron checkpoint, or back", on_gpu=False),
     "extend": Command("extend", "a model folder with a longer context, by YaRN"),

@@ -36,8 +36,10 @@ class EndpointConfig(Settings):
     """Environment variable that holds the key; none is sent where it is empty."""
     concurrency: PositiveInt = 64
     """Requests under way at a time, over all addresses."""
+    max_requests_per_minute: PositiveInt | None = None
+    """Limit on requests begun, tries counted one by one, spread evenly."""
     attempts: PositiveInt = 6
-    """Tries of one request, with growing pauses after 408, 429, 5xx and broken connections."""
+    """Tries of one request, with growing pauses after 408, 409, 425, 429, 5xx, timeouts and broken connections."""
     timeout_seconds: float = Field(default=3600, gt=0)
     """For one response."""
     extensions: bool = True

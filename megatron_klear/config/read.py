@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import textwrap
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -36,7 +35,7 @@ from megatron_klear.config.schema import (
     tables_in,
     value_type,
 )
-from megatron_klear.config.toml import to_toml
+from megatron_klear.config.toml import line_numbers, to_toml
 from megatron_klear.errors import UserError
 from megatron_klear.models.architecture import ArchitectureError
 
@@ -104,6 +103,18 @@ def load(cls: type[C], argv: Sequence[str]) -> C:
     known = keys_of(cls)
     problems += [_unknown(f"--{flag}", flag.replace("-", "_"), known) for flag in unknown]
     return _validate(cls, values, _Sources(file=str(path), lines=lines, flagged=frozenset(flagged)), problems)
+
+
+def from_flags(cls: type[C], flags: Mapping[str, list[str]], where: str) -> C:
+    """Settings of `cls` from flags alone, each name with its words; `where` is the command, to name in messages.
+
+    Raises SettingsError that lists everything wrong.
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    flagged, unknown = override(cls, values, dict(flags), problems)
+    problems += [_unknown(f"--{flag}", flag, keys_of(cls)) for flag in unknown]
+    return _validate(cls, values, _Sources(file=where, lines={}, flagged=frozenset(flagged)), problems)
 
 
 @contextmanager
@@ -253,7 +264,7 @@ class _Sources:
 def _read_toml(path: Path, problems: list[str]) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         text = path.read_text(encoding="utf-8")
-        return tomllib.loads(text), _line_numbers(text)
+        return tomllib.loads(text), line_numbers(text)
     except FileNotFoundError:
         problems.append(f"{path}: there is no such file (the current directory is {Path.cwd()})")
     except (OSError, UnicodeDecodeError) as error:
@@ -261,23 +272,6 @@ def _read_toml(path: Path, problems: list[str]) -> tuple[dict[str, Any], dict[st
     except tomllib.TOMLDecodeError as error:
         problems.append(f"{path}: not valid TOML: {error} (text needs quotes, tables are written [name])")
     return {}, {}
-
-
-_TABLE_LINE = re.compile(r"\s*\[\s*([A-Za-z0-9_.\s-]+?)\s*\]")
-_KEY_LINE = re.compile(r"\s*([A-Za-z0-9_.-]+)\s*=")
-
-
-def _line_numbers(text: str) -> dict[str, int]:
-    """Line of each `key =` by dotted name, as far as plain TOML goes; only used to point at mistakes."""
-    lines: dict[str, int] = {}
-    prefix = ""
-    for number, line in enumerate(text.splitlines(), start=1):
-        if table := _TABLE_LINE.match(line):
-            prefix = table[1].replace(" ", "") + "."
-            lines.setdefault(prefix[:-1], number)
-        elif key := _KEY_LINE.match(line):
-            lines.setdefault(prefix + key[1], number)
-    return lines
 
 
 def _validate(cls: type[C], values: dict[str, Any], sources: _Sources, problems: list[str]) -> C:

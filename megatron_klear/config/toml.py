@@ -1,4 +1,4 @@
-"""A small TOML writer for settings: what `tomllib` reads back to the same values."""
+"""A small TOML writer for settings: what `tomllib` reads back to the same values; and where keys stand in a text."""
 
 from __future__ import annotations
 
@@ -9,11 +9,26 @@ from pathlib import Path
 from typing import Any
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+\Z")
+_TABLE_LINE = re.compile(r"\s*\[\s*([A-Za-z0-9_.\s-]+?)\s*\]")
+_KEY_LINE = re.compile(r"\s*([A-Za-z0-9_.-]+)\s*=")
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
     """TOML text of nested mappings of text, paths, numbers, booleans and lists; `None` becomes the text `"none"`."""
     return "\n".join(_lines(table, ())).strip() + "\n"
+
+
+def line_numbers(text: str) -> dict[str, int]:
+    """Line of each `key =` by dotted name, as far as plain TOML goes; only used to point at mistakes."""
+    lines: dict[str, int] = {}
+    prefix = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if table := _TABLE_LINE.match(line):
+            prefix = table[1].replace(" ", "") + "."
+            lines.setdefault(prefix[:-1], number)
+        elif key := _KEY_LINE.match(line):
+            lines.setdefault(prefix + key[1], number)
+    return lines
 
 
 def _lines(table: Mapping[str, Any], parents: tuple[str, ...]) -> list[str]:

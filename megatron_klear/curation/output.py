@@ -1,4 +1,4 @@
-"""Where a curation goes: the rows, with manifest.json and report.json beside them, whole or not at all."""
+"""Where a curation goes: the rows, with manifest.json, report.json and its page beside them, whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from typing import IO, Any
 
 from megatron_klear.data.rows import DataError
 
+from .page import page_of
 from .parquet import write_parquet
 
-MANIFEST, REPORT, HITS = "manifest.json", "report.json", "hits.jsonl"
-_BESIDE = (MANIFEST, REPORT, HITS)
+MANIFEST, REPORT, PAGE = "manifest.json", "report.json", "report.html"
+HITS, VERDICTS, TESTS = "hits.jsonl", "verdicts.jsonl", "tests.jsonl"
+_BESIDE = (MANIFEST, REPORT, PAGE, HITS, VERDICTS, TESTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +74,19 @@ class Output:
         self._output = output
         self._rows = rows
         self.hits = hits
-        """Lines of further detail; written as hits.jsonl where there are any."""
+        """Lines of further detail; written where there are any, under a name of the verb's."""
 
     def write(self, line: bytes) -> None:
         """Write one row."""
         self._rows.write(line + b"\n")
 
     def commit(
-        self, identity: Identity, counts: Mapping[str, int], report: Mapping[str, Any], hits: Path | None
+        self,
+        identity: Identity,
+        counts: Mapping[str, int],
+        report: Mapping[str, Any],
+        hits: Path | None,
+        name_of_hits: str = HITS,
     ) -> None:
         """Give everything its name. Raises DataError where the rows do not fit Parquet."""
         self._rows.flush()
@@ -88,10 +95,12 @@ class Output:
         if self._output.suffix == ".parquet":
             rows = _partial(self._output.with_suffix(".rows.parquet"))
             write_parquet(_partial(self._output), rows)
-        _partial(self._output.with_name(REPORT)).write_bytes(_as_json(report))
-        staged = {self._output.name: rows, REPORT: _partial(self._output.with_name(REPORT))}
+        staged = {self._output.name: rows}
+        for name, content in ((REPORT, _as_json(report)), (PAGE, page_of(report).encode())):
+            staged[name] = _partial(self._output.with_name(name))
+            staged[name].write_bytes(content)
         if hits is not None:
-            staged[HITS] = hits
+            staged[name_of_hits] = hits
         outputs = [{"path": name, **_digest(path)} for name, path in sorted(staged.items())]
         manifest = {**identity.content(), "counts": dict(counts), "outputs": outputs}
         staged[MANIFEST] = _partial(self._output.with_name(MANIFEST))
@@ -100,7 +109,7 @@ class Output:
             _flush_to_disk(path)
         # The manifest first: what a kill leaves is then known as this output's. The rows last: they say it is done,
         # and nothing looks at the folder again.
-        for name in (MANIFEST, REPORT, HITS, self._output.name):
+        for name in (*_BESIDE, self._output.name):
             if name == self._output.name:
                 self._remove_unfinished(but=rows)
             if name in staged:

@@ -6,7 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from .rows import Unusable
+
 MOST_EXAMPLES = 20
+SHOWN_CHARACTERS = 300
+"""Of a problem, in an example."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,11 @@ class Judged:
     details: dict[str, Any] = field(default_factory=dict)
     """What an example of it shows besides file and row."""
 
+    @classmethod
+    def unusable(cls, row: Unusable) -> Judged:
+        """A row that is counted as bad."""
+        return cls(row.number, reason=row.kind, bad=True, details={"why": row.reason})
+
 
 @dataclass(slots=True)
 class Report:
@@ -32,6 +41,8 @@ class Report:
     dropped: Counter[str] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Kept rows by the number of binary digits of their length in bytes of JSON."""
 
     def add(self, source: str, judged: Judged) -> None:
         """Count one row."""
@@ -39,6 +50,7 @@ class Report:
         counts["rows"] += 1
         if not judged.reason:
             counts["kept"] += 1
+            self.lengths[len(judged.line).bit_length()] += 1
             return
         counts["bad" if judged.bad else "dropped"] += 1
         (self.bad if judged.bad else self.dropped)[judged.reason] += 1
@@ -59,6 +71,7 @@ class Report:
             "sources": [
                 {"file": source, **{name: counts[name] for name in _COUNTS}} for source, counts in self.sources.items()
             ],
+            "lengths": [[1 << (digits - 1), count] for digits, count in sorted(self.lengths.items())],
             "examples": dict(sorted(self.examples.items())),
         }
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_klear.data.rows import EXPECTED, EXPECTED_PROBLEM, DataError, read_problem, read_row
-from megatron_klear.data.sources import Chunk, read_chunks
+from megatron_klear.data.sources import SUFFIXES, Chunk, read_chunks, resolve_files
+
+from .json_list import begins_a_list, list_elements
 
 _CHUNK_BYTES = 1 << 20
 _CHUNK_ROWS = 512
@@ -26,6 +28,10 @@ class BadRow(Exception):
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason if len(reason) <= _MOST_REASON else f"{reason[:_MOST_REASON]} ...")
         self.kind = kind
+
+    def at(self, number: int) -> Unusable:
+        """The row of that number, as one that is counted and left out."""
+        return Unusable(number, self.kind, str(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +52,25 @@ class Unusable:
     reason: str
 
 
+def resolve(patterns: Sequence[str], key: str) -> list[Path]:
+    """Files of rows or of benchmarks that paths or globs name: .jsonl, .parquet or .json.
+
+    `key` is the setting to name in errors. Raises DataError where one cannot be read or is none of these.
+    """
+    return resolve_files(patterns, key, (*SUFFIXES, ".json"))
+
+
 def stream_chunks(path: Path, max_row_bytes: int) -> Iterator[Chunk]:
     """Stream a file in chunks of at most about a megabyte and one row; a longer line is cut one byte past the bound.
 
-    Raises DataError where a Parquet file cannot be read.
+    A .json file is one list, or lines where it does not begin with a bracket. Raises DataError where a Parquet file or
+    a list cannot be read.
     """
-    return read_chunks(path, None) if path.suffix == ".parquet" else _bounded_lines(path, max_row_bytes)
+    if path.suffix == ".parquet":
+        return read_chunks(path, None)
+    if path.suffix == ".json" and begins_a_list(path):
+        return _chunks_of_list(path, max_row_bytes)
+    return _bounded_lines(path, max_row_bytes)
 
 
 def decode(chunk: Chunk, max_row_bytes: int) -> Iterator[Row | Unusable]:
@@ -66,6 +85,26 @@ def decode(chunk: Chunk, max_row_bytes: int) -> Iterator[Row | Unusable]:
             yield Row(number, line, _as_object(line))
         except BadRow as error:
             yield Unusable(number, error.kind, str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A row that can be used, and what its user says."""
+
+    row: Row
+    text: str
+
+
+def read_problems(chunk: Chunk, max_row_bytes: int) -> Iterator[Problem | Unusable]:
+    """Rows of a chunk with the text of their problem, and what cannot be used."""
+    for row in decode(chunk, max_row_bytes):
+        if isinstance(row, Unusable):
+            yield row
+            continue
+        try:
+            yield Problem(row, problem_text(row.value))
+        except BadRow as error:
+            yield Unusable(row.number, error.kind, str(error))
 
 
 def problem_text(row: Mapping[str, Any]) -> str:
@@ -105,6 +144,29 @@ def benchmark_text(row: Mapping[str, Any]) -> str:
             if isinstance(value, str) and value.strip():
                 return value
     raise BadRow("missing_field", f"no problem under any of {', '.join(_BENCHMARK_KEYS)}, nor of `meta`")
+
+
+def field_of(row: Mapping[str, Any], name: str) -> Any:
+    """The value under a name, dots for fields inside. Raises BadRow where there is none, or a list or a table."""
+    value: Any = row
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if value is None or isinstance(value, Mapping | list):
+        raise BadRow("missing_field", f"the row has no value under {name}")
+    return value
+
+
+def _chunks_of_list(path: Path, max_row_bytes: int) -> Iterator[Chunk]:
+    lines: list[bytes] = []
+    size, first = 0, 1
+    for element in list_elements(path, max_row_bytes):
+        lines.append(element)
+        size += len(element)
+        if size >= _CHUNK_BYTES or len(lines) >= _CHUNK_ROWS:
+            yield Chunk(str(path), first, lines, num_bytes=size)
+            first, lines, size = first + len(lines), [], 0
+    if lines:
+        yield Chunk(str(path), first, lines, num_bytes=size)
 
 
 def _bounded_lines(path: Path, max_row_bytes: int) -> Iterator[Chunk]:

@@ -24,13 +24,13 @@ class Rule:
     max_items: int = 1
     min_share: float = 0.1
 
-    def hit(self, index: GramIndex, match: Match) -> dict[str, Any] | None:
-        """The item of which most was found, and where; None where no item is hit."""
+    def hit(self, index: GramIndex, match: Match, phrases: frozenset[int] = frozenset()) -> dict[str, Any] | None:
+        """The item of which most was found, and where; None where no item is hit. `phrases` do not count either."""
         places: dict[int, dict[int, int]] = defaultdict(dict)
         for position, gram in zip(match.positions, match.grams, strict=True):
             for item in index.gram_items[gram]:
                 places[item].setdefault(gram, position)
-        hit = {item: grams for item, grams in places.items() if self._is_hit(index, item, grams)}
+        hit = {item: grams for item, grams in places.items() if self._is_hit(index, item, grams, phrases)}
         if not hit:
             return None
         best = min(hit, key=lambda item: (-len(hit[item]) / index.item_grams[item], -len(hit[item]), item))
@@ -44,10 +44,10 @@ class Rule:
             "gram": gram,
         }
 
-    def _is_hit(self, index: GramIndex, item: int, grams: dict[int, int]) -> bool:
+    def _is_hit(self, index: GramIndex, item: int, grams: dict[int, int], phrases: frozenset[int]) -> bool:
         if self.name == "paper" or len(grams) == index.item_grams[item]:
             return True
-        own = sum(index.num_families[gram] <= self.max_items for gram in grams)
+        own = sum(index.num_families[gram] <= self.max_items and gram not in phrases for gram in grams)
         return own > 0 and own >= self.min_share * index.item_grams[item]
 
 

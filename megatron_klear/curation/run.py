@@ -1,27 +1,31 @@
-"""The verbs from files to files."""
+"""What every verb does besides judging: checks, what is done already, counting, and writing whole or not at all."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from megatron_klear.data.rows import DataError
 
-from .benchmarks import read_items, read_templates
-from .decontaminate import REASON, Decontamination, Scanner
-from .deduplicate import deduplicate
-from .grams import FAMILY_SHARE, FEWEST_CONTAINED_WORDS, GRAM_WORDS, build_index
-from .output import Identity, Output, describe_files, finished_hits, is_done, open_output, raw_hits
+from .output import HITS, Identity, Output, describe_files, finished_hits, is_done, open_output
+from .ray_engine import RayEngine
 from .report import Judged, Report
-from .rules import Rule
+from .rows import Row, Unusable, decode, stream_chunks
+from .workers import ordered_map
+
+Place = tuple[Path, Judged]
+"""A row after a verb has looked at it, and the file it is in."""
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What every verb is given."""
+    """What every verb is given besides its settings."""
 
     inputs: list[Path]
     output: Path
@@ -29,10 +33,14 @@ class Files:
     """A row that cannot be used is an error."""
     force: bool = False
     max_row_bytes: int = 16 << 20
+    workers: int = 1
+    """Processes; no file depends on how many."""
+    engine: RayEngine | None = None
+    """Whose workers they are; those of this process unless given."""
     progress: Callable[[int], None] = lambda rows: None
     """Called with the number of rows done."""
 
-    def check(self, read: Sequence[Path] = ()) -> None:
+    def check(self, read: Iterable[Path] = ()) -> None:
         """Raise DataError where the output cannot be written or a file is given twice."""
         if self.output.suffix not in (".jsonl", ".parquet"):
             raise DataError(f"--output {self.output} is neither .jsonl nor .parquet")
@@ -44,69 +52,85 @@ class Files:
         if self.output.resolve() in {*given, *(path.resolve() for path in read)}:
             raise DataError(f"--output {self.output} is among the files that are read")
 
+    def rows(self) -> Iterator[tuple[Path, str, Row | Unusable]]:
+        """All rows in order, each with its file and its place as errors name it.
 
-def run_deduplicate(files: Files) -> dict[str, Any] | None:
-    """Drop repeated problems; returns the report, None where all is there already.
+        Raises DataError where a file cannot be read.
+        """
+        for path in self.inputs:
+            for chunk in stream_chunks(path, self.max_row_bytes):
+                for row in decode(chunk, self.max_row_bytes):
+                    yield path, chunk.where(row.number), row
 
-    Raises DataError for what cannot be read or written.
-    """
-    files.check()
-    identity = Identity("deduplicate", _common(files), {"inputs": describe_files(files.inputs)})
-    if is_done(files.output, identity, force=files.force):
-        return None
-    with open_output(files.output) as output:
-        report = _write(files, deduplicate(files.inputs, files.max_row_bytes), output)
-        _check_unchanged(identity, "inputs", files.inputs)
-        content = {"verb": identity.verb, **report.content()}
-        output.commit(identity, report.totals(), content, None)
-    return content
+    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
+        """Each task with the function's result, in order; the function is pickled where there are workers."""
+        if self.engine is not None:
+            return self.engine.map(function, tasks)
+        return ordered_map(function, tasks, self.workers)
 
 
-def run_decontaminate(
-    files: Files, against: list[Path], templates: list[Path], rule: Rule, workers: int
+class Work(ABC):
+    """What a verb does once it is known that it has to be done."""
+
+    lines: ClassVar[str] = HITS
+    """The name that its further lines get."""
+
+    @abstractmethod
+    def judge(self, output: Output) -> Iterable[Place]:
+        """Judge all rows, in the order in which the kept ones are written; further lines may go to `output.hits`."""
+
+    def finish(self, report: Report) -> dict[str, Any]:
+        """After the last row: what the verb adds to the report.
+
+        It also finishes the further lines where there are to be any, from `raw_hits` of the output into
+        `finished_hits`; only then is there a file of them.
+        """
+        return {}
+
+
+def carry_out(
+    files: Files,
+    verb: str,
+    settings: Mapping[str, Any],
+    prepare: Callable[[], Work],
+    *,
+    read: Mapping[str, Sequence[Path]] | None = None,
 ) -> dict[str, Any] | None:
-    """Drop rows that overlap with the items of `against`; returns the report, None where all is there already.
+    """Write the rows that a verb keeps, with manifest and report; returns the report, None where all is there already.
+
+    `settings` are those that the files depend on; `read` are the files besides the inputs, each list under a name.
+    `prepare` comes before anything is written, and only where there is something to do.
 
     Raises DataError for what cannot be read or written.
     """
-    files.check([*against, *templates])
-    words = {"gram_words": GRAM_WORDS, "fewest_contained_words": FEWEST_CONTAINED_WORDS}
-    of_rule = {"max_items": rule.max_items, "min_share": rule.min_share, "family_share": FAMILY_SHARE}
-    read = {"inputs": files.inputs, "against": against, "templates": templates}
-    identity = Identity(
-        "decontaminate",
-        {"rule": rule.name, **words, **(of_rule if rule.name == "careful" else {}), **_common(files)},
-        {name: describe_files(paths) for name, paths in read.items()},
-    )
+    reading = {"inputs": files.inputs, **(read or {})}
+    files.check(path for paths in (read or {}).values() for path in paths)
+    common = {"max_row_bytes": files.max_row_bytes, "strict": files.strict}
+    identity = Identity(verb, {**settings, **common}, {name: describe_files(paths) for name, paths in reading.items()})
     if is_done(files.output, identity, force=files.force):
         return None
-    items = read_items(against, read_templates(templates), files.max_row_bytes)
-    index = build_index(items)
-    work = Decontamination(Scanner(index, rule, files.max_row_bytes), workers)
+    work = prepare()
     with open_output(files.output) as output:
-        report = _write(files, work.run(files.inputs, output.hits), output)
-        for name, paths in read.items():
-            _check_unchanged(identity, name, paths)
+        report = write_kept(files, work.judge(output), output)
+        for name, paths in reading.items():
+            check_unchanged(identity, name, paths)
         output.hits.flush()
-        work.finish_hits(raw_hits(files.output), finished_hits(files.output))
-        if REASON in report.examples:
-            report.examples[REASON] = [work.finish(example) for example in report.examples[REASON]]
-        content = {
-            "verb": identity.verb,
-            "rule": rule.name,
-            **report.content(),
-            "benchmark": {"rows": len(items), "items": len(index.items), "grams": len(index.texts)},
-            "common_grams": work.common_grams(),
-        }
-        output.commit(identity, report.totals(), content, finished_hits(files.output))
+        added = work.finish(report)
+        content = {"verb": verb, **report.content(), **added}
+        hits = finished_hits(files.output)
+        output.commit(identity, report.totals(), content, hits if hits.exists() else None, work.lines)
     return content
 
 
-def _write(files: Files, judged: Iterable[tuple[Path, Judged]], output: Output) -> Report:
+def write_kept(files: Files, judged: Iterable[Place], output: Output) -> Report:
+    """Write the rows that are kept and count all.
+
+    Raises DataError where none is kept, and at the first that cannot be used where `files` are strict.
+    """
     report = Report({str(path): Counter() for path in files.inputs})
     for done, (path, row) in enumerate(judged, 1):
         if row.bad and files.strict:
-            place = f"{path}: row {row.number}" if path.suffix == ".parquet" else f"{path}:{row.number}"
+            place = f"{path}: row {row.number}" if path.suffix in (".parquet", ".json") else f"{path}:{row.number}"
             raise DataError(f"{place}: {row.details['why']}")
         report.add(str(path), row)
         if not row.reason:
@@ -119,11 +143,8 @@ def _write(files: Files, judged: Iterable[tuple[Path, Judged]], output: Output) 
     return report
 
 
-def _common(files: Files) -> dict[str, Any]:
-    return {"max_row_bytes": files.max_row_bytes, "strict": files.strict}
-
-
-def _check_unchanged(identity: Identity, name: str, paths: Iterable[Path]) -> None:
+def check_unchanged(identity: Identity, name: str, paths: Iterable[Path]) -> None:
+    """Raise DataError where a file is no longer what it was at the start."""
     for before, after in zip(identity.files[name], describe_files(paths), strict=True):
         if before != after:
             raise DataError(f"{before['path']} changed while it was being read; start again when it is complete")

@@ -23,6 +23,11 @@ def exact_key(text: str) -> bytes:
     return hashlib.blake2b(normal, digest_size=16).digest()
 
 
+def problem_id(text: str) -> str:
+    """The name of a problem in files of verdicts: 32 hexadecimal digits, equal for texts of one normal form."""
+    return hashlib.sha256(exact_key(text)).digest()[:16].hex()
+
+
 def words(text: str) -> list[str]:
     """Return the runs of letters and digits of `text` after NFKC, in lower case."""
     if text.isascii():

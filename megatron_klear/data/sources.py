@@ -18,6 +18,8 @@ from megatron_klear.data.rows import ChatRow, DataError, read_row
 _CHUNK_BYTES = 1 << 20
 _CHUNK_ROWS = 512
 _SETTLED_SECONDS = 2.0
+SUFFIXES = (".jsonl", ".parquet")
+"""Of files of rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,8 @@ class Chunk:
 
     def where(self, number: int) -> str:
         """A row's place, as errors name it."""
-        return f"{self.path}: row {number}" if self.lines is None else f"{self.path}:{number}"
+        by_line = self.lines is not None and not self.path.endswith(".json")
+        return f"{self.path}:{number}" if by_line else f"{self.path}: row {number}"
 
 
 def find_files(pattern: str) -> list[Path]:
@@ -57,14 +60,14 @@ def nothing_found(pattern: str) -> str:
     return f"{what} (the current directory is {Path.cwd()})"
 
 
-def file_problem(path: Path) -> str | None:
+def file_problem(path: Path, suffixes: Sequence[str] = SUFFIXES) -> str | None:
     """Why a file cannot be read as rows, in words that name it; None where it can."""
     if path.is_dir():
         return f"{path} is not a file but a folder; name its files, for example '{path}/*.jsonl'"
     if not path.is_file():
         return f"{path} does not exist"
-    if path.suffix not in (".jsonl", ".parquet"):
-        return f"{path} is neither .jsonl nor .parquet"
+    if path.suffix not in suffixes:
+        return f"{path} is neither {' nor '.join(suffixes)}"
     if path.stat().st_size == 0:
         return f"{path} is empty; remove it or write rows to it"
     if not os.access(path, os.R_OK):
@@ -72,11 +75,11 @@ def file_problem(path: Path) -> str | None:
     return None
 
 
-def resolve_files(patterns: Sequence[str], key: str) -> list[Path]:
+def resolve_files(patterns: Sequence[str], key: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """Files that `patterns` (paths or globs) name, in that order, those of one glob sorted.
 
-    `key` is the setting to name in errors. Raises DataError where one is missing, empty, matches nothing, or is
-    neither JSONL nor Parquet.
+    `key` is the setting to name in errors. Raises DataError where one is missing, empty, matches nothing, or has none
+    of the suffixes.
     """
     files: list[Path] = []
     for pattern in patterns:
@@ -85,7 +88,7 @@ def resolve_files(patterns: Sequence[str], key: str) -> list[Path]:
             raise DataError(f"{key}: {nothing_found(pattern)}")
         files += [path for path in found if len(found) == 1 or path.is_file()]
     for path in files:
-        if problem := file_problem(path):
+        if problem := file_problem(path, suffixes):
             raise DataError(f"{key}: {problem}")
     return files
 

@@ -134,6 +134,13 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
     "--against examples/data/gsm8k_test_100.jsonl --template runs/curated/instruction.txt --rule careful": Runs(
         swap=KLEAR, shows="897 of 897 rows kept"
     ),
+    "klear curate filter-code --input examples/data/mbpp_train_100.jsonl --output runs/curated/tested/rows.jsonl "
+    "--reference response --min-tests 3": Runs(swap=KLEAR, shows="100 of 100 rows kept"),
+    "klear curate distill --input rows.jsonl --output runs/curated/sft/rows.jsonl "
+    "--endpoint.urls http://127.0.0.1:8000/v1 --endpoint.model DeepSeek-R1-0528": Exempt(
+        "asks a server; tests/unit/test_curation_distill.py has one"
+    ),
+    "klear curate build --config examples/data_math.toml --dry-run": Runs(swap=KLEAR, shows="1 deduplicate"),
     f"python tools/inspect_data.py --config {TINY} --index 3": Runs(),
     "python tools/report.py examples/results/gppo_smollm2_arithmetic --out runs/report.html": Runs(),
     "python tools/report.py runs/quickstart examples/results/gppo_smollm2_arithmetic --out runs/compared.html "
@@ -177,12 +184,15 @@ INLINE: dict[str, Runs | Refused | Exempt] = {
     "python tools/benchmark/code_reward.py": Exempt("most of an hour; says what its results hold"),
     "python tools/benchmark/interval_coverage.py": Runs("--repeats 2 --out runs/coverage.json", shows="30, 64, 0.67"),
     "pip install": NAMED,
+    'pip install "megatron-klear[curation]"': Exempt("setup_env.sh installs it for the tests of near duplicates"),
     'pip install "megatron-klear[ray]"': Exempt("setup_env.sh installs it for the tests of Ray"),
     "klear sft": NAMED,
     "klear convert": NAMED,
     "klear curate": NAMED,
     "klear extend": NAMED,
     "klear extend --model FOLDER --output LONG": NAMED,
+    "klear curate VERB --help": NAMED,
+    "klear curate build": NAMED,
     "pytest -m gpu": Exempt("needs a CUDA device"),
     "python tools/prepare_data.py": Runs("--help"),
     "python tools/losses.py": Runs(shows="clip_cov"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from curation_rows import curate, problem, read, write
 from vllm_server import LONGEST_SEQUENCE, RunningServer
 
 from megatron_klear.rollout.servers.metrics import ServerLoad
@@ -65,3 +66,27 @@ def test_metrics_tell_of_progress_and_cache_and_an_aborted_request_keeps_its_tok
     assert now.tokens > before.tokens
     assert before.cache_tokens is not None
     assert before.cache_tokens >= LONGEST_SEQUENCE
+
+
+@pytest.mark.vllm
+def test_a_teacher_is_distilled_and_graded(vllm_server: RunningServer, tmp_path):
+    rows = write(tmp_path / "rows.jsonl", *(problem(f"What is {k} + {k}?") for k in range(3)), problem("x " * 900))
+    given = ["--input", rows, "--store", tmp_path / "store", "--samples", 2, "--sampling.max-tokens", 12]
+    given += ["--endpoint.urls", f"{vllm_server.address}/v1", "--endpoint.model", "policy"]
+    given += ["--endpoint.input-price", 1, "--endpoint.output-price", 1, "--endpoint.max-spend", 1]
+    given += ["--sampling.top-k", 50, "--sampling.temperature", 1]
+    report = curate("distill", *given, "--output", tmp_path / "sft" / "rows.jsonl", "--keep-truncated")
+    assert report is not None
+    assert report["counts"]["rows"] == 8
+    assert report["finishes"]["refused"] == 2  # the long one, with vLLM's own words
+    assert "maximum context length" in report["examples"]["refused"][0]["why"]
+    assert report["tokens"]["completion"] == 12 * report["finishes"]["length"]
+    made = read(tmp_path / "sft" / "rows.jsonl")
+    assert len({row["messages"][-1]["content"] for row in made}) == len(made) == 6
+    lines = (tmp_path / "store" / "responses.jsonl").read_bytes()
+    functions = '{made_up = "math"}'
+    output = tmp_path / "rate" / "rows.jsonl"
+    rate = curate("filter-pass-rate", *given, "--output", output, "--min-rate", 0, "--reward.functions", functions)
+    assert rate is not None
+    assert rate["problems_by_passed"]["0"] == 4
+    assert (tmp_path / "store" / "responses.jsonl").read_bytes() == lines

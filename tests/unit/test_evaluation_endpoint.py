@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 
 from megatron_klear.config.evaluation import EndpointConfig
-from megatron_klear.evaluation import endpoint
+from megatron_klear.evaluation import chat_api
 from megatron_klear.evaluation.benchmarks import Problem
 from megatron_klear.evaluation.endpoint import EndpointError, EndpointSource
 from megatron_klear.evaluation.protocols import Protocol
@@ -61,7 +61,7 @@ class Standin:
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(endpoint, "_FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(chat_api, "_FIRST_PAUSE_SECONDS", 0.001)
     standin = Standin()
     yield standin
     standin.close()
@@ -153,3 +153,44 @@ def test_requests_are_shared_out_over_addresses(server):
     draw(server, urls=(server.url, other.url))
     assert len(server.asked) == len(other.asked) == 3
     other.close()
+
+
+def test_requests_are_spread_over_the_minute():
+    pacer = chat_api.Pacer(120)
+    assert [pacer.delay_seconds(now) for now in (10.0, 10.0, 10.0, 10.7, 99.0)] == [
+        pytest.approx(delay) for delay in (0, 0.5, 1.0, 0.8, 0)
+    ]
+    free = chat_api.Pacer(None)
+    assert [free.delay_seconds(10.0) for _ in range(3)] == [0, 0, 0]
+
+
+def test_every_try_waits_for_its_turn(server, monkeypatch):
+    waited = []
+
+    async def sleep(seconds, **_):
+        waited.append(seconds)
+
+    server.faults = [429]
+    monkeypatch.setattr(chat_api.asyncio, "sleep", sleep)
+    monkeypatch.setattr(chat_api.time, "monotonic", lambda: 10.0)
+    draw(server, names="a", samples=2, concurrency=1, max_requests_per_minute=6)
+    assert [seconds for seconds in waited if seconds > 1] == [10.0, 20.0]
+
+
+def test_nothing_is_begun_once_a_request_has_failed_for_good(monkeypatch):
+    begun, pause = [], asyncio.sleep
+
+    async def attempt(_, url, body, place):
+        begun.append(place)
+        refusal = chat_api.RefusedError(url, place, 401, "no") if place == "refused" else None
+        return chat_api._Failure("status 500", refusal=refusal)
+
+    async def ask(client, place):
+        await client.ask({}, place)
+
+    monkeypatch.setattr(chat_api.ChatClient, "_attempt", attempt)
+    monkeypatch.setattr(chat_api.asyncio, "sleep", lambda seconds: pause(0))
+    config = EndpointConfig(urls=("http://127.0.0.1:1",), model="m", concurrency=3)
+    with pytest.raises(EndpointError, match="refuses refused"):
+        chat_api.ask_all(config, ["a", "b", "refused", "later"], ask)
+    assert begun == ["a", "b", "refused"]

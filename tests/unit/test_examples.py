@@ -11,6 +11,7 @@ from megatron_klear.config.base import SFTConfig
 from megatron_klear.config.read import load
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.config.schema import keys_of
+from megatron_klear.curation.build_config import BuildConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 # The two stages of the quickstart have a script between them, and the run to look at is the second one's.
@@ -18,7 +19,12 @@ OUTPUTS = {"quickstart_gppo": "quickstart"}
 SCRIPT_OF = {"quickstart_sft": "quickstart", "quickstart_gppo": "quickstart", "sft_code_tiny_cpu": "gppo_code_tiny_cpu"}
 SFT_CONFIGS = sorted((ROOT / "examples").glob("*sft*.toml"))
 GPPO_CONFIGS = sorted((ROOT / "examples").glob("*gppo*.toml"))
-CONFIGS = [*((path, SFTConfig) for path in SFT_CONFIGS), *((path, GPPOConfig) for path in GPPO_CONFIGS)]
+DATA_CONFIGS = sorted((ROOT / "examples").glob("data_*.toml"))
+CONFIGS = [
+    *((path, SFTConfig) for path in SFT_CONFIGS),
+    *((path, GPPOConfig) for path in GPPO_CONFIGS),
+    *((path, BuildConfig) for path in DATA_CONFIGS),
+]
 SCRIPTS = sorted([*(ROOT / "examples").glob("*.sh"), *(ROOT / "examples").glob("*.slurm"), ROOT / "tests" / "run.sh"])
 RESULTS = sorted((ROOT / "examples" / "results").iterdir())
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "examples" / "README.md"])
@@ -32,7 +38,7 @@ def test_settings_page_is_up_to_date():
 
 
 @pytest.mark.parametrize(("path", "schema"), CONFIGS, ids=lambda value: getattr(value, "name", ""))
-def test_example_settings_are_valid(path: Path, schema: type[SFTConfig | GPPOConfig]):
+def test_example_settings_are_valid(path: Path, schema: type[SFTConfig | GPPOConfig | BuildConfig]):
     config = load(schema, ["--config", str(path)])
     assert config.output == Path("runs") / OUTPUTS.get(path.stem, path.stem)
 
@@ -79,7 +85,9 @@ def test_scripts_are_sound_bash(path: Path):
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("path", [*PAGES, *SCRIPTS, *SFT_CONFIGS, *GPPO_CONFIGS], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*PAGES, *SCRIPTS, *SFT_CONFIGS, *GPPO_CONFIGS, *DATA_CONFIGS], ids=lambda path: path.name
+)
 def test_files_and_flags_that_are_named_exist(path: Path):
     text = path.read_text()
     files = re.findall(

@@ -1,0 +1,61 @@
+"""Curation on a real local Ray: the same bytes as in this process, and nobody left behind."""
+
+from importlib.util import find_spec
+
+import psutil
+import pytest
+from curation_rows import problem, sentence, write
+
+from megatron_klear.cli.curate import main
+from megatron_klear.curation.ray_engine import RayEngine, open_engine
+from megatron_klear.data.rows import DataError
+
+pytestmark = pytest.mark.skipif(
+    not all(map(find_spec, ("ray", "rensa"))), reason="the extras `ray` and `curation` are not installed"
+)
+BUILD = """
+output = "out"
+sources = [{ name = "made", files = ["../rows.jsonl"] }]
+[math_rl]
+sources = ["made"]
+steps = [
+  { kind = "deduplicate", near = true },
+  { kind = "decontaminate", against = ["../bench.jsonl"], rule = "careful" },
+  { kind = "select", total = 300, method = "k_center" },
+]
+"""
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """A Ray with two workers."""
+    with open_engine("ray", 2) as engine:
+        yield engine
+    here = psutil.Process()
+    assert not [child for child in here.children(recursive=True) if "ray" in " ".join(child.cmdline())]
+
+
+def test_a_build_on_ray_has_the_bytes_of_one_in_this_process(tmp_path, monkeypatch):
+    write(tmp_path / "rows.jsonl", *(problem(sentence(k % 1500, 30)) for k in range(1600)), b"{")
+    write(tmp_path / "bench.jsonl", {"problem": sentence(7, 30)})
+    (tmp_path / "build.toml").write_text(BUILD)
+    for engine in ("local", "ray"):
+        (tmp_path / engine).mkdir()
+        monkeypatch.chdir(tmp_path / engine)
+        main(["build", "--config", "../build.toml", "--engine", engine, "--workers", "2"])
+    files = [path.relative_to(tmp_path / "local") for path in (tmp_path / "local").rglob("*") if path.is_file()]
+    assert len(files) == 23
+    for file in files:
+        assert (tmp_path / "ray" / file).read_bytes() == (tmp_path / "local" / file).read_bytes()
+
+
+def test_results_come_in_order_and_an_error_is_the_caller_s(engine: RayEngine):
+    results = engine.map(eval, ["1 + 1", "2 + 2", "3 + 3", "1 / 0", "4 + 4"])
+    assert [next(results) for _ in range(3)] == [("1 + 1", 2), ("2 + 2", 4), ("3 + 3", 6)]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_a_worker_that_dies_again_and_again_is_told(engine: RayEngine):
+    with pytest.raises(DataError, match="Ray has lost a worker of the curation"):
+        list(engine.map(eval, ["__import__('os')._exit(1)"]))
