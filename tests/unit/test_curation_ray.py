@@ -1,5 +1,6 @@
 """Curation on a real local Ray: the same bytes as in this process, and nobody left behind."""
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import psutil
@@ -7,6 +8,7 @@ import pytest
 from curation_rows import problem, sentence, write
 
 from megatron_klear.cli.curate import main
+from megatron_klear.curation import build
 from megatron_klear.curation.ray_engine import RayEngine, open_engine
 from megatron_klear.data.rows import DataError
 
@@ -35,14 +37,16 @@ def engine():
     assert not [child for child in here.children(recursive=True) if "ray" in " ".join(child.cmdline())]
 
 
-def test_a_build_on_ray_has_the_bytes_of_one_in_this_process(tmp_path, monkeypatch):
+def test_a_build_on_ray_has_the_bytes_of_one_in_this_process(tmp_path, monkeypatch, engine):
+    opened = {"ray": engine, "local": None}  # one Ray for all tests
+    monkeypatch.setattr(build, "open_engine", lambda name, workers: nullcontext(opened[name]))
     write(tmp_path / "rows.jsonl", *(problem(sentence(k % 1500, 30)) for k in range(1600)), b"{")
     write(tmp_path / "bench.jsonl", {"problem": sentence(7, 30)})
     (tmp_path / "build.toml").write_text(BUILD)
-    for engine in ("local", "ray"):
-        (tmp_path / engine).mkdir()
-        monkeypatch.chdir(tmp_path / engine)
-        main(["build", "--config", "../build.toml", "--engine", engine, "--workers", "2"])
+    for name in opened:
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        main(["build", "--config", "../build.toml", "--engine", name, "--workers", "2"])
     files = [path.relative_to(tmp_path / "local") for path in (tmp_path / "local").rglob("*") if path.is_file()]
     assert len(files) == 23
     for file in files:
