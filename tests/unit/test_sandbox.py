@@ -259,10 +259,11 @@ def test_an_expression_is_evaluated_where_the_program_was(slot):
 
 def test_a_prelude_gives_names_and_is_not_run_again(slot):
     prelude = "from math import *\nfrom builtins import *\ncounted = [0]"
-    source = "counted[0] += 1\ndef f():\n    return pow(2, 3), pi > 3, sorted(k for k in globals() if k == 'factorial')"
+    own = "sorted(globals().keys() & {'factorial', 'f'})"
+    source = f"counted[0] += 1\ndef f():\n    return pow(2, 3), pi > 3, counted, {own}"
     program = Program(source=source, mode="call", entry="f", prelude=prelude)
     (outcome,) = slot.run(program, [encode_arguments([])])
-    assert decode(outcome.result) == (8, True, ["factorial"])
+    assert decode(outcome.result) == (8, True, [1], ["f"])
     with pytest.raises(RewardError, match="prelude of a program fails: ModuleNotFoundError"):
         slot.run(Program(source="", prelude="import no_such_module"), [b""])
     assert right(0, slot.run(HONEST, INPUTS)[0])

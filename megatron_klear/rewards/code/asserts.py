@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from .literals import NotLiteralError, value_of
 from .names import bound, loaded, root_of
-from .prelude import READ_BACK
+from .prelude import READ_BACK, starred
 from .problem import AnyOf, Case, Check, Expected, Is, Near, Test, expression_input
 
 _WRAPPERS = frozenset(
@@ -84,7 +84,7 @@ def split(
     """The tests of a body of statements, each assert or statement with asserts one test.
 
     `before` is what the test's source holds around the body; `candidate` what that name stands for in it;
-    `under_test` names that are the program's though they are built in.
+    `under_test` names that are the program's though Python or the prelude has them as well.
     """
     # What else a test makes may hold what is expected, or change what is asked: then each assert is a program of its
     # own, with everything before it.
@@ -167,8 +167,9 @@ def _split_one(statement: ast.Assert, scope: _Scope) -> tuple[Case | None, ast.e
     if any(outside_names & bound(entry) for entry in needed) or any(_hides(entry) for entry in needed):
         return None, inside  # what makes the input would carry the expected value in as well
     setup = ast.Module([_renamed(entry, scope) for entry in needed], [])
-    source = ast.unparse(ast.fix_missing_locations(setup))
-    return Case(expression_input(source, ast.unparse(_renamed(inside, scope))), expected), inside
+    source, expression = ast.unparse(ast.fix_missing_locations(setup)), _renamed(inside, scope)
+    asks = (loaded(setup) | loaded(expression)) & scope.under_test & (_BUILTINS | starred().keys())
+    return Case(expression_input(source, ast.unparse(expression), asks), expected), inside
 
 
 def _renamed(node: _N, scope: _Scope) -> _N:

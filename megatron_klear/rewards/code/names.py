@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import symtable
 
 
 def bound(statement: ast.AST) -> set[str]:
@@ -33,3 +34,21 @@ def root_of(node: ast.AST) -> str | None:
     while isinstance(node, ast.Attribute | ast.Subscript):
         node = node.value
     return node.id if isinstance(node, ast.Name) else None
+
+
+def free(source: str) -> set[str]:
+    """Names that a module reads, at any depth, and neither binds nor imports. Raises SyntaxError."""
+    read: set[str] = set()
+    made: set[str] = set()
+    module = symtable.symtable(source, "tests.py", "exec")
+    tables = [module]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            if table is module or symbol.is_global():
+                if symbol.is_referenced():
+                    read.add(symbol.get_name())
+                if symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace():
+                    made.add(symbol.get_name())
+    return read - made

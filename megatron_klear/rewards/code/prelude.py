@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
-from collections.abc import Iterable
+import inspect
 from functools import cache
 from importlib import import_module
 
@@ -26,21 +25,26 @@ def starred() -> dict[str, str]:
     found = {}
     for module in STARRED:
         if module != "builtins":
-            loaded = import_module(module)
-            names = getattr(loaded, "__all__", [name for name in dir(loaded) if not name.startswith("_")])
-            found.update({name: f"from {module} import {name}" for name in names})
+            found.update({name: f"from {module} import {name}" for name in public_names(module)})
     return found | {module: f"import {module}" for module in NAMED}
 
 
-def prelude(under_test: Iterable[str]) -> str:
-    """What stands in front of a program: not the functions that it should define, which the prelude may have as well.
+@cache
+def functions() -> frozenset[str]:
+    """Names of the prelude that are functions: none is a class, a constant or a module."""
+    found = {name for name, statement in starred().items() if inspect.isroutine(_imported(name, statement))}
+    return frozenset(found - set(NAMED))
 
-    A program that defines no `gcd` would pass the tests of one.
-    """
-    taken = sorted(name for name in under_test if name in starred() or hasattr(builtins, name))
-    return PRELUDE + "".join(
-        f"def {name}(*_, **__):\n    raise NameError('the program defines no {name}')\n" for name in taken
-    )
+
+@cache
+def public_names(module: str) -> frozenset[str]:
+    """What `from module import *` gives, of a module of the prelude."""
+    loaded = import_module(module)
+    return frozenset(getattr(loaded, "__all__", [name for name in dir(loaded) if not name.startswith("_")]))
+
+
+def _imported(name: str, statement: str) -> object:
+    return getattr(import_module(statement.split()[1]), name, None)
 
 
 LINKED = """

@@ -48,14 +48,14 @@ class Program:
     `stdin`: the bytes of standard input; the answer is what it prints. Its name is `__main__`.
     `call`: `values.encode_arguments([...])` for the function `entry`, which is a method of the program's class
         `Solution` where it has one of that name (a new instance a call), else a function; the answer is the `result`.
-    `expression`: JSON `{"setup": "statements", "expression": "..."}`, executed and evaluated where the program was;
-        the answer is the `result`.
+    `expression`: JSON `{"setup": "statements", "expression": "...", "asks": ["name"]?}`, executed and evaluated where
+        the program was, which must have defined the names that are asked for; the answer is the `result`.
     """
 
     source: str
     mode: Mode = "stdin"
     prelude: str = ""
-    """Trusted source executed in front, once a sandbox; the program starts with the names that it leaves."""
+    """Trusted source executed in front, once a sandbox. The names that it leaves are built in for the program."""
     entry: str = ""
 
 

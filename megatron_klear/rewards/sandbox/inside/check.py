@@ -14,6 +14,7 @@ _UNSAFE = (StopIteration, StopAsyncIteration)
 """Raised into a test they would end its loops, all(...) among them, as if nothing were left to check."""
 
 
+_ASKED_OF_MODULES = frozenset(("setUpModule", "tearDownModule"))
 _MOST_ITEMS = 1024
 """Of an iterator, asked for at once."""
 
@@ -181,8 +182,10 @@ class _Names(dict[str, Any]):
 
     def of_module(self, name: str) -> Any:
         """What `from solution import name` gives."""
+        if name in _ASKED_OF_MODULES or name.startswith("__"):
+            raise AttributeError(name)
         if name not in self.program.names:
-            raise AttributeError(f"the program defines no {name!r}")
+            raise NameError(f"the program defines no {name!r}")
         return self.program.ask("name", name)[0]
 
 

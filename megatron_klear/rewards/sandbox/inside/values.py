@@ -13,7 +13,11 @@ from typing import Any
 
 MAX_BYTES = 8 << 20
 """Longer values are not read."""
-_MAX_DEPTH = 100
+MAX_DEPTH = 100
+"""What is nested deeper is no value."""
+TOO_DEEP = "(nested too deep)"
+_MOST_ALIKE = 64
+"""Keys of one hash that a set or dict may have: of more, looking one up takes as long as there are many."""
 _PLAIN_INTEGER = 1 << 53
 _SEQUENCES: tuple[tuple[type, str], ...] = (
     (list, "l"),
@@ -55,6 +59,25 @@ class Opaque:
         return f"<an object of type {self.type_name}>"
 
 
+def unfit(value: Any) -> str | None:
+    """Why a value does not cross as it is, None where it does."""
+    waiting = [(value, 0)]
+    while waiting:
+        held, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            return f"is nested more than {MAX_DEPTH} deep"
+        if isinstance(held, dict):
+            waiting += [(one, depth + 1) for entry in held.items() for one in entry]
+        elif isinstance(held, list | tuple | set | frozenset | collections.deque):
+            waiting += [(one, depth + 1) for one in held]
+        elif not (held is None or isinstance(held, int | float | complex | str | bytes | bytearray | range)):
+            return f"holds an object of type {type(held).__name__}, which is no data"
+    size = len(encode(value))
+    return (
+        f"is {size / (1 << 20):.1f} MiB long as data, and {MAX_BYTES >> 20} are the most" if size > MAX_BYTES else None
+    )
+
+
 def encode(value: Any, foreign: Callable[[Any], Any] | None = None) -> bytes:
     """A value as bytes; what has no tag is given to `foreign`, or its type is named."""
     return json.dumps(to_json(value, foreign)).encode()
@@ -73,7 +96,9 @@ def decode(content: bytes, foreign: Callable[[Any], Any] | None = None) -> Any:
     if len(content) > MAX_BYTES:
         return Opaque("(longer than can be read)")
     try:
-        read = json.loads(content, parse_int=_short_integer, parse_float=_refuse, parse_constant=_refuse)
+        read = json.loads(
+            content, parse_int=_short_integer, parse_float=_refuse, parse_constant=_refuse, object_pairs_hook=_refuse
+        )
         return from_json(read, foreign)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError, MemoryError):
         return Opaque("(not a value)")
@@ -81,8 +106,8 @@ def decode(content: bytes, foreign: Callable[[Any], Any] | None = None) -> Any:
 
 def to_json(value: Any, foreign: Callable[[Any], Any] | None = None, depth: int = 0) -> Any:
     """A value as what json can write; subclasses of plain types count as their plain value."""
-    if depth > _MAX_DEPTH:
-        return ["?", "(nested too deep)"]
+    if depth > MAX_DEPTH:
+        return ["?", TOO_DEEP]
     if value is None or value is True or value is False:
         return value
     if isinstance(value, int):
@@ -121,9 +146,11 @@ def from_json(read: Any, foreign: Callable[[Any], Any] | None = None) -> Any:
     if tag == "i":
         return int(content, 16)
     if tag in _MAKERS:
-        return _MAKERS[tag]([from_json(one, foreign) for one in content])
+        entries = [from_json(one, foreign) for one in content]
+        return _MAKERS[tag](_spread(entries) if tag in "SF" else entries)
     if tag == "m":
-        return {from_json(key, foreign): from_json(one, foreign) for key, one in content}
+        keys = _spread([from_json(key, foreign) for key, _ in content])
+        return dict(zip(keys, [from_json(one, foreign) for _, one in content], strict=True))
     if tag == "b":
         return bytes.fromhex(content)
     if tag == "a":
@@ -145,5 +172,13 @@ def _short_integer(digits: str) -> int:
     return int(digits)
 
 
-def _refuse(_: str) -> Any:
-    raise ValueError("no plain floats")
+def _spread(keys: list[Any]) -> list[Any]:
+    """The keys, if a set of them takes no longer to make than one of others."""
+    hashes = sorted(map(hash, keys))
+    if any(first == last for first, last in zip(hashes, hashes[_MOST_ALIKE:], strict=False)):
+        raise ValueError("keys that collide")
+    return keys
+
+
+def _refuse(_: object) -> Any:
+    raise ValueError("no plain floats, and no objects")
