@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import textwrap
 import pickle
+import textwrap
 import zlib
 from pathlib import Path
 from typing import Any
