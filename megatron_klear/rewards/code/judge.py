@@ -32,6 +32,7 @@ _STATUS: dict[str, Status] = {
     "contained": "contained",
     "output": "contained",
     "skipped": "timeout",
+    "unusable": "error",
 }
 _TEXT: dict[Comparison, Callable[[bytes, bytes], bool]] = {
     "judge": same_text,
@@ -95,6 +96,9 @@ def judge(
         found[number] = sandbox.run_check(asked, test.source, limits=replace(limits, total_seconds=left))
         if found[number].status == "done":
             right.add(number)
+    unusable = next((number for number in found if found[number].status == "unusable"), None)
+    if unusable is not None:
+        return Result("error", 0, len(problem.tests), f"test {unusable + 1} is unusable: {found[unusable].note}")
     return _result(problem.tests, found, right)
 
 

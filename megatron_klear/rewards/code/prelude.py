@@ -113,7 +113,7 @@ READ_BACK = {"is_same_list": ("list_node", "list_values"), "is_same_tree": ("tre
 PYTEST = """
 class _Raises:
     def __init__(self, kinds, match=None):
-        self.kinds, self.match, self.value = kinds, match, None
+        self.kinds, self.wanted, self.type, self.value, self.tb = kinds, match, None, None, None
 
     def __enter__(self):
         return self
@@ -122,11 +122,32 @@ class _Raises:
         assert kind is not None, "no exception"
         if not issubclass(kind, self.kinds):
             return False
-        if self.match is not None:
-            import re
-            assert re.search(self.match, str(error)), f"{self.match!r} is not in {error}"
-        self.value = error
+        self.type, self.value, self.tb = kind, error, trace
+        return self.wanted is None or self.match(self.wanted)
+
+    @property
+    def typename(self):
+        return self.type.__name__
+
+    def exconly(self):
+        return f"{self.typename}: {self.value}"
+
+    def errisinstance(self, kinds):
+        return isinstance(self.value, kinds)
+
+    def match(self, pattern):
+        import re
+        assert re.search(pattern, str(self.value)), f"{pattern!r} is not in {self.value}"
         return True
+
+
+def _raises(kinds, *call, match=None, **options):
+    expected = _Raises(kinds, match)
+    if not call:
+        return expected
+    with expected:
+        call[0](*call[1:], **options)
+    return expected
 
 
 class _Approx:
@@ -162,7 +183,7 @@ class _Mark:
 
 
 class pytest:
-    raises, approx, mark = _Raises, _Approx, _Mark()
+    raises, approx, mark = staticmethod(_raises), _Approx, _Mark()
 
     @staticmethod
     def param(*values, **_):

@@ -7,6 +7,7 @@ import builtins
 import keyword
 from collections.abc import Sequence
 
+from ..sandbox.inside.check import SAME_OBJECT
 from ..sandbox.values import MAX_DEPTH, unfit
 from .asserts import CANDIDATE, split
 from .names import free, loaded
@@ -34,6 +35,7 @@ def read_source(source: str, *, entry: str = "", trusted: str = "", before: str 
         raise TestSourceError(f"entry_point {entry[:60]!r} is no name of a function")
     imports = _Solution()
     tree = imports.visit(_parse(source))
+    _refuse_patches(tree)
     around = [*_parse(trusted).body, *_parse(before).body]
     body = [statement for statement in tree.body if not _is_main(statement)]
     check = next((s for s in body if isinstance(s, ast.FunctionDef) and s.name == "check" and s.args.args), None)
@@ -71,15 +73,17 @@ def check_source(check: Check, under_test: frozenset[str]) -> str:
     The names under test are imported from the program before anything runs, so that one which is not there fails the
     test, whatever exception that expects, and nothing of Python or the prelude stands in for it.
     """
-    read = free(check.source) - _starred_in(ast.parse(check.source))
+    tree = ast.fix_missing_locations(_SameObject().visit(ast.parse(check.source)))
+    source = ast.unparse(tree)
+    read = free(source) - _starred_in(tree)
     header = [f"from solution import {name}" for name in sorted(read & under_test)]
-    others = read - under_test - {CANDIDATE} - _BUILTINS
+    others = read - under_test - {CANDIDATE, SAME_OBJECT} - _BUILTINS
     header += [starred()[name] for name in sorted(others) if name in starred()]
     if "pytest" in others:
         header.append(PYTEST)
     if others & _LINKED:
         header.append(LINKED)
-    return "\n".join([*header, check.source])
+    return "\n".join([*header, source, ""])
 
 
 def names_under_test(tree: ast.Module, imported: set[str], *, prelude: bool) -> frozenset[str]:
@@ -105,6 +109,22 @@ def names_under_test(tree: ast.Module, imported: set[str], *, prelude: bool) -> 
         }
         ours = ours or {_outermost(test) for test in asserts} & read
     return frozenset(ours)
+
+
+def _refuse_patches(tree: ast.AST) -> None:
+    """Raise TestSourceError where a test replaces what only the program's own process could be given."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=function, args=arguments) if ast.unparse(function).endswith(("patch", "patch.object")):
+                told = ", ".join(map(ast.unparse, arguments))
+                if "stdout" not in told:
+                    raise TestSourceError(f"it patches {told}, which the program in its own process would not see")
+            case ast.Attribute(value=ast.Name(id="sys" | "builtins" as module), attr=attribute, ctx=ast.Store()) if (
+                attribute != "stdout"
+            ):
+                raise TestSourceError(
+                    f"it replaces {module}.{attribute}, which the program in its own process would not see"
+                )
 
 
 def _deepest(tree: ast.AST) -> int:
@@ -176,6 +196,20 @@ def _parse(source: str) -> ast.Module:
         return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise TestSourceError(f"it is no Python ({type(error).__name__}: {error})") from None
+
+
+class _SameObject(ast.NodeTransformer):
+    """Makes a call of `a is b`, which two proxies of one object could not answer."""
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        self.generic_visit(node)
+        match node:
+            case ast.Compare(left=left, ops=[ast.Is() | ast.IsNot() as op], comparators=[right]) if not (
+                isinstance(left, ast.Constant) or isinstance(right, ast.Constant)
+            ):
+                call = ast.Call(ast.Name(SAME_OBJECT, ast.Load()), [left, right], [])
+                return call if isinstance(op, ast.Is) else ast.UnaryOp(ast.Not(), call)
+        return node
 
 
 class _Solution(ast.NodeTransformer):

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-Status = Literal["done", "timeout", "memory", "crashed", "contained", "output", "compile", "skipped"]
+Status = Literal["done", "timeout", "memory", "crashed", "contained", "output", "compile", "skipped", "unusable"]
 """How a program ended on one test.
 
 `done` by itself with exit code 0, which says nothing of its answer; `timeout` by a limit on time; `memory` for want of
 it; `crashed` by an exception, a signal or another exit code; `contained` by a system call that it may not make, or with
-its sandbox; `output` by writing more than it may; `compile` before it began; `skipped`: it was not run on this test.
+its sandbox; `output` by writing more than it may; `compile` before it began; `skipped`: it was not run on this test;
+`unusable`: a trusted test, which does what cannot be done from another process.
 """
 Mode = Literal["stdin", "call", "expression"]
 

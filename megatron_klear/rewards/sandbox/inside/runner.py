@@ -19,9 +19,11 @@ from typing import Any
 
 from . import values
 from .link import answer_calls
+from .proxy import Unsupported
 
-EXCEPTION, NO_MEMORY, NOT_READY = 76, 77, 78
-"""Exit codes: an exception, told from an exit of the program's own; a MemoryError; the process was not made ready."""
+EXCEPTION, NO_MEMORY, NOT_READY, UNSUPPORTED = 76, 77, 78, 79
+"""Exit codes: an exception, told from an exit of the program's own; a MemoryError; the process was not made ready; a
+trusted test does what it cannot."""
 RESULT, CHANNEL, LINK = 3, 4, 5
 """Descriptors: the returned value, the keeper, the trusted test that calls this program."""
 AGAIN = b"."
@@ -89,6 +91,10 @@ def _ending(part: Callable[[], object]) -> int:
         return 1
     except MemoryError:
         return NO_MEMORY
+    except Unsupported as error:
+        with contextlib.suppress(BaseException):
+            print(error, file=sys.stderr)
+        return UNSUPPORTED
     except BaseException as error:
         with contextlib.suppress(BaseException):
             _show(error)
@@ -162,9 +168,9 @@ def _run_linked(job: Job, names: _Namespace) -> None:
 
 
 def _run_check(job: Job, names: _Namespace) -> None:
-    from .check import checking_names
+    from .check import run_check
 
-    exec(job.code, checking_names(LINK, names, job.entry))
+    run_check(job.code, LINK, names, job.entry)
 
 
 _MODES: dict[str, Callable[[Job, _Namespace], None]] = {

@@ -35,6 +35,12 @@ _MAKERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+PLAIN = (
+    *(type(None), bool, int, float, complex, str, bytes, bytearray, range, list, tuple, set, frozenset, dict),
+    collections.deque,
+)
+
+
 class Opaque:
     """A value that is no data. It equals nothing, itself neither, and is neither true nor false."""
 
@@ -78,8 +84,11 @@ def unfit(value: Any) -> str | None:
     )
 
 
-def encode(value: Any, foreign: Callable[[Any], Any] | None = None) -> bytes:
-    """A value as bytes; what has no tag is given to `foreign`, or its type is named."""
+def encode(value: Any, foreign: Callable[[Any, int], Any] | None = None) -> bytes:
+    """A value as bytes; what has no tag is given to `foreign` with its depth, or its type is named.
+
+    With `foreign` a subclass of a plain type is no plain value either.
+    """
     return json.dumps(to_json(value, foreign)).encode()
 
 
@@ -104,10 +113,17 @@ def decode(content: bytes, foreign: Callable[[Any], Any] | None = None) -> Any:
         return Opaque("(not a value)")
 
 
-def to_json(value: Any, foreign: Callable[[Any], Any] | None = None, depth: int = 0) -> Any:
+def to_json(value: Any, foreign: Callable[[Any, int], Any] | None = None, depth: int = 0) -> Any:
     """A value as what json can write; subclasses of plain types count as their plain value."""
     if depth > MAX_DEPTH:
         return ["?", TOO_DEEP]
+    if foreign is not None and type(value) not in PLAIN:
+        return foreign(value, depth)
+    return plain_json(value, foreign, depth)
+
+
+def plain_json(value: Any, foreign: Callable[[Any, int], Any] | None = None, depth: int = 0) -> Any:
+    """As `to_json`, for what is or inherits from a plain type; else its type is named."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, int):
@@ -131,7 +147,7 @@ def to_json(value: Any, foreign: Callable[[Any], Any] | None = None, depth: int 
         return ["m", [[to_json(key, foreign, depth + 1), to_json(one, foreign, depth + 1)] for key, one in items]]
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         return to_json(value.item(), foreign, depth + 1)
-    return foreign(value) if foreign is not None else ["?", type(value).__name__]
+    return ["?", type(value).__name__]
 
 
 def from_json(read: Any, foreign: Callable[[Any], Any] | None = None) -> Any:
