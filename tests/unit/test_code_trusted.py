@@ -284,6 +284,12 @@ WRONG = {
         "def test_a():\n    for x in [1]:\n        assert {}",
         ("f(x) == 4", "abs(f(x) - 2) < 1", "4 in f(x)", "f(x) < 5", "f(x) == [4]", "f(x) + 1 == 5", "f(x).g() == 4"),
     ),
+    "nor where it makes a class of what the test takes for a function": (
+        "class Split:\n    def __init__(self, x):\n        pass\n    def __eq__(self, other):\n"
+        "        return isinstance(other, list)\n    def __sub__(self, other):\n        return 0\n",
+        "def test_a():\n    for x in ['a b']:\n        assert {}",
+        ("Split(x) == ['a', 'b']", "abs(Split(x) - 3) < 1"),
+    ),
     "a failure of the test is not the program's to take away": (
         "class Manager:\n    def __enter__(self):\n        return 3\n    def __exit__(self, *error):\n"
         "        return True",

@@ -11,7 +11,6 @@ import ast
 import builtins
 import contextlib
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -50,7 +49,6 @@ _N = TypeVar("_N", bound=ast.AST)
 _Sides = tuple[ast.expr, Expected, set[str]]
 """What is evaluated inside, what is expected of it, and the names that the expected value was made of."""
 _ABSOLUTE = frozenset(("abs", "math.fabs", "fabs"))
-_CLASS_NAME = re.compile(r"[A-Z][A-Za-z0-9]*[a-z][A-Za-z0-9]*\Z")
 _ISCLOSE = frozenset(("math.isclose", "isclose"))
 
 
@@ -65,6 +63,8 @@ class _Scope:
     candidate: ast.expr | None
     """What the test's name `candidate` stands for."""
     under_test: frozenset[str]
+    classes: frozenset[str]
+    """Names that the test uses as classes of the program."""
     plain: bool
     """Whether the test only asserts, and names literals."""
     trusted: set[str] = field(default_factory=set)
@@ -82,16 +82,18 @@ def split(
     *,
     candidate: ast.expr | None = None,
     under_test: frozenset[str] = frozenset(),
+    classes: frozenset[str] = frozenset(),
 ) -> list[Test]:
     """The tests of a body of statements, each assert or statement with asserts one test.
 
     `before` is what the test's source holds around the body; `candidate` what that name stands for in it;
-    `under_test` names that are the program's though Python or the prelude has them as well.
+    `under_test` names that are the program's though Python or the prelude has them as well, `classes`
+    those of them that the test uses as classes.
     """
     # What else a test makes may hold what is expected, or change what is asked: then each assert is a program of its
     # own, with everything before it.
     plain = all(map(_is_plain, (*before, *body)))
-    scope = _Scope(candidate, under_test, plain)
+    scope = _Scope(candidate, under_test, classes, plain)
     for statement in before:
         _remember(scope, statement)
     tests: list[Test] = []
@@ -225,7 +227,7 @@ def _equal(inside: ast.expr, outside: ast.expr, scope: _Scope) -> Expected | Non
         value = value_of(outside, scope.known)
     except NotLiteralError:
         return None
-    if isinstance(inside, ast.Call) and isinstance(inside.func, ast.Name) and _CLASS_NAME.match(inside.func.id):
+    if isinstance(inside, ast.Call) and isinstance(inside.func, ast.Name) and inside.func.id in scope.classes:
         return None  # `Money(5) == 5` is for the class to say
     plain = value is None or isinstance(value, bool)
     return AnyOf((value,)) if (_asks if plain else _gives)(inside, scope) else None

@@ -7,10 +7,10 @@ import builtins
 import keyword
 from collections.abc import Sequence
 
-from ..sandbox.inside.check import SAME_OBJECT
+from ..sandbox.inside.check import ARE_CLASSES, SAME_OBJECT
 from ..sandbox.values import MAX_DEPTH, unfit
 from .asserts import CANDIDATE, split
-from .names import free, loaded
+from .names import free, loaded, used_as_classes
 from .prelude import LINKED, NAMED, PRELUDE, PYTEST, STARRED, functions, public_names, starred
 from .problem import AnyOf, Case, Check, Problem, Test
 from .runner_tests import TestSourceError, is_test, runner_tests
@@ -40,12 +40,13 @@ def read_source(source: str, *, entry: str = "", trusted: str = "", before: str 
     body = [statement for statement in tree.body if not _is_main(statement)]
     check = next((s for s in body if isinstance(s, ast.FunctionDef) and s.name == "check" and s.args.args), None)
     under_test = names_under_test(ast.Module([*around, *body], []), imports.names, prelude=check is not None)
+    classes = used_as_classes(tree, under_test)
     if check is not None:
         entry, tests = _of_check(check, body, around, entry)
     elif any(is_test(statement) for statement in body):
-        tests = runner_tests(body, around, under_test)
+        tests = runner_tests(body, around, under_test, classes)
     else:
-        tests = split(body, around, under_test=under_test)
+        tests = split(body, around, under_test=under_test, classes=classes)
     for test in tests:
         if isinstance(test, Case) and isinstance(test.expected, AnyOf) and (words := unfit(test.expected.values[0])):
             raise TestSourceError(f"a value that it expects {words}")
@@ -59,7 +60,8 @@ def read_source(source: str, *, entry: str = "", trusted: str = "", before: str 
     return Problem(
         mode="expression",
         tests=tuple(
-            Check(check_source(test, under_test | {entry})) if isinstance(test, Check) else test for test in tests
+            Check(check_source(test, under_test | {entry}, classes)) if isinstance(test, Check) else test
+            for test in tests
         ),
         entry=entry,
         prelude=PRELUDE + linked,
@@ -67,7 +69,7 @@ def read_source(source: str, *, entry: str = "", trusted: str = "", before: str 
     )
 
 
-def check_source(check: Check, under_test: frozenset[str]) -> str:
+def check_source(check: Check, under_test: frozenset[str], classes: frozenset[str] = frozenset()) -> str:
     """The source of a check with what it takes for granted in front: imports, helpers, pytest's names.
 
     The names under test are imported from the program before anything runs, so that one which is not there fails the
@@ -77,6 +79,8 @@ def check_source(check: Check, under_test: frozenset[str]) -> str:
     source = ast.unparse(tree)
     read = free(source) - _starred_in(tree)
     header = [f"from solution import {name}" for name in sorted(read & under_test)]
+    if used := sorted(read & classes):
+        header.append(f"{ARE_CLASSES}({', '.join(map(repr, used))})")
     others = read - under_test - {CANDIDATE, SAME_OBJECT} - _BUILTINS
     header += [starred()[name] for name in sorted(others) if name in starred()]
     if "pytest" in others:

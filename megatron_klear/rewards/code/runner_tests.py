@@ -25,7 +25,9 @@ def is_test(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.ClassDef) and (statement.name.startswith("Test") or _of_unittest(statement))
 
 
-def runner_tests(body: Sequence[ast.stmt], around: Sequence[ast.stmt], under_test: frozenset[str]) -> list[Test]:
+def runner_tests(
+    body: Sequence[ast.stmt], around: Sequence[ast.stmt], under_test: frozenset[str], classes: frozenset[str]
+) -> list[Test]:
     """Each assert of a plain function is a test; a function that is more than that, or a method, is one as a whole.
 
     Raises TestSourceError where a test wants what only a test runner gives.
@@ -42,7 +44,7 @@ def runner_tests(body: Sequence[ast.stmt], around: Sequence[ast.stmt], under_tes
             if statement.decorator_list or ready or done or isinstance(statement, ast.AsyncFunctionDef):
                 tests.append(_whole([*before, statement], [*ready, _call(statement, statement.name), *done]))
             else:
-                tests += split(statement.body, before, under_test=under_test)
+                tests += split(statement.body, before, under_test=under_test, classes=classes)
     return tests
 
 

@@ -16,6 +16,8 @@ from .proxy import STRANGER, ProgramError, ProgramGone, Proxy, Unsupported, name
 
 SAME_OBJECT = "_same_object"
 """The name of `same_object` in a test's source."""
+ARE_CLASSES = "_are_classes"
+"""Of what a test's source tells names of the program that it uses as classes."""
 _MOST_GIVEN = 100_000
 """Items of an iterator that the test hands over."""
 _ASKED_OF_MODULES = frozenset(("setUpModule", "tearDownModule"))
@@ -30,6 +32,8 @@ class _Link:
         self.descriptor = descriptor
         self.ending: BaseException | None = None
         """What ends the test, though it may have caught it."""
+        self.classes: set[str] = set()
+        """Names that the test uses as classes."""
         self._functions: list[Any] = []
         self._mirrors = Mirrors(self)
         names = self._receive()
@@ -188,7 +192,7 @@ def run_check(code: types.CodeType, descriptor: int, names: dict[str, Any], entr
     program = _Link(descriptor)
     found = _Names(names)
     found.program = program
-    found[SAME_OBJECT] = same_object
+    found[SAME_OBJECT], found[ARE_CLASSES] = same_object, lambda *given: program.classes.update(given)
     if entry:
         found["candidate"] = named(program.ask("name", None)[0], entry)
         if entry in program.names:

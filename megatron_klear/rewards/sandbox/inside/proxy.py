@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
 _MOST_ITEMS = 1024
 """Of an iterator, asked for at once."""
-_CLASS_NAME = re.compile(r"[A-Z][A-Za-z0-9]*[a-z][A-Za-z0-9]*\Z")
 _TOLD = ("__name__", "__qualname__", "__annotations__")
 
 
@@ -27,9 +25,9 @@ class Unsupported(BaseException):
 class Proxy:
     """An object of the program's process: a function, a class, an instance.
 
-    Two of them are compared and added as the program says. With data it is asked only of what the test itself has made,
-    by a class that is named like one, `Money(5) + 3`: else whatever a function returns could have an `__eq__` or
-    `__sub__` that says yes to the value that is expected.
+    Two of them are compared and added as the program says. With data it is asked only of what the test itself has made
+    of a class, `Money(5) + 3`: else whatever a function returns could have an `__eq__` or `__sub__` that says yes to
+    the value that is expected. What is a class the test's own source says.
     """
 
     __slots__ = ("_link", "_made", "_name", "_number", "_type_name")
@@ -46,7 +44,7 @@ class Proxy:
         if len(after) == 2:
             update(given, after[0])
             update(keywords, after[1])
-        return self._making(value) if self._type_name == "type" and _CLASS_NAME.match(self._name) else value
+        return self._making(value) if self._type_name == "type" and self._name in self._link.classes else value
 
     def _do(self, operation: str, *given: Any) -> Any:
         return self._link.ask("do", operation, self, *given)[0]
