@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import builtins
-import datetime
-import decimal
-import fractions
+import importlib
 import io
 import itertools
 import math
@@ -49,28 +47,33 @@ def _exactly(descriptor: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-_STANDARD: dict[type, Callable[[Any], tuple[Any, ...]]] = {
-    datetime.date: lambda day: (day.year, day.month, day.day),
-    datetime.datetime: lambda at: (at.year, at.month, at.day, at.hour, at.minute, at.second, at.microsecond),
-    datetime.time: lambda at: (at.hour, at.minute, at.second, at.microsecond),
-    datetime.timedelta: lambda span: (span.days, span.seconds, span.microseconds),
-    decimal.Decimal: lambda number: (str(number),),
-    fractions.Fraction: lambda number: (number.numerator, number.denominator),
+_PARTS: dict[str, str] = {
+    "date": "year month day",
+    "datetime": "year month day hour minute second microsecond",
+    "time": "hour minute second microsecond",
+    "timedelta": "days seconds microseconds",
+    "Fraction": "numerator denominator",
 }
-_STANDARD_NAMES = {kind.__name__: kind for kind in _STANDARD}
+_HOMES = {
+    **dict.fromkeys(("date", "datetime", "time", "timedelta"), "datetime"),
+    "Fraction": "fractions",
+    "Decimal": "decimal",
+}
 
 
 def standard(value: Any) -> list[Any] | None:
     """The content of the tag "@" for a date, a time or a number of the library that has no tag of its own."""
-    parts = _STANDARD.get(type(value))
-    if parts is None or getattr(value, "tzinfo", None) is not None:
+    name = type(value).__name__
+    if _HOMES.get(name, "") != type(value).__module__ or getattr(value, "tzinfo", None) is not None:
         return None
-    return ["standard", type(value).__name__, values.to_json(list(parts(value)))]
+    parts = [getattr(value, part) for part in _PARTS[name].split()] if name in _PARTS else [str(value)]
+    return ["standard", name, values.to_json(parts)]
 
 
 def read_standard(content: Any) -> Any:
     """What `standard` wrote."""
-    return _STANDARD_NAMES[content[1]](*values.from_json(content[2]))
+    kind = getattr(importlib.import_module(_HOMES[content[1]]), content[1])  # few programs use them: not loaded ahead
+    return kind(*values.from_json(content[2]))
 
 
 def _exit(target: Any, words: Any) -> bool:
