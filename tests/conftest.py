@@ -8,15 +8,26 @@ from typing import Any
 
 import hypothesis
 import pytest
+import sandboxes
 import vllm_server as vllm_server_module
 from pool import Pool
 from vllm_server import RunningServer
+
+from megatron_klear.rewards.sandbox import Sandbox, open_sandbox
 
 # What a busy machine takes for an example says nothing of the code.
 hypothesis.settings.register_profile("klear", deadline=None)
 hypothesis.settings.load_profile("klear")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", params=sandboxes.KINDS)
+def slot(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    """A sandbox of either kind, for the tests of a file."""
+    sandbox = open_sandbox(request.param)
+    yield sandbox
+    sandbox.close()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -14,12 +14,17 @@ import pytest
 
 from megatron_klear.rewards.sandbox.command import interpreter
 from megatron_klear.rewards.sandbox.inside import landlock
+from megatron_klear.rewards.sandbox.outcome import DEFAULT_LIMITS, Limits, Outcome, Program, Sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 needs_landlock = pytest.mark.skipif(
     landlock.version() < landlock.NEEDED_VERSION, reason=f"the kernel has no Landlock {landlock.NEEDED_VERSION}"
 )
+KINDS = [
+    pytest.param("bubblewrap", marks=needs_bubblewrap),
+    pytest.param("landlock", marks=needs_landlock),
+]
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("setpriv") is None, reason="another user can be had as root alone, with setpriv"
 )
@@ -38,6 +43,12 @@ shift 6
 exec setpriv --reuid "$user" --regid "$user" --clear-groups env -i PATH="$PATH" \\
     PYTHONPATH=/mnt/code:/mnt/packages "$executable" -B "$@"
 """
+
+
+def one(sandbox: Sandbox, source: str, stdin: bytes = b"", limits: Limits = DEFAULT_LIMITS) -> Outcome:
+    """What comes of a program on one input."""
+    (outcome,) = sandbox.run(Program(source=source), [stdin], limits=limits)
+    return outcome
 
 
 def as_another_user(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:

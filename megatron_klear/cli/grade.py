@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections import Counter, deque
@@ -141,6 +142,25 @@ def grade(requests: Iterable[Request], pool: GradingPool, count: int) -> Iterato
             print(f"\r{done} of {count}", end="\n" if done == count else "", file=sys.stderr, flush=True)
 
 
+def _leave(number: int, _: object) -> None:
+    """End as on Ctrl-C: what is half written is removed."""
+    raise SystemExit(128 + number)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row as JSON: readable, but where a text holds half a character (a lone surrogate), which no file takes."""
+    line = json.dumps(row, ensure_ascii=False)
+    return (line if line.isascii() or _is_text(line) else json.dumps(row)) + "\n"
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def run(options: argparse.Namespace) -> None:
     """Grade the input and write the output, whole or not at all."""
     output: Path = options.output
@@ -155,6 +175,7 @@ def run(options: argparse.Namespace) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     counts: Counter[str] = Counter()
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         with (
             partial.open("w", encoding="utf-8") as stream,
@@ -167,11 +188,12 @@ def run(options: argparse.Namespace) -> None:
             for row, score in zip(rows, grade(map(kind.request, rows), pool, len(rows)), strict=True):
                 added = kind.added(score)
                 counts[added["verdict"]] += 1
-                stream.write(json.dumps(row | added, ensure_ascii=False) + "\n")
+                stream.write(_line(row | added))
             seconds = time.perf_counter() - start
         os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)
+        signal.signal(signal.SIGTERM, before)
     told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in kind.verdicts)
     rate = f" ({len(rows) / seconds:.0f} a second)" if rows else ""
     print(f"{len(rows)} graded in {seconds:.1f} s{rate}: {told} -> {output}", file=sys.stderr)

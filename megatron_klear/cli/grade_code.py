@@ -69,8 +69,13 @@ def settings_of(options: argparse.Namespace) -> RewardSettings:
 
 
 def check_row(row: Any, where: str) -> None:
-    """Raise UserError where a row has neither a response nor a program, or tests that cannot be read."""
-    if not isinstance(row, dict) or not any(isinstance(row.get(name), str) for name in ("response", "program")):
+    """Raise UserError where a row has not one of response and program, or tests that cannot be read."""
+    given = (
+        [row[name] for name in ("response", "program") if row.get(name) is not None] if isinstance(row, dict) else []
+    )
+    if len(given) == 2:
+        raise UserError(f"{where}: both `response` and `program` are there; leave out the one that is not to be graded")
+    if not given or not isinstance(given[0], str):
         raise UserError(f"{where}: expected an object with `response` or `program` (a text) and `tests`")
     if row.get("tests") is None:
         raise UserError(f"{where}: `tests` is missing")
@@ -94,7 +99,7 @@ def graded(score: Score) -> dict[str, Any]:
     """What is added to a row; one whose grading itself failed has passed nothing."""
     found = score.program
     return {
-        "reward": score.reward if found else 0.0,
+        "reward": score.reward,
         "passed": found.passed if found else 0,
         "total": found.total if found else 0,
         "verdict": found.status if found else score.verdict.value,

@@ -174,6 +174,13 @@ def resolve(data_source: str, settings: RewardSettings) -> Reward:
         raise RewardError(f"[reward.functions]: {path!r} {error}") from None
 
 
+def failure_value(data_source: str, settings: RewardSettings, verdict: Verdict) -> float:
+    """The reward of a response that could not be graded: what its data source gives to a wrong one."""
+    if find(data_source, settings.functions)[0] == _CODE:
+        return settings.code.wrong
+    return SCHEMES[settings.scheme].value(verdict)
+
+
 def prepare(reward: Reward) -> None:
     """Let a built-in reward start what it needs besides itself. Raises RewardError where it cannot."""
     if not isinstance(reward, _Yours) and hasattr(reward, "prepare"):

@@ -12,7 +12,7 @@ from typing import Self
 
 from megatron_klear.types import Score, Verdict
 
-from .base import SCHEMES, RewardSettings
+from .base import RewardSettings, failure_value
 from .process import Task
 from .worker import Request
 
@@ -86,9 +86,10 @@ class OwnedPool(ABC):
         if self._owner.ident is not None and self._owner is not threading.current_thread():
             self._owner.join()
 
-    def failure(self, verdict: Verdict, note: str) -> Score:
-        """The score of a response that could not be graded."""
-        return Score(reward=SCHEMES[self.settings.scheme].value(verdict), verdict=verdict, note=note)
+    def failure(self, request: Request, verdict: Verdict, note: str) -> Score:
+        """The score of a response that could not be graded; its reward is what a wrong one of its data source gets."""
+        value = failure_value(request.data_source, self.settings, verdict)
+        return Score(reward=value, verdict=verdict, note=note)
 
     @abstractmethod
     def _turn(self) -> None: ...

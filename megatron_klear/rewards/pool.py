@@ -131,7 +131,7 @@ class GradingPool(OwnedPool):
         except (EOFError, OSError):
             self._died(worker)
         except NoAnswerError as error:  # not what a worker says: a reward wrote among the answers
-            self._replace(worker, self.failure(Verdict.ERROR, str(error)))
+            self._replace(worker, Verdict.ERROR, str(error))
 
     def _take(self, worker: GradingProcess, number: int, message: Answer) -> None:
         if number != worker.number or (worker.ready and worker.task is None):
@@ -145,15 +145,17 @@ class GradingPool(OwnedPool):
         assert task is not None
         if isinstance(message, Score):
             self._finish(task, message)
+        elif message == TIMED_OUT:
+            self._finish(task, self.failure(task.request, Verdict.TIMEOUT, self._late))
         else:
-            self._finish(task, self._timed_out() if message == TIMED_OUT else self.failure(Verdict.ERROR, str(message)))
+            self._finish(task, self.failure(task.request, Verdict.ERROR, str(message)))
 
     def _overdue(self, worker: GradingProcess) -> None:
         """Replace a worker whose time is up."""
         if worker.task is None:
             self._died(worker)
         else:
-            self._replace(worker, self._timed_out())
+            self._replace(worker, Verdict.TIMEOUT, self._late)
 
     def _died(self, worker: GradingProcess) -> None:
         """Replace a worker that died, or that did not start in time."""
@@ -169,22 +171,23 @@ class GradingPool(OwnedPool):
                     "own messages are above; is the machine out of memory, or a module of [reward.functions] broken?"
                 )
         words = f"the grading process ended with exit code {code}"
-        self._renew(worker, self._timed_out() if late else self.failure(Verdict.ERROR, words))
+        self._renew(worker, *((Verdict.TIMEOUT, self._late) if late else (Verdict.ERROR, words)))
 
-    def _timed_out(self) -> Score:
-        return self.failure(Verdict.TIMEOUT, f"not graded within {self._job.timeout_seconds:g} s")
+    @property
+    def _late(self) -> str:
+        return f"not graded within {self._job.timeout_seconds:g} s"
 
-    def _replace(self, worker: GradingProcess, score: Score) -> None:
-        """End a worker and start another; `score` is that of the response it was at."""
+    def _replace(self, worker: GradingProcess, verdict: Verdict, note: str) -> None:
+        """End a worker and start another; what is said is of the response that it was at."""
         self._bury(worker)
-        self._renew(worker, score)
+        self._renew(worker, verdict, note)
 
-    def _renew(self, worker: GradingProcess, score: Score) -> None:
-        """Start another worker in the place of one that is gone; `score` is that of the response it was at, if any."""
+    def _renew(self, worker: GradingProcess, verdict: Verdict, note: str) -> None:
+        """Start another worker in the place of one that is gone; what is said is of the response it was at, if any."""
         self.restarts += 1
         self._start()
         if worker.task is not None:
-            self._finish(worker.task, score)
+            self._finish(worker.task, self.failure(worker.task.request, verdict, note))
 
     def _start(self) -> None:
         worker = GradingProcess(self._job, self._environment)

@@ -273,7 +273,7 @@ class RayGradingPool(OwnedPool):
                 self._again(task)
             else:
                 note = f"its grader was lost {self._tries.pop(task)} times; the last: {words}"
-                self._finish(task, self.failure(Verdict.ERROR, note))
+                self._finish(task, self.failure(task.request, Verdict.ERROR, note))
 
     def _check_starts(self, words: str) -> None:
         """Raise RewardError where graders do not start; a run goes on with those that it has left after a node died."""

@@ -91,7 +91,7 @@ def test_statements_go_inside_with_what_builds_on_them() -> None:
 
 def test_what_a_test_makes_and_changes_goes_with_each_of_its_asserts() -> None:
     tests = read_source("s = Stack()\nfor v in (1, 2):\n    s.push(v)\nassert s.pop() == 2\nassert s.size() == 1").tests
-    first = "s = Stack()\nfor v in (1, 2):\n    s.push(v)\n"
+    first = "from solution import Stack\n_are_classes('Stack')\ns = Stack()\nfor v in (1, 2):\n    s.push(v)\n"
     assert [test.source for test in tests if isinstance(test, Check)] == [
         first + "assert s.pop() == 2\n",
         first + "s.pop() == 2\nassert s.size() == 1\n",

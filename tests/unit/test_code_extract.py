@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_klear.rewards.code.extract import find_program, whole_program
+from megatron_klear.rewards.code.extract import dedented, find_program, whole_program
 
 FOUND = {
     "plain": ("So:\n```python\nprint(1)\n```\nDone.", "print(1)"),
@@ -22,6 +22,9 @@ FOUND = {
     "no language": ("So:\n```\nprint(1)\n```", "print(1)"),
     "no language, and Python before": ("```python\nprint(1)\n```\n```\n1\n```", "print(1)"),
     "inline code": ("Use ```x``` or `y`.\n```python\nprint(1)\n```\nSee ```z```.", "print(1)"),
+    "an indent of its own": ("```python\n    return 1\n```", "    return 1"),
+    "white space in texts": ("```python\ns = '''a\n   \n'''\n```", "s = '''a\n   \n'''"),
+    "a byte order mark": ("\ufeff```python\n\ufeffprint(1)\n```", "print(1)"),
     "empty": ("```python\n```", ""),
 }  # fmt: skip
 MALFORMED = {
@@ -57,3 +60,10 @@ def test_a_prediction_may_be_a_program_as_it_is() -> None:
     assert whole_program("Here is my response, without a fence\nprint(1)").program is None
     assert whole_program("```python\nprint(1)").program is None
     assert whole_program(" \n").program is None
+    assert whole_program("\ufeffprint(1)\n").program == "print(1)\n"
+
+
+def test_an_indent_of_all_lines_is_taken_off_and_nothing_else() -> None:
+    inner = "s = '''a\n   \n  b'''\nif s:\n\tprint(s)\n"
+    assert dedented(inner) == inner
+    assert dedented("".join(f"  {line}" for line in inner.splitlines(keepends=True))) == inner

@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import pickle
+import textwrap
 import zlib
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,9 @@ def test_a_body_alone_becomes_humanevals_function() -> None:
     complete = read_problem(truth).complete
     assert complete is not None
     assert complete("    return x * x\n") == truth["prompt"] + "    return x * x\n"
+    body = "    y = x * x\n    if y:\n        return y\n    return 0\n"
+    for written in (body, textwrap.dedent(body), body.lstrip()):
+        assert complete(written) == truth["prompt"] + body
     whole = complete("def f(x):\n    return x * x\n")
     assert "def half" in whole
     assert whole.count("def f(") == 1

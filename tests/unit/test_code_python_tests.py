@@ -65,6 +65,23 @@ TESTS: dict[str, tuple[str, int]] = {
         "    def test_len(self):\n        assert len(self.stack) == 1",
         2,
     ),
+    "what stands around tests": (
+        "from solution import Stack\ntold = []\ndef setup_module(module):\n    told.append('module')\n"
+        "class TestStack:\n    @classmethod\n    def setup_class(cls):\n        told.append(cls.__name__)\n"
+        "    def setup_method(self, method):\n        told.append(method.__name__)\n        self.stack = Stack([1])\n"
+        "    def teardown_method(self):\n        assert len(self.stack) == 0\n"
+        "    def test_pop(self):\n        assert told == ['module', 'TestStack', 'test_pop']\n"
+        "        assert self.stack.pop() == 1\n"
+        "class TestOther:\n    def setup_class(cls):\n        cls.stack = Stack([2])\n"
+        "    def test_pop(self):\n        assert self.stack.pop() == 2",
+        2,
+    ),
+    "unittest around": (
+        "import unittest\nfrom solution import Stack\nclass Tests(unittest.TestCase):\n    @classmethod\n"
+        "    def setUpClass(cls):\n        cls.stack = Stack([1])\n"
+        "    def test_pop(self):\n        self.assertEqual(self.stack.pop(), 1)",
+        1,
+    ),
     "unittest": (
         "import unittest\nfrom solution import area, Stack\nclass Tests(unittest.TestCase):\n    def setUp(self):\n"
         "        self.stack = Stack()\n    def test_area(self):\n"
@@ -121,6 +138,47 @@ def test_names_of_the_prelude_are_the_programs_where_it_is_asked_for_them() -> N
     assert judged("x = 1", ["assert sum([4, 6]) == 10"]).passed == 0
     assert judged("x = 1", {"inputs": [[4, 6]], "outputs": [2], "fn_name": "gcd"}).passed == 0
     assert judged(right, {"inputs": [[4, 6]], "outputs": [2], "fn_name": "gcd"}).passed == 1
+
+
+ADD, NEGATE = "def add(a, b):\n    return a + b", "def negate(x):\n    return -x"
+USES_BOTH = {
+    "asserts": ["assert add(1, 2) == 3", "assert negate(3) == -3"],
+    "functions": "def test_a():\n    assert add(1, 2) == 3\ndef test_b():\n    assert negate(3) == -3",
+    "checks": (
+        "def test_a():\n    for n in range(3):\n        assert add(n, 2) == n + 2\n"
+        "def test_b():\n    for n in range(3):\n        assert negate(n) == -n"
+    ),
+    "exceptions": (
+        "def test_a():\n    with pytest.raises(Exception):\n        add(1, None)\n"
+        "def test_b():\n    with pytest.raises(Exception):\n        negate('x')"
+    ),
+    "a class": (
+        "class TestAll:\n    def test_a(self):\n        assert add(1, 2) == 3\n"
+        "    def test_b(self):\n        assert negate(3) == -3"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", USES_BOTH)
+def test_nothing_stands_in_for_a_function_that_a_program_lacks(name: str) -> None:
+    tests = USES_BOTH[name]
+    assert judged(f"{ADD}\n{NEGATE}", tests).passed == 2
+    assert judged(f"from operator import add\n{NEGATE}", tests).passed == 2
+    assert judged(NEGATE, tests).passed == 1
+    assert judged(ADD, tests).passed == 1
+    assert judged("x = 1", tests).passed == 0
+
+
+def test_names_that_tests_compare_with_or_import_are_their_own() -> None:
+    third = "def third(x):\n    return x / 3"
+    assert (
+        judged(third, ["assert isclose(third(1), 0.33333333333)", "assert fabs(third(2) - 0.6666) < 1e-2"]).passed == 2
+    )
+    assert judged(third, "from math import *\nassert third(6) == sqrt(4) and third(0) < pi").passed == 1
+    assert judged(third, ["assert sqrt(16) == 4", "assert third(6) == 2"]).passed == 1
+    for name in ("gcd", "max"):
+        method = f"class Solution:\n    def {name}(self, a, b):\n        return {name}(a, b)"
+        assert judged(method, {"inputs": [[4, 4]], "outputs": [4], "fn_name": name}).passed == 1
 
 
 def test_linked_lists_and_trees_come_and_go_as_lists() -> None:

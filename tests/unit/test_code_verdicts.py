@@ -80,6 +80,21 @@ WRITES = {
         "print(down(100000) - 99995)"
     ),
 }  # fmt: skip
+WRITES |= {
+    "detached and wrapped": "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.detach())\nprint(5)",
+    "detached": "import sys\nsys.stdout.detach().write(b'5')",
+    "detached and put in place": "import sys\nsys.stdout = sys.stdout.detach()\nsys.stdout.write(b'5')",
+    "a wrapper that is not flushed": "import io, sys\nout = io.TextIOWrapper(sys.stdout.buffer)\nout.write('5')",
+    "open(1)": "import sys\nsys.stdout = open(1, 'w')\nprint(5)",
+    "open(1), not flushed": "class A:\n    out = [open(1, 'w')]\na = A()\na.out[0].write('5')",
+    "an output of its own": (
+        "import io, os, sys\nclass Out(io.IOBase):\n    def __init__(self):\n        self.held = io.BytesIO()\n"
+        "    def write(self, text):\n        self.held.write(text.encode())\n    def flush(self):\n"
+        "        os.write(1, self.held.getvalue())\n        self.held = io.BytesIO()\nsys.stdout = Out()\nprint(5)"
+    ),
+    "after a byte order mark": "\ufeffprint(5)",
+    "closed": "import sys\nprint(5)\nsys.stdout.close()",
+}  # fmt: skip
 ROWS: dict[str, Row] = {
     **{f"reads by {name}": prints(f"{read}\nprint(a + b)", "5", given="2\n3\n") for name, read in READS.items()},
     **{f"ends by {name}": prints(f"print(5)\n{end}", "5") for name, end in ENDS.items()},
@@ -92,6 +107,9 @@ ROWS: dict[str, Row] = {
     "case": prints("print('YES')", "Yes", "failed", "failed"),
     "fewer decimals": prints("print('0.333333')", "0.333333333333", "passed", "failed"),
     "equal by value": prints("print('1.0')\nprint('1e3')", "1\n1000"),
+    "a zero in front": prints("print('0010')", "10", "failed", "passed"),
+    "white space in a text": prints("print(len('''a\n   \n'''))", "6"),
+    "an indent of all lines": prints("    x = 5\n    print(x)", "5"),
     "large integers": prints("print(50000000000000000)", "50000000000000001", "failed", "failed"),
     "negative zero": prints("print(-0.0)", "0.0"),
     "nan": prints("print(float('nan'))", "nan"),

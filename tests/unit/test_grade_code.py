@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from megatron_klear.cli.grade import main
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SQUARES = {"inputs": ["2\n", "3\n"], "outputs": ["4\n", "9\n"]}
+NESTED: Any = functools.reduce(lambda inner, _: [inner], range(500), [])
 ADDED = ("reward", "passed", "total", "verdict")
 
 
@@ -70,6 +73,15 @@ def test_what_cannot_be_graded_is_told_by_its_line(tmp_path: Path, capsys: pytes
         (json.dumps({"response": "x"}), "`tests` is missing"),
         (json.dumps({"response": "x", "tests": {"answer": 3}}), "'answer'"),
         (json.dumps({"response": "x", "tests": {"inputs": ["1"], "outputs": []}}), "1 inputs and 0 outputs"),
+        (json.dumps({"response": "x", "program": "x", "tests": SQUARES}), "both `response` and `program`"),
+        (json.dumps({"program": 3, "tests": SQUARES}), "`response` or `program`"),
+        *(
+            (json.dumps({"program": "x", "tests": {"inputs": [[1]], "outputs": [1], "fn_name": name}}), told)
+            for name, told in (("class", "'class' is no name"), ("a b", "'a b' is no name"), (5, "type int"))
+        ),
+        (json.dumps({"program": "x", "tests": {"test": "assert candidate", "entry_point": "def"}}), "'def' is no name"),
+        (json.dumps({"program": "x", "tests": {"inputs": [NESTED], "outputs": [1], "fn_name": "f"}}), "nested"),
+        (json.dumps({"program": "x", "tests": {"inputs": ["\ud800"], "outputs": ["1"]}}), "no valid text"),
     ):
         given, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
         given.write_text(f"{good}\n\n{bad}\n")
@@ -115,3 +127,31 @@ def test_an_output_that_is_no_file_is_refused_before_anything_runs(tmp_path, out
     with pytest.raises(SystemExit):
         main(["code", "--input", str(rows), "--output", str(tmp_path / output), "--force"])
     assert "a folder" in capsys.readouterr().err
+
+
+def test_half_a_character_goes_through(tmp_path: Path) -> None:
+    wrong = {"inputs": [["\ud800"]], "outputs": ["\udfff"], "fn_name": "f"}
+    rows = [
+        {"id": "\ud800", "program": "print(5)", "tests": {"inputs": [""], "outputs": ["5"]}},
+        {"id": 1, "program": "def f(x):\n    return x", "tests": {**wrong, "outputs": ["\ud800"]}},
+        {"id": 2, "program": "def f(x):\n    return x", "tests": wrong},
+        {"id": 3, "program": "print('\ud800')", "tests": {"inputs": [""], "outputs": ["5"]}},
+        {"id": 4, "response": "```python\n# \ud800\nprint(5)\n```", "tests": {"inputs": [""], "outputs": ["\u00e9"]}},
+    ]
+    assert [row["reward"] for row in graded(tmp_path, rows)] == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_grading_that_is_ended_leaves_nothing_behind(tmp_path: Path) -> None:
+    shared_sandbox()
+    given = tmp_path / "in.jsonl"
+    given.write_text(
+        json.dumps({"program": "while True:\n    pass", "tests": {"inputs": [""], "outputs": ["1"]}}) + "\n"
+    )
+    command = [sys.executable, str(ROOT / "tools" / "grade.py"), "code", "--input", str(given), "--output"]
+    command += [str(tmp_path / "out.jsonl"), "--workers", "1", "--cpu-seconds", "60"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as grading:
+        while not list(tmp_path.glob(".out.jsonl.*")):
+            assert grading.poll() is None
+        grading.send_signal(signal.SIGTERM)
+        assert grading.wait(60) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == [given]

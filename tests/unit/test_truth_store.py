@@ -209,4 +209,4 @@ def test_a_request_holds_its_place_alone(tmp_path: Path, monkeypatch: pytest.Mon
         pool.wait_until_ready()
     with pytest.raises(ValueError, match="lies on disk"):
         Request("math", store[0], "x", {"a": 1})
-    assert pool.failure(Verdict.ERROR, "").reward == -1.0
+    assert pool.failure(Request("math", "4", "x"), Verdict.ERROR, "").reward == -1.0

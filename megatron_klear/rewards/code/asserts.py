@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from .literals import NotLiteralError, value_of
 from .names import bound, loaded, root_of
-from .prelude import READ_BACK
+from .prelude import READ_BACK, starred
 from .problem import AnyOf, Case, Check, Expected, Is, Near, Test, expression_input
 
 _WRAPPERS = frozenset(
@@ -63,6 +63,8 @@ class _Scope:
     candidate: ast.expr | None
     """What the test's name `candidate` stands for."""
     under_test: frozenset[str]
+    classes: frozenset[str]
+    """Names that the test uses as classes of the program."""
     plain: bool
     """Whether the test only asserts, and names literals."""
     trusted: set[str] = field(default_factory=set)
@@ -80,16 +82,18 @@ def split(
     *,
     candidate: ast.expr | None = None,
     under_test: frozenset[str] = frozenset(),
+    classes: frozenset[str] = frozenset(),
 ) -> list[Test]:
     """The tests of a body of statements, each assert or statement with asserts one test.
 
     `before` is what the test's source holds around the body; `candidate` what that name stands for in it;
-    `under_test` names that are the program's though they are built in.
+    `under_test` names that are the program's though Python or the prelude has them as well, `classes`
+    those of them that the test uses as classes.
     """
     # What else a test makes may hold what is expected, or change what is asked: then each assert is a program of its
     # own, with everything before it.
     plain = all(map(_is_plain, (*before, *body)))
-    scope = _Scope(candidate, under_test, plain)
+    scope = _Scope(candidate, under_test, classes, plain)
     for statement in before:
         _remember(scope, statement)
     tests: list[Test] = []
@@ -126,9 +130,8 @@ def _asserts(statement: ast.stmt, scope: _Scope) -> bool:
     """Whether the statement itself tests something, and does not only define what does when it is called."""
     if isinstance(statement, _DEFINES):
         return False
-    return any(
-        isinstance(node, ast.Assert | ast.Raise)
-        or (isinstance(node, ast.Call) and ast.unparse(node.func) in _RAISES | scope.asserting)
+    return bool(loaded(statement) & scope.asserting) or any(
+        isinstance(node, ast.Assert | ast.Raise) or (isinstance(node, ast.Call) and ast.unparse(node.func) in _RAISES)
         for node in ast.walk(statement)
     )
 
@@ -167,8 +170,9 @@ def _split_one(statement: ast.Assert, scope: _Scope) -> tuple[Case | None, ast.e
     if any(outside_names & bound(entry) for entry in needed) or any(_hides(entry) for entry in needed):
         return None, inside  # what makes the input would carry the expected value in as well
     setup = ast.Module([_renamed(entry, scope) for entry in needed], [])
-    source = ast.unparse(ast.fix_missing_locations(setup))
-    return Case(expression_input(source, ast.unparse(_renamed(inside, scope))), expected), inside
+    source, expression = ast.unparse(ast.fix_missing_locations(setup)), _renamed(inside, scope)
+    asks = (loaded(setup) | loaded(expression)) & scope.under_test & (_BUILTINS | starred().keys())
+    return Case(expression_input(source, ast.unparse(expression), asks), expected), inside
 
 
 def _renamed(node: _N, scope: _Scope) -> _N:
@@ -223,6 +227,8 @@ def _equal(inside: ast.expr, outside: ast.expr, scope: _Scope) -> Expected | Non
         value = value_of(outside, scope.known)
     except NotLiteralError:
         return None
+    if isinstance(inside, ast.Call) and isinstance(inside.func, ast.Name) and inside.func.id in scope.classes:
+        return None  # `Money(5) == 5` is for the class to say
     plain = value is None or isinstance(value, bool)
     return AnyOf((value,)) if (_asks if plain else _gives)(inside, scope) else None
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import keyword
 import math
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-from ..sandbox.values import encode_arguments
-from .prelude import prelude
+from ..sandbox.outcome import DEFAULT_LIMITS
+from ..sandbox.values import encode_arguments, unfit
+from .prelude import PRELUDE
 from .problem import AnyOf, Case, Problem, Text
 
 _LONG = 1000  # digits
@@ -23,7 +25,7 @@ def stdin_problem(inputs: Any, outputs: Any) -> Problem:
     """Programs that read standard input and print."""
     pairs = _pairs(inputs, outputs)
     cases = tuple(
-        Case(_text(given, f"input {number}"), Text(_text(wanted, f"output {number}")))
+        Case(_text(given, f"input {number}"), Text(_printable(_text(wanted, f"output {number}"), number)))
         for number, (given, wanted) in enumerate(pairs)
     )
     return Problem(mode="stdin", tests=cases)
@@ -36,18 +38,20 @@ def call_problem(inputs: Any, outputs: Any, name: str) -> Problem:
     or its JSON where the input is a text. Where every output of a problem is a list of one value (APPS, TACO, PRIME),
     that value is right as well as the list.
     """
-    if not name.isidentifier():
-        raise FormError(f"fn_name {name!r} is no name of a function")
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise FormError(f"fn_name {name[:60]!r} is no name of a function")
     pairs = _pairs(inputs, outputs)
     wrapped = all(isinstance(wanted, list) and len(wanted) == 1 for _, wanted in pairs)
     cases = []
     for number, (given, wanted) in enumerate(pairs):
         arguments = _arguments(given, number)
+        _check(arguments, f"input {number}")
         if isinstance(given, str) and isinstance(wanted, str):
             wanted = _json(wanted, f"output {number}")
         values = (wanted, wanted[0]) if wrapped and isinstance(wanted, list) else (wanted,)
+        _check(wanted, f"output {number}")
         cases.append(Case(encode_arguments(arguments), AnyOf(values)))
-    return Problem(mode="call", tests=tuple(cases), entry=name, prelude=prelude([name]))
+    return Problem(mode="call", tests=tuple(cases), entry=name, prelude=PRELUDE)
 
 
 def _pairs(inputs: Any, outputs: Any) -> list[tuple[Any, Any]]:
@@ -73,6 +77,18 @@ def _text(value: Any, place: str) -> bytes:
         return str(value).encode()
     except UnicodeEncodeError as error:
         raise FormError(f"{place} is no valid text ({error.reason})") from None
+
+
+def _printable(wanted: bytes, number: int) -> bytes:
+    most = DEFAULT_LIMITS.output_bytes
+    if len(wanted) > most:
+        raise FormError(f"output {number} has {len(wanted)} bytes, and programs may print {most}")
+    return wanted
+
+
+def _check(value: Any, place: str) -> None:
+    if (words := unfit(value)) is not None:
+        raise FormError(f"{place} {words}")
 
 
 def _arguments(given: Any, number: int) -> list[Any]:

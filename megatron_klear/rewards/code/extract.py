@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-import textwrap
 from dataclasses import dataclass
 
 _FENCE = re.compile(r"(?P<run>`{3,}|~{3,})[{.\s]*(?P<language>[\w+#-]*)(?:[\s:,{}.=][^`]*)?\Z")
 _LONGEST_FENCE = 500  # characters at the end of a line: looking for one takes the square of it
 _MOST_PARSED = 100_000  # characters
+_BYTE_ORDER_MARK = "\ufeff"
 _PYTHON = frozenset(("python", "py", "python3", "py3"))
 
 
@@ -24,6 +24,8 @@ class Extracted:
 @dataclass(slots=True)
 class _Block:
     language: str
+    indent: int
+    """Columns before the fence, which are none of its lines'."""
     lines: list[str]
     closed: bool = False
 
@@ -31,10 +33,10 @@ class _Block:
 def find_program(text: str) -> Extracted:
     """The last block fenced as `python`, `py`, `python3` or `py3` (any case), which must be closed.
 
-    A fence may stand at the end of a line of words, and be indented: the block is then dedented. What follows the
-    language's name is ignored. Where no block is fenced as Python, the last one without a language is taken, as the
-    public graders do, if it is Python. Blocks of other languages are no programs. An unclosed last block is none
-    either: the response was cut off, or goes on past its answer.
+    A fence may stand at the end of a line of words, or be indented, and its lines by as much (CommonMark); else they
+    are as they stand. What follows the language's name is ignored. Where no block is fenced as Python, the last one
+    without a language is taken, as the public graders do, if it is Python. Blocks of other languages are no programs.
+    An unclosed last block is none either: the response was cut off, or goes on past its answer.
     """
     blocks = _blocks(text)
     if not blocks:
@@ -57,9 +59,26 @@ def whole_program(text: str) -> Extracted:
     """The text itself where it holds no fence and is Python as a whole: predictions that are programs as they are."""
     if _blocks(text):
         return find_program(text)
+    text = text.removeprefix(_BYTE_ORDER_MARK)
     if text.strip() and is_python(text):
         return Extracted(text)
     return Extracted(None, "no fenced block, and the text as a whole is not Python")
+
+
+def dedented(program: str) -> str:
+    """A program without the indent that all its lines share, those of white space as far as they have it.
+
+    One that begins in the first column is as it was, down to the white space in its texts.
+    """
+    lines = program.split("\n")
+    indents = [line[: len(line) - len(line.lstrip())] for line in lines if line.strip()]
+    shared = _beginning(min(indents, default=""), max(indents, default=""))
+    return "\n".join(line[len(_beginning(line, shared)) :] for line in lines) if shared else program
+
+
+def _beginning(first: str, second: str) -> str:
+    """What two texts begin with alike; of the first and last of many in order, what all begin with."""
+    return first[: next((n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))]
 
 
 def is_python(source: str) -> bool:
@@ -86,7 +105,7 @@ def _blocks(text: str) -> list[_Block]:
             blocks[-1].closed, fence = True, ""
         elif opened is not None:
             fence, language = opened
-            blocks.append(_Block(language, []))
+            blocks.append(_Block(language, len(line) - len(line.lstrip(" ")), []))
     return blocks
 
 
@@ -108,4 +127,5 @@ def _ends(line: str, fence: str) -> bool:
 
 
 def _source(block: _Block) -> str:
-    return textwrap.dedent("\n".join(block.lines)) + "\n"
+    lines = (line[min(block.indent, len(line) - len(line.lstrip(" "))) :] for line in block.lines)
+    return "\n".join(lines).removeprefix(_BYTE_ORDER_MARK) + "\n"

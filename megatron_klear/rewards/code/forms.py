@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import FormError, call_problem, load_json, stdin_problem
+from .extract import dedented, is_python
 from .livecodebench import PackedTestsError, unpack_tests
 from .problem import Problem
 from .python_tests import TestSourceError, read_source
@@ -35,28 +36,32 @@ EXPECTED = (
     "`test` and `entry_point`, `test_list` or LiveCodeBench's test cases, a list of tests with `input` and `output`, "
     "or Python source with asserts; each of them may be JSON in a text"
 )
+_INDENT = "    "
 _WRAPPING = ("input_output", "verification_info", "test_cases", "tests", "ground_truth", "reward_model")
 
 
 def read_problem(ground_truth: Any) -> Problem:
     """The tests of a ground truth. Raises FormError where it has none of the forms, or holds no test."""
-    try:
-        problem = _read(_plain(ground_truth), files=True)
-    except (TestSourceError, PackedTestsError) as error:
-        raise FormError(f"the tests cannot be read: {error}") from None
-    if problem is None or not problem.tests:
-        raise FormError("the ground truth holds no test")
+    problem = _read_all(ground_truth, files=True)
+    assert problem is not None
     return problem
 
 
 def check_form(ground_truth: Any) -> None:
     """Raise FormError where `read_problem` would; opens no file of tests, but says where one is missing."""
+    _read_all(ground_truth, files=False)
+
+
+def _read_all(ground_truth: Any, *, files: bool) -> Problem | None:
     try:
-        problem = _read(_plain(ground_truth), files=False)
+        problem = _read(_plain(ground_truth), files=files)
     except (TestSourceError, PackedTestsError) as error:
         raise FormError(f"the tests cannot be read: {error}") from None
+    except RecursionError:
+        raise FormError("the ground truth is nested too deep to be read") from None
     if problem is not None and not problem.tests:
         raise FormError("the ground truth holds no test")
+    return problem
 
 
 def _read(truth: Any, *, files: bool, nested: bool = False) -> Problem | None:
@@ -134,7 +139,9 @@ _KINDS: Mapping[str, str] = {
 def _read_pairs(truth: dict[str, Any]) -> Problem:
     inputs, outputs = truth["inputs"], truth["outputs"]
     name = truth.get("fn_name")
-    return call_problem(inputs, outputs, str(name)) if name else stdin_problem(inputs, outputs)
+    if name is not None and not isinstance(name, str):
+        raise FormError(f"`fn_name` is of type {type(name).__name__}, expected the name of a function")
+    return call_problem(inputs, outputs, name) if name else stdin_problem(inputs, outputs)
 
 
 def _read_files(truth: dict[str, Any], *, files: bool) -> Problem | None:
@@ -194,9 +201,19 @@ def _read_humaneval(truth: dict[str, Any]) -> Problem:
 
     def complete(program: str) -> str:
         """The program with what the prompt defines besides; the prompt's function with its body where that is all."""
-        return f"{helpers}\n{program}" if _defines(program, entry) else prompt + program
+        whole = dedented(program)
+        return f"{helpers}\n{whole}" if _defines(whole, entry) else _with_body(prompt, program)
 
     return replace(problem, complete=complete)
+
+
+def _with_body(prompt: str, body: str) -> str:
+    """A prompt and the body of its function, which may have lost its indent, or that of its first line alone."""
+    body = body.lstrip("\n")
+    if body[:1].isspace():
+        return prompt + body
+    shifted = "\n".join(_INDENT + line if line.strip() else line for line in body.split("\n"))
+    return next((prompt + one for one in (shifted, _INDENT + body) if is_python(prompt + one)), prompt + body)
 
 
 def _without(prompt: str, entry: str) -> str:
@@ -210,7 +227,7 @@ def _without(prompt: str, entry: str) -> str:
 
 def _defines(program: str, entry: str) -> bool:
     """Whether a program makes the function itself. It is not parsed: that is for the sandbox to do."""
-    made = rf"^(?:(?:async\s+)?def\s+{entry}\b|{entry}\s*(?::.*)?=|class\s+(?:{entry}|Solution)\b)"
+    made = rf"^(?:(?:async[ \t]+)?def[ \t]+{entry}\b|{entry}[ \t]*(?::.*)?=|class[ \t]+(?:{entry}|Solution)\b)"
     return re.search(made, program, re.MULTILINE) is not None
 
 

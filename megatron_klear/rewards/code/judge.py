@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
 import time
@@ -11,11 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..sandbox.outcome import Limits, Outcome, Program, Sandbox
-from ..sandbox.values import decode, encode
+from ..sandbox.values import MAX_DEPTH, TOO_DEEP, decode, encode
 from .compare_text import same_as_livecodebench as livecodebench_text
 from .compare_text import same_text, same_tokens
 from .compare_values import same_as_livecodebench as livecodebench_value
 from .compare_values import same_value
+from .extract import dedented
 from .problem import AnyOf, Case, Check, Is, Near, Problem, Test, Text
 from .settings import Comparison
 
@@ -30,6 +32,7 @@ _STATUS: dict[str, Status] = {
     "contained": "contained",
     "output": "contained",
     "skipped": "timeout",
+    "unusable": "error",
 }
 _TEXT: dict[Comparison, Callable[[bytes, bytes], bool]] = {
     "judge": same_text,
@@ -37,6 +40,7 @@ _TEXT: dict[Comparison, Callable[[bytes, bytes], bool]] = {
     "tokens": same_tokens,
 }
 _SPARE_BYTES, _MANY_TIMES = 4096, 32
+_TOO_DEEP = json.dumps(["?", TOO_DEEP]).encode()
 _SHOWN = 60  # characters of an output in a note
 _EXIT = "exit "  # how the note of a crash begins that was an exit by the program's own will
 
@@ -65,7 +69,7 @@ def judge(
     With `first_failure_decides` nothing is run once a test is not passed. A program that dies, loops or does what it
     may not has failed its test; only a sandbox that does not work raises.
     """
-    source = program if problem.complete is None else problem.complete(program)
+    source = dedented(program) if problem.complete is None else problem.complete(program)
     asked = Program(source=source, mode=problem.mode, prelude=problem.prelude, entry=problem.entry)
     deadline = time.monotonic() + limits.total_seconds
     found: dict[int, Outcome] = {}
@@ -92,6 +96,9 @@ def judge(
         found[number] = sandbox.run_check(asked, test.source, limits=replace(limits, total_seconds=left))
         if found[number].status == "done":
             right.add(number)
+    unusable = next((number for number in found if found[number].status == "unusable"), None)
+    if unusable is not None:
+        return Result("error", 0, len(problem.tests), f"test {unusable + 1} is unusable: {found[unusable].note}")
     return _result(problem.tests, found, right)
 
 
@@ -145,7 +152,8 @@ def sampled(problem: Problem, count: int, program: str) -> Problem:
         return problem
     seed = hashlib.sha256(program.encode("utf-8", "surrogatepass"))
     for test in problem.tests:
-        seed.update(test.source.encode() if isinstance(test, Check) else test.input + repr(test.expected).encode())
+        told = test.source if isinstance(test, Check) else repr((test.input, test.expected))
+        seed.update(told.encode("utf-8", "surrogatepass"))
     drawn = sorted(random.Random(seed.digest()).sample(range(len(problem.tests)), count))
     return problem.of(tuple(problem.tests[number] for number in drawn))
 
@@ -190,6 +198,8 @@ def _wrong(test: Test, outcome: Outcome) -> str:
             wanted: Any = values[0]
         case Is(value=value) | Near(value=value):
             wanted = value
+    if _TOO_DEEP in outcome.result:
+        return f"gave a value nested more than {MAX_DEPTH} deep, expected {_short(wanted)}"
     if len(outcome.result) > _SPARE_BYTES:
         return f"gave a value of {len(outcome.result)} bytes, expected {_short(wanted)}"
     return f"gave {_short(decode(outcome.result))}, expected {_short(wanted)}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
-from collections.abc import Iterable
+import inspect
 from functools import cache
 from importlib import import_module
 
@@ -26,21 +25,26 @@ def starred() -> dict[str, str]:
     found = {}
     for module in STARRED:
         if module != "builtins":
-            loaded = import_module(module)
-            names = getattr(loaded, "__all__", [name for name in dir(loaded) if not name.startswith("_")])
-            found.update({name: f"from {module} import {name}" for name in names})
+            found.update({name: f"from {module} import {name}" for name in public_names(module)})
     return found | {module: f"import {module}" for module in NAMED}
 
 
-def prelude(under_test: Iterable[str]) -> str:
-    """What stands in front of a program: not the functions that it should define, which the prelude may have as well.
+@cache
+def functions() -> frozenset[str]:
+    """Names of the prelude that are functions: none is a class, a constant or a module."""
+    found = {name for name, statement in starred().items() if inspect.isroutine(_imported(name, statement))}
+    return frozenset(found - set(NAMED))
 
-    A program that defines no `gcd` would pass the tests of one.
-    """
-    taken = sorted(name for name in under_test if name in starred() or hasattr(builtins, name))
-    return PRELUDE + "".join(
-        f"def {name}(*_, **__):\n    raise NameError('the program defines no {name}')\n" for name in taken
-    )
+
+@cache
+def public_names(module: str) -> frozenset[str]:
+    """What `from module import *` gives, of a module of the prelude."""
+    loaded = import_module(module)
+    return frozenset(getattr(loaded, "__all__", [name for name in dir(loaded) if not name.startswith("_")]))
+
+
+def _imported(name: str, statement: str) -> object:
+    return getattr(import_module(statement.split()[1]), name, None)
 
 
 LINKED = """
@@ -109,7 +113,7 @@ READ_BACK = {"is_same_list": ("list_node", "list_values"), "is_same_tree": ("tre
 PYTEST = """
 class _Raises:
     def __init__(self, kinds, match=None):
-        self.kinds, self.match, self.value = kinds, match, None
+        self.kinds, self.wanted, self.type, self.value, self.tb = kinds, match, None, None, None
 
     def __enter__(self):
         return self
@@ -118,11 +122,32 @@ class _Raises:
         assert kind is not None, "no exception"
         if not issubclass(kind, self.kinds):
             return False
-        if self.match is not None:
-            import re
-            assert re.search(self.match, str(error)), f"{self.match!r} is not in {error}"
-        self.value = error
+        self.type, self.value, self.tb = kind, error, trace
+        return self.wanted is None or self.match(self.wanted)
+
+    @property
+    def typename(self):
+        return self.type.__name__
+
+    def exconly(self):
+        return f"{self.typename}: {self.value}"
+
+    def errisinstance(self, kinds):
+        return isinstance(self.value, kinds)
+
+    def match(self, pattern):
+        import re
+        assert re.search(pattern, str(self.value)), f"{pattern!r} is not in {self.value}"
         return True
+
+
+def _raises(kinds, *call, match=None, **options):
+    expected = _Raises(kinds, match)
+    if not call:
+        return expected
+    with expected:
+        call[0](*call[1:], **options)
+    return expected
 
 
 class _Approx:
@@ -158,7 +183,7 @@ class _Mark:
 
 
 class pytest:
-    raises, approx, mark = _Raises, _Approx, _Mark()
+    raises, approx, mark = staticmethod(_raises), _Approx, _Mark()
 
     @staticmethod
     def param(*values, **_):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -85,6 +85,7 @@ class Problem:
         return replace(self, tests=tests)
 
 
-def expression_input(setup: str, expression: str) -> bytes:
-    """The input of a case in mode `expression`."""
-    return json.dumps({"setup": setup, "expression": expression}).encode()
+def expression_input(setup: str, expression: str, asks: Iterable[str] = ()) -> bytes:
+    """The input of a case in mode `expression`; `asks` names what the program itself must define for it."""
+    needed = {"asks": sorted(asks)} if asks else {}
+    return json.dumps({"setup": setup, "expression": expression, **needed}).encode()

@@ -7,20 +7,21 @@ import builtins
 import keyword
 from collections.abc import Sequence
 
+from ..sandbox.inside.check import ARE_CLASSES, SAME_OBJECT
+from ..sandbox.values import MAX_DEPTH, unfit
 from .asserts import CANDIDATE, split
-from .names import bound, loaded
-from .prelude import LINKED, PYTEST, prelude, starred
-from .problem import Check, Problem, Test
+from .names import free, loaded, used_as_classes
+from .prelude import LINKED, NAMED, PRELUDE, PYTEST, STARRED, functions, public_names, starred
+from .problem import AnyOf, Case, Check, Problem, Test
+from .runner_tests import TestSourceError, is_test, runner_tests
+
+__all__ = ["TestSourceError", "check_source", "names_under_test", "read_source"]
 
 _BUILTINS = frozenset(dir(builtins))
 _LINKED = frozenset(("list_node", "tree_node", "ListNode", "TreeNode", "is_same_list", "is_same_tree"))
 _COMPARES = frozenset(("isclose", "fabs", "sqrt", "Counter", "deque"))
 """Of the prelude, what tests themselves call."""
 _SOLUTION_MODULES = frozenset(("solution", "main", "your_module", "your_solution"))
-
-
-class TestSourceError(ValueError):
-    """Tests in Python that cannot be used; the message says why."""
 
 
 def read_source(source: str, *, entry: str = "", trusted: str = "", before: str = "") -> Problem:
@@ -30,18 +31,27 @@ def read_source(source: str, *, entry: str = "", trusted: str = "", before: str 
     of the problem's own that the tests may use; `before` runs in front of the tests (MBPP's set-up code). Raises
     TestSourceError.
     """
+    if entry and (not entry.isidentifier() or keyword.iskeyword(entry)):
+        raise TestSourceError(f"entry_point {entry[:60]!r} is no name of a function")
     imports = _Solution()
     tree = imports.visit(_parse(source))
+    _refuse_patches(tree)
     around = [*_parse(trusted).body, *_parse(before).body]
     body = [statement for statement in tree.body if not _is_main(statement)]
-    under_test = names_under_test(ast.Module([*around, *body], []), imports.names)
     check = next((s for s in body if isinstance(s, ast.FunctionDef) and s.name == "check" and s.args.args), None)
+    under_test = names_under_test(ast.Module([*around, *body], []), imports.names, prelude=check is not None)
+    classes = used_as_classes(tree, under_test)
     if check is not None:
         entry, tests = _of_check(check, body, around, entry)
-    elif any(_is_test(statement) for statement in body):
-        tests = _of_pytest(body, around, under_test)
+    elif any(is_test(statement) for statement in body):
+        tests = runner_tests(body, around, under_test, classes)
     else:
-        tests = split(body, around, under_test=under_test)
+        tests = split(body, around, under_test=under_test, classes=classes)
+    for test in tests:
+        if isinstance(test, Case) and isinstance(test.expected, AnyOf) and (words := unfit(test.expected.values[0])):
+            raise TestSourceError(f"a value that it expects {words}")
+    if _deepest(tree) > MAX_DEPTH:
+        raise TestSourceError(f"a value in it is nested more than {MAX_DEPTH} deep")
     if not tests:
         raise TestSourceError("it tests nothing: there is no assert in it, nor a function or class of tests")
     linked = LINKED if _LINKED & loaded(tree) else ""
@@ -50,50 +60,96 @@ def read_source(source: str, *, entry: str = "", trusted: str = "", before: str 
     return Problem(
         mode="expression",
         tests=tuple(
-            Check(check_source(test, under_test | {entry})) if isinstance(test, Check) else test for test in tests
+            Check(check_source(test, under_test | {entry}, classes)) if isinstance(test, Check) else test
+            for test in tests
         ),
         entry=entry,
-        prelude=prelude(under_test | ({entry} if "Solution" not in loaded(tree) else set())) + linked,
+        prelude=PRELUDE + linked,
         whole=True,
     )
 
 
-def check_source(check: Check, under_test: frozenset[str]) -> str:
+def check_source(check: Check, under_test: frozenset[str], classes: frozenset[str] = frozenset()) -> str:
     """The source of a check with what it takes for granted in front: imports, helpers, pytest's names.
 
-    What it still lacks is asked of the program: the names under test, and no others. Those that the prelude or Python
-    has as well are imported from the program, or a test of `gcd` would test `math.gcd`.
+    The names under test are imported from the program before anything runs, so that one which is not there fails the
+    test, whatever exception that expects, and nothing of Python or the prelude stands in for it.
     """
-    tree = ast.parse(check.source)
-    made = {name for statement in tree.body for name in bound(statement)}
-    read = loaded(tree) - made
-    shadowed = sorted(read & under_test & (_BUILTINS | starred().keys()))
-    free = read - under_test - {CANDIDATE} - _BUILTINS
-    header = [f"from solution import {name}" for name in shadowed]
-    header += [starred()[name] for name in sorted(free) if name in starred()]
-    if "pytest" in free:
+    tree = ast.fix_missing_locations(_SameObject().visit(ast.parse(check.source)))
+    source = ast.unparse(tree)
+    read = free(source) - _starred_in(tree)
+    header = [f"from solution import {name}" for name in sorted(read & under_test)]
+    if used := sorted(read & classes):
+        header.append(f"{ARE_CLASSES}({', '.join(map(repr, used))})")
+    others = read - under_test - {CANDIDATE, SAME_OBJECT} - _BUILTINS
+    header += [starred()[name] for name in sorted(others) if name in starred()]
+    if "pytest" in others:
         header.append(PYTEST)
-    if free & _LINKED:
+    if others & _LINKED:
         header.append(LINKED)
-    return "\n".join([*header, check.source])
+    return "\n".join([*header, source, ""])
 
 
-def names_under_test(tree: ast.Module, imported: set[str]) -> frozenset[str]:
-    """Names that the program must define: those that a test imports from it, or that nobody else would have made.
+def names_under_test(tree: ast.Module, imported: set[str], *, prelude: bool) -> frozenset[str]:
+    """Names that the program must define: those that a test imports from it, or that it uses and does not make.
 
-    Where all names that the asserts call could be the prelude's, it is these; where all are built-in, it is those:
-    functions of the program may be called `gcd` or `sum`.
+    As in Python a function that a test neither defines nor imports is the program's, though the prelude has one of that
+    name, unless it only helps to compare what another gave; `prelude` says that the test counts on the prelude instead.
+    Where all that the asserts call is built in, it is that: functions of the program may be called `sum`.
     """
     if imported:
         return frozenset(imported)
-    made = {name for statement in tree.body for name in bound(statement)}
-    free = loaded(tree) - made - {CANDIDATE}
-    ours = free - _BUILTINS - starred().keys() - _LINKED - {"pytest"}
-    if ours:
-        return frozenset(ours)
-    asserts = [node.test for node in ast.walk(tree) if isinstance(node, ast.Assert)]
-    called = {name for test in asserts for node in ast.walk(test) if (name := _called(node))} - made - _COMPARES
-    return frozenset(called - _BUILTINS) or frozenset(_outermost(test) for test in asserts) - made - {""}
+    read = free(ast.unparse(tree)) - _starred_in(tree) - {CANDIDATE}
+    ours = read - _BUILTINS - starred().keys() - _LINKED - {"pytest"}
+    if not prelude:
+        called = {name for node in ast.walk(tree) if (name := _called(node))}
+        ours |= (read & starred().keys() & (functions() | called)) - _COMPARES - set(NAMED) - _BUILTINS
+        asserts = [node.test for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+        ours |= {
+            name
+            for test in asserts
+            for name in read & _COMPARES & {_called(node) for node in ast.walk(test)}
+            if not loaded(test) & (ours | {CANDIDATE})
+        }
+        ours = ours or {_outermost(test) for test in asserts} & read
+    return frozenset(ours)
+
+
+def _refuse_patches(tree: ast.AST) -> None:
+    """Raise TestSourceError where a test replaces what only the program's own process could be given."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=function, args=arguments) if ast.unparse(function).endswith(("patch", "patch.object")):
+                told = ", ".join(map(ast.unparse, arguments))
+                if "stdout" not in told:
+                    raise TestSourceError(f"it patches {told}, which the program in its own process would not see")
+            case ast.Attribute(value=ast.Name(id="sys" | "builtins" as module), attr=attribute, ctx=ast.Store()) if (
+                attribute != "stdout"
+            ):
+                raise TestSourceError(
+                    f"it replaces {module}.{attribute}, which the program in its own process would not see"
+                )
+
+
+def _deepest(tree: ast.AST) -> int:
+    """How deep the lists, tuples, sets and dicts of a source are nested."""
+    deepest, waiting = 0, [(tree, 0)]
+    while waiting:
+        node, depth = waiting.pop()
+        depth += isinstance(node, ast.List | ast.Tuple | ast.Set | ast.Dict)
+        deepest = max(deepest, depth)
+        waiting += [(part, depth) for part in ast.iter_child_nodes(node)]
+    return deepest
+
+
+def _starred_in(tree: ast.Module) -> set[str]:
+    """Names that a test imports with a star."""
+    modules = {
+        str(node.module)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
+    }
+    return {name for module in modules & set(STARRED) for name in public_names(module)}
 
 
 def _called(node: ast.AST) -> str:
@@ -131,54 +187,6 @@ def _of_check(
     return method, split(check.body, [*around, *rest], candidate=target, under_test=frozenset((method,)))
 
 
-def _of_pytest(body: Sequence[ast.stmt], around: Sequence[ast.stmt], under_test: frozenset[str]) -> list[Test]:
-    """Functions `test_...` and classes of tests; each assert of a plain function is a test, all else one a function."""
-    before = [*around, *(statement for statement in body if not _is_test(statement))]
-    tests: list[Test] = []
-    for statement in body:
-        if isinstance(statement, ast.FunctionDef) and _is_test(statement):
-            if statement.args.args and not statement.decorator_list:
-                raise TestSourceError(f"{statement.name} takes a fixture ({statement.args.args[0].arg!r})")
-            if statement.decorator_list:
-                tests.append(_whole([*before, statement], f"{statement.name}()"))
-            else:
-                tests += split(statement.body, before, under_test=under_test)
-        elif isinstance(statement, ast.ClassDef) and _is_test(statement):
-            tests += _of_class(statement, before)
-    return tests
-
-
-def _of_class(tested: ast.ClassDef, before: Sequence[ast.stmt]) -> list[Test]:
-    names = [
-        entry.name for entry in tested.body if isinstance(entry, ast.FunctionDef) and entry.name.startswith("test")
-    ]
-    source = [*before, tested]
-    if any("TestCase" in ast.unparse(base) for base in tested.bases):
-        return [
-            _whole(
-                source,
-                f"import unittest\n_result = unittest.TestResult()\n{tested.name}({name!r}).run(_result)\n"
-                "assert _result.wasSuccessful(), [words for _, words in _result.errors + _result.failures][:1]",
-            )
-            for name in names
-        ]
-    made = {entry.name for entry in tested.body if isinstance(entry, ast.FunctionDef)}
-    ready = "".join(f"_tests.{name}()\n" for name in ("setup_method", "setup") if name in made)
-    return [_whole(source, f"_tests = {tested.name}()\n{ready}_tests.{name}()") for name in names]
-
-
-def _whole(statements: Sequence[ast.stmt], call: str) -> Check:
-    return Check(ast.unparse(ast.fix_missing_locations(ast.Module(list(statements), []))) + f"\n{call}\n")
-
-
-def _is_test(statement: ast.stmt) -> bool:
-    if isinstance(statement, ast.FunctionDef):
-        return statement.name.startswith("test")
-    return isinstance(statement, ast.ClassDef) and (
-        statement.name.startswith("Test") or any("TestCase" in ast.unparse(base) for base in statement.bases)
-    )
-
-
 def _is_main(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.If) and "__name__" in loaded(statement.test)
 
@@ -192,6 +200,20 @@ def _parse(source: str) -> ast.Module:
         return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise TestSourceError(f"it is no Python ({type(error).__name__}: {error})") from None
+
+
+class _SameObject(ast.NodeTransformer):
+    """Makes a call of `a is b`, which two proxies of one object could not answer."""
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        self.generic_visit(node)
+        match node:
+            case ast.Compare(left=left, ops=[ast.Is() | ast.IsNot() as op], comparators=[right]) if not (
+                isinstance(left, ast.Constant) or isinstance(right, ast.Constant)
+            ):
+                call = ast.Call(ast.Name(SAME_OBJECT, ast.Load()), [left, right], [])
+                return call if isinstance(op, ast.Is) else ast.UnaryOp(ast.Not(), call)
+        return node
 
 
 class _Solution(ast.NodeTransformer):

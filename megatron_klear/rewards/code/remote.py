@@ -20,7 +20,10 @@ sys.set_int_max_str_digits(0)
 main = types.ModuleType("solution")
 main.__dict__["__builtins__"] = builtins
 sys.modules[main.__name__] = main
-exec(told["prelude"], main.__dict__)
+ready = dict()
+exec(told["prelude"], ready)
+for name in ready.keys() - vars(builtins).keys():
+    setattr(builtins, name, ready[name])
 exec(compile(told["source"], "main.py", "exec", dont_inherit=True), main.__dict__)
 values = types.ModuleType("values")
 sys.modules["values"] = values
@@ -31,6 +34,9 @@ if told["mode"] == "call":
     result = function(*values.decode(sys.stdin.buffer.read()))
 else:
     asked = json.load(sys.stdin)
+    for name in asked.get("asks", ()):
+        if not hasattr(main, name):
+            raise NameError("the program defines no " + repr(name))
     exec(asked["setup"], main.__dict__)
     result = eval(asked["expression"], main.__dict__)
 sys.__stdout__.write(told["mark"] + values.encode(result).decode())

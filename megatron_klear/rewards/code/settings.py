@@ -32,6 +32,11 @@ class CodeSettings:
     """A response without a fence that is Python as a whole is a program: for predictions kept so, never in a run."""
 
     @property
+    def wrong(self) -> float:
+        """The reward where no test is passed."""
+        return -1.0 if self.kind == "released" else 0.0
+
+    @property
     def longest_seconds(self) -> float:
         """What grading one response may take; `reward.timeout_seconds` must not be below it."""
         return self.total_seconds + SPARE_SECONDS

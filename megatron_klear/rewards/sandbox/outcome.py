@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-Status = Literal["done", "timeout", "memory", "crashed", "contained", "output", "compile", "skipped"]
+Status = Literal["done", "timeout", "memory", "crashed", "contained", "output", "compile", "skipped", "unusable"]
 """How a program ended on one test.
 
 `done` by itself with exit code 0, which says nothing of its answer; `timeout` by a limit on time; `memory` for want of
 it; `crashed` by an exception, a signal or another exit code; `contained` by a system call that it may not make, or with
-its sandbox; `output` by writing more than it may; `compile` before it began; `skipped`: it was not run on this test.
+its sandbox; `output` by writing more than it may; `compile` before it began; `skipped`: it was not run on this test;
+`unusable`: a trusted test, which does what cannot be done from another process.
 """
 Mode = Literal["stdin", "call", "expression"]
 
@@ -48,14 +49,14 @@ class Program:
     `stdin`: the bytes of standard input; the answer is what it prints. Its name is `__main__`.
     `call`: `values.encode_arguments([...])` for the function `entry`, which is a method of the program's class
         `Solution` where it has one of that name (a new instance a call), else a function; the answer is the `result`.
-    `expression`: JSON `{"setup": "statements", "expression": "..."}`, executed and evaluated where the program was;
-        the answer is the `result`.
+    `expression`: JSON `{"setup": "statements", "expression": "...", "asks": ["name"]?}`, executed and evaluated where
+        the program was, which must have defined the names that are asked for; the answer is the `result`.
     """
 
     source: str
     mode: Mode = "stdin"
     prelude: str = ""
-    """Trusted source executed in front, once a sandbox; the program starts with the names that it leaves."""
+    """Trusted source executed in front, once a sandbox. The names that it leaves are built in for the program."""
     entry: str = ""
 
 

@@ -6,13 +6,14 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_klear.rewards.base import RewardError
 
 from .channels import Channels
-from .endings import outcome_of, unanswered
+from .endings import last_line, outcome_of, unanswered
+from .inside import runner
 from .outcome import DEFAULT_LIMITS, Limits, Outcome, Program, Verdict
 from .remedies import remedy
 from .zygote import LostError, Zygote
@@ -219,6 +220,8 @@ class Slot:
 
 def _of_check(program: Outcome, check: Outcome) -> Outcome:
     """What a trusted test says: its own process alone can say that a program passed."""
+    if check.note == f"exit {runner.UNSUPPORTED}":
+        return replace(check, status="unusable", note=last_line(check.stderr))
     if check.status != "done" and program.status != "done":
         return program
     used = program.cpu_seconds + check.cpu_seconds

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .inside.values import Opaque, decode, encode, encode_arguments
+from .inside.values import MAX_DEPTH, TOO_DEEP, Opaque, decode, encode, encode_arguments, unfit
 
-__all__ = ["Opaque", "decode", "encode", "encode_arguments"]
+__all__ = ["MAX_DEPTH", "TOO_DEEP", "Opaque", "decode", "encode", "encode_arguments", "unfit"]

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import builtins
+import itertools
+import json
 import sys
 import types
 from collections.abc import Iterator
 from typing import Any
 
 from . import link, values
+from .mirror import Mirrors, proxy_of
+from .proxy import STRANGER, ProgramError, ProgramGone, Proxy, Unsupported, named
 
-_UNSAFE = (StopIteration, StopAsyncIteration)
-"""Raised into a test they would end its loops, all(...) among them, as if nothing were left to check."""
-
-
-_MOST_ITEMS = 1024
-"""Of an iterator, asked for at once."""
-
-
-class ProgramError(RuntimeError):
-    """The program raised something that the test cannot be given."""
-
-
-class ProgramGone(BaseException):
-    """The program's process has ended, or what it says is no answer."""
+SAME_OBJECT = "_same_object"
+"""The name of `same_object` in a test's source."""
+ARE_CLASSES = "_are_classes"
+"""Of what a test's source tells names of the program that it uses as classes."""
+_MOST_GIVEN = 100_000
+"""Items of an iterator that the test hands over."""
+_ASKED_OF_MODULES = frozenset(("setUpModule", "tearDownModule"))
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.BuiltinMethodType)
 
 
 class _Link:
@@ -31,142 +30,131 @@ class _Link:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        self.ending: BaseException | None = None
+        """What ends the test, though it may have caught it."""
+        self.classes: set[str] = set()
+        """Names that the test uses as classes."""
+        self._functions: list[Any] = []
+        self._mirrors = Mirrors(self)
         names = self._receive()
         self.names = set(names) if isinstance(names, list) and all(isinstance(one, str) for one in names) else set()
 
     def ask(self, *question: Any) -> list[Any]:
         """The value that is asked for, and, of a call, its arguments as they are afterwards."""
-        content = values.encode(list(question), _numbered)
+        self._send(list(question))
+        while True:
+            answer = self._receive()
+            if not isinstance(answer, list) or len(answer) < 3 or not isinstance(answer[0], str):
+                raise self._gone("the program's process gave no answer")
+            printed, kind, *rest = answer
+            sys.stdout.write(printed)
+            if kind == "value":
+                return rest
+            if kind == "raised" and isinstance(rest[0], Exception):
+                raise rest[0]
+            if kind != "function" or len(rest) != 3:
+                raise self._gone("the program's process gave no answer")
+            self._send(self._answer(*rest))
+
+    def unsupported(self, words: str) -> BaseException:
+        """What to raise where a test cannot be run beside its program."""
+        self.ending = self.ending or Unsupported(words)
+        return self.ending
+
+    def _answer(self, number: int, given: list[Any], options: dict[str, Any]) -> list[Any]:
+        """What a function of the test gives to the program."""
+        try:
+            return ["given", self._functions[number](*given, **options)]
+        except AssertionError as error:
+            self.ending = self.ending or error
+            return ["thrown", error]
+        except Exception as error:
+            return ["thrown", error]
+
+    def _gone(self, words: str) -> ProgramGone:
+        gone = ProgramGone(words)
+        self.ending = self.ending or gone
+        return gone
+
+    def _send(self, message: list[Any]) -> None:
+        content = values.encode(message, self._encode)
+        if len(content) > values.MAX_BYTES:
+            raise self.unsupported(f"the test hands over {len(content)} bytes, and {values.MAX_BYTES} are the most")
+        if _TOO_DEEP in content:
+            raise self.unsupported(f"the test hands over what is nested more than {values.MAX_DEPTH} deep")
         try:
             link.send(self.descriptor, content)
         except OSError as error:
-            raise ProgramGone(f"the program has ended ({error.strerror})") from None
-        answer = self._receive()
-        if not isinstance(answer, list) or not answer or answer[0] not in ("value", "raised"):
-            raise ProgramGone("the program's process gave no answer")
-        if answer[0] == "raised":
-            raise _error(answer)
-        return answer[1:]
+            raise self._gone(f"the program has ended ({error.strerror})") from None
 
     def _receive(self) -> Any:
         try:
-            return values.decode(link.receive(self.descriptor), self._proxy)
+            content = link.receive(self.descriptor)
         except (EOFError, OSError):
-            raise ProgramGone("the program has ended") from None
+            raise self._gone("the program has ended") from None
+        if _TOO_DEEP in content:
+            raise ProgramError(f"the program gave a value nested more than {values.MAX_DEPTH} deep")
+        return values.decode(content, self._decode)
 
-    def _proxy(self, content: Any) -> Proxy:
-        number, type_name = content
-        return Proxy(self, int(number), str(type_name)[:100])
+    def _encode(self, value: Any, depth: int) -> Any:
+        """What stands for an object that is no data."""
+        if (found := link.standard(value)) is not None:
+            return ["@", found]
+        if (proxy := proxy_of(value)) is not None:
+            return ["@", ["object", proxy._number]]
+        if value is STRANGER:
+            return ["@", ["stranger"]]
+        if isinstance(value, slice):
+            return ["@", ["slice", values.to_json([value.start, value.stop, value.step], self._encode, depth + 1)]]
+        if isinstance(value, values.Opaque):
+            raise ProgramError(f"the program gave {value!r}, which is no value")
+        name = getattr(value, "__name__", None)
+        if isinstance(name, str) and vars(builtins).get(name) is value:
+            return ["@", ["builtin", name]]
+        if isinstance(value, Exception):
+            name = next(kind.__name__ for kind in type(value).__mro__ if kind.__module__ == "builtins")
+            held = [one if type(one) in values.PLAIN else str(one) for one in value.args]
+            return ["@", ["error", name, values.to_json(held, self._encode, depth + 1)]]
+        if isinstance(value, values.PLAIN):
+            return values.plain_json(value, self._encode, depth)
+        if isinstance(value, types.CoroutineType) and value.cr_code is _awaited.__code__ and value.cr_frame is not None:
+            return ["@", ["object", value.cr_frame.f_locals["proxy"]._number]]
+        if isinstance(value, _FUNCTIONS):
+            self._functions.append(value)
+            return ["@", ["function", len(self._functions) - 1]]
+        if isinstance(value, _VIEWS):
+            return values.to_json([*value], self._encode, depth + 1)  # type: ignore[misc]
+        if isinstance(value, Iterator):
+            items = list(itertools.islice(value, _MOST_GIVEN + 1))
+            if len(items) <= _MOST_GIVEN:
+                return ["@", ["iterator", values.to_json(items, self._encode, depth + 1)]]
+        raise self.unsupported(f"the test hands over an object of type {type(value).__name__}, which is no data")
 
-
-class Proxy:
-    """An object of the program's process: functions, classes and their instances.
-
-    It can be called, has attributes, items and a length, which come as data or as proxies. It has no comparisons and no
-    arithmetic: what the program's own `__eq__` says decides no test.
-    """
-
-    __slots__ = ("_link", "_number", "_type_name")
-
-    def __init__(self, to: _Link, number: int, type_name: str) -> None:
-        self._link, self._number, self._type_name = to, number, type_name
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        given = list(arguments)
-        value, *after = self._link.ask("call", self, given, keywords)
-        if len(after) == 2:
-            _update(given, after[0])
-            _update(keywords, after[1])
-        return value
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._link.ask("attribute", self, name)[0]
-
-    def __iter__(self) -> Iterator[Any]:
-        iterator, count = self._link.ask("iterator", self)[0], 1
-        while True:
-            items = self._link.ask("next", iterator, count)[0]
-            if not isinstance(items, list):
-                raise ProgramGone("the program's process gave no items")
-            yield from items
-            if len(items) < count:
-                return
-            count = min(2 * count, _MOST_ITEMS)
-
-    def __next__(self) -> Any:
-        items = self._link.ask("next", self, 1)[0]
-        if not isinstance(items, list) or len(items) != 1:
-            raise ProgramError("the program's iterator is at its end")  # StopIteration: see _UNSAFE
-        return items[0]
-
-    def __len__(self) -> int:
-        return int(self._link.ask("length", self)[0])
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._link.ask("item", self, key)[0]
-
-    def __str__(self) -> str:
-        return str(self._link.ask("text", self, "str")[0])
-
-    def __repr__(self) -> str:
-        return f"<{self._type_name} of the program>"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Proxy) and other._number == self._number
-
-    def __hash__(self) -> int:
-        return hash(self._number)
-
-    def __bool__(self) -> bool:
-        raise TypeError(f"{self!r} is neither true nor false")
+    def _decode(self, content: Any) -> Any:
+        """What the program's process means by the tag "@"."""
+        kind, held, *rest = content
+        if kind == "standard":
+            return link.read_standard(content)
+        if kind == "function":
+            return self._functions[held]
+        if kind == "class":
+            return self._mirrors.error_class(held)
+        if kind == "error":
+            return self._mirrors.error(
+                [held, rest[0], rest[1]], [values.from_json(one, self._decode) for one in rest[2]]
+            )
+        proxy = Proxy(self, int(held), str(rest[0])[:100])
+        if kind == "plain":
+            return self._mirrors.plain(proxy, values.from_json(rest[1], self._decode))
+        return _awaited(proxy) if kind == "coroutine" else proxy
 
 
-def _numbered(value: Any) -> Any:
-    if isinstance(value, Proxy):
-        return ["@", [value._number, value._type_name]]
-    raise TypeError(f"a test cannot hand over an object of type {type(value).__name__}: it is no data")
+_TOO_DEEP = json.dumps(["?", values.TOO_DEEP]).encode()
 
 
-def _error(answer: list[Any]) -> Exception:
-    name, words = str(answer[1]), str(answer[2]) if len(answer) > 2 else ""
-    kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, _UNSAFE):
-        try:
-            made = kind(words)
-            return made if isinstance(made, Exception) else ProgramError(words)
-        except TypeError:  # such as UnicodeDecodeError, which wants more
-            pass
-    return ProgramError(f"{name}: {words}")
-
-
-def _update(mine: Any, theirs: Any) -> None:
-    """Carry changes of lists, dicts, sets and byte arrays into the test's own."""
-    if type(mine) is not type(theirs):
-        return
-    if isinstance(mine, list):
-        for index in range(min(len(mine), len(theirs))):
-            mine[index] = _merged(mine[index], theirs[index])
-        mine[len(theirs) :] = theirs[len(mine) :]
-    elif isinstance(mine, dict):
-        for key in [key for key in mine if key not in theirs]:
-            del mine[key]
-        for key, value in theirs.items():
-            mine[key] = _merged(mine[key], value) if key in mine else value
-    elif isinstance(mine, set):
-        mine.intersection_update(theirs)
-        mine.update(theirs)
-    elif isinstance(mine, bytearray):
-        mine[:] = theirs
-
-
-def _merged(mine: Any, theirs: Any) -> Any:
-    """The test's own object, changed, where it can be; else the new value."""
-    if type(mine) is type(theirs) and isinstance(mine, list | dict | set | bytearray):
-        _update(mine, theirs)
-        return mine
-    return mine if isinstance(mine, Proxy) and mine == theirs else theirs
+async def _awaited(proxy: Proxy) -> Any:
+    """A coroutine of the program, for whoever awaits only real ones."""
+    return proxy._do("await")
 
 
 class _Names(dict[str, Any]):
@@ -177,26 +165,44 @@ class _Names(dict[str, Any]):
     def __missing__(self, name: str) -> Any:
         if hasattr(builtins, name) or name not in self.program.names:
             raise KeyError(name)
-        return self.program.ask("name", name)[0]
+        return named(self.program.ask("name", name)[0], name)
 
     def of_module(self, name: str) -> Any:
         """What `from solution import name` gives."""
+        if name in _ASKED_OF_MODULES or name.startswith("__"):
+            raise AttributeError(name)
         if name not in self.program.names:
-            raise AttributeError(f"the program defines no {name!r}")
-        return self.program.ask("name", name)[0]
+            raise NameError(f"the program defines no {name!r}")
+        return named(self.program.ask("name", name)[0], name)
 
 
-def checking_names(descriptor: int, names: dict[str, Any], entry: str) -> dict[str, Any]:
-    """What a test's source is executed with; `solution` can be imported as well."""
+def same_object(first: Any, second: Any) -> bool:
+    """`is`, also of two proxies of one object."""
+    proxies = proxy_of(first), proxy_of(second)
+    if proxies[0] is not None and proxies[1] is not None:
+        return bool(proxies[0]._number == proxies[1]._number)
+    return first is second
+
+
+def run_check(code: types.CodeType, descriptor: int, names: dict[str, Any], entry: str) -> None:
+    """Execute a test's source; `solution` can be imported in it.
+
+    Raises what ends it, also where the test has caught it by itself: that its program has ended, or Unsupported.
+    """
     program = _Link(descriptor)
     found = _Names(names)
     found.program = program
+    found[SAME_OBJECT], found[ARE_CLASSES] = same_object, lambda *given: program.classes.update(given)
     if entry:
-        found["candidate"] = program.ask("name", None)[0]
+        found["candidate"] = named(program.ask("name", None)[0], entry)
         if entry in program.names:
             found[entry] = found["candidate"]
     module = types.ModuleType("solution")
     module.__dict__["__getattr__"] = found.of_module
     module.__dict__["__all__"] = []  # what the test does not define is the program's anyway; nothing hides abs or math
     sys.modules["solution"] = module
-    return found
+    try:
+        exec(code, found)
+    finally:
+        if program.ending is not None:
+            raise program.ending

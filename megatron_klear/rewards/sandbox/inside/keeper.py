@@ -72,6 +72,11 @@ def keep(request: dict[str, Any], control: socket.socket, descriptors: list[int]
     resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
     sys.setrecursionlimit(request["recursion"])
     sys.set_int_max_str_digits(0)
+    if request["mode"] != "check":
+        # Names that a program may use and has not defined: what it defines is in its own module.
+        for name in names.keys() - builtins.__dict__.keys():
+            setattr(builtins, name, names[name])
+        names = {}
     job = runner.Job(code, request["mode"], request["entry"], names, request["recursion"])
     gc.freeze()  # a collection would touch, and so copy, the whole heap
     try:
@@ -116,7 +121,7 @@ def _arrange(descriptors: list[int]) -> bytes | str:
     kept = [fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, _ABOVE_ALL) for one in descriptors]
     for one in descriptors:
         os.close(one)
-    source = os.pread(kept[0], os.fstat(kept[0]).st_size, 0).decode("utf-8", "surrogateescape")
+    source = os.pread(kept[0], os.fstat(kept[0]).st_size, 0).decode("utf-8-sig", "surrogateescape")
     for number, one in enumerate(kept[1 : 1 + _STREAMS]):
         os.dup2(one, number)
     if len(kept) > 1 + _STREAMS:

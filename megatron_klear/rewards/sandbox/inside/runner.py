@@ -6,6 +6,8 @@ import _thread
 import atexit
 import builtins
 import contextlib
+import gc
+import io
 import json
 import os
 import sys
@@ -17,14 +19,17 @@ from typing import Any
 
 from . import values
 from .link import answer_calls
+from .proxy import Unsupported
 
-EXCEPTION, NO_MEMORY, NOT_READY = 76, 77, 78
-"""Exit codes: an exception, told from an exit of the program's own; a MemoryError; the process was not made ready."""
+EXCEPTION, NO_MEMORY, NOT_READY, UNSUPPORTED = 76, 77, 78, 79
+"""Exit codes: an exception, told from an exit of the program's own; a MemoryError; the process was not made ready; a
+trusted test does what it cannot."""
 RESULT, CHANNEL, LINK = 3, 4, 5
 """Descriptors: the returned value, the keeper, the trusted test that calls this program."""
 AGAIN = b"."
 """Said to the keeper: the test ended well, and nothing was seen that forbids another in this process."""
 _Namespace = dict[str, Any]
+_WRITERS = io.TextIOWrapper, io.BufferedWriter
 
 
 class Job:
@@ -62,9 +67,9 @@ def run_test(job: Job) -> int:
         open_streams()
         sys.setrecursionlimit(job.recursion)
     job.used = True
-    streams = (sys.stdout, sys.stderr)
+    streams = (sys.stdout, sys.stderr, sys.stdout.buffer, sys.stderr.buffer)
     try:
-        status = _ending(lambda: _run(job))
+        status = _ending(lambda: _MODES[job.mode](job, _module(job)))
         if _thread._count() and "threading" in sys.modules:
             status = _ending(sys.modules["threading"]._shutdown) or status
         # A program that asks for this at its end writes its answer there.
@@ -86,6 +91,10 @@ def _ending(part: Callable[[], object]) -> int:
         return 1
     except MemoryError:
         return NO_MEMORY
+    except Unsupported as error:
+        with contextlib.suppress(BaseException):
+            print(error, file=sys.stderr)
+        return UNSUPPORTED
     except BaseException as error:
         with contextlib.suppress(BaseException):
             _show(error)
@@ -102,13 +111,23 @@ def _show(error: BaseException) -> None:
 
 
 def _flush(streams: tuple[Any, ...]) -> None:
-    for stream in {id(one): one for one in (sys.stdout, sys.stderr, *streams) if one is not None}.values():
-        if not getattr(stream, "closed", False):
-            stream.flush()
+    """Write what waits in the program's streams, in others that it opened, and in the first ones beneath them."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            _flush_one(stream)
+    with contextlib.suppress(MemoryError):
+        opened = [one for one in gc.get_objects() if issubclass(type(one), _WRITERS)]  # none of before the test
+        for kind in _WRITERS:
+            for stream in [one for one in (*streams, *opened) if issubclass(type(one), kind)]:
+                _flush_one(stream)
 
 
-def _run(job: Job) -> None:
-    _MODES[job.mode](job, _module(job))
+def _flush_one(stream: Any) -> None:
+    try:
+        stream.flush()
+    except ValueError as error:  # it is closed, or was detached from what is beneath it
+        if isinstance(error, UnicodeError) or type(stream) not in _WRITERS:
+            raise
 
 
 def _module(job: Job) -> _Namespace:
@@ -134,6 +153,9 @@ def _run_call(job: Job, names: _Namespace) -> None:
 def _run_expression(job: Job, names: _Namespace) -> None:
     asked = json.loads(_input())
     exec(job.code, names)
+    for name in asked.get("asks", ()):
+        if name not in names:
+            raise NameError(f"the program defines no {name!r}")
     exec(asked["setup"], names)
     _give(eval(asked["expression"], names))
 
@@ -146,9 +168,9 @@ def _run_linked(job: Job, names: _Namespace) -> None:
 
 
 def _run_check(job: Job, names: _Namespace) -> None:
-    from .check import checking_names
+    from .check import run_check
 
-    exec(job.code, checking_names(LINK, names, job.entry))
+    run_check(job.code, LINK, names, job.entry)
 
 
 _MODES: dict[str, Callable[[Job, _Namespace], None]] = {

@@ -13,7 +13,11 @@ from typing import Any
 
 MAX_BYTES = 8 << 20
 """Longer values are not read."""
-_MAX_DEPTH = 100
+MAX_DEPTH = 100
+"""What is nested deeper is no value."""
+TOO_DEEP = "(nested too deep)"
+_MOST_ALIKE = 64
+"""Keys of one hash that a set or dict may have: of more, looking one up takes as long as there are many."""
 _PLAIN_INTEGER = 1 << 53
 _SEQUENCES: tuple[tuple[type, str], ...] = (
     (list, "l"),
@@ -29,6 +33,12 @@ _MAKERS: dict[str, Callable[[Any], Any]] = {
     "F": frozenset,
     "d": collections.deque,
 }
+
+
+PLAIN = (
+    *(type(None), bool, int, float, complex, str, bytes, bytearray, range, list, tuple, set, frozenset, dict),
+    collections.deque,
+)
 
 
 class Opaque:
@@ -55,8 +65,30 @@ class Opaque:
         return f"<an object of type {self.type_name}>"
 
 
-def encode(value: Any, foreign: Callable[[Any], Any] | None = None) -> bytes:
-    """A value as bytes; what has no tag is given to `foreign`, or its type is named."""
+def unfit(value: Any) -> str | None:
+    """Why a value does not cross as it is, None where it does."""
+    waiting = [(value, 0)]
+    while waiting:
+        held, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            return f"is nested more than {MAX_DEPTH} deep"
+        if isinstance(held, dict):
+            waiting += [(one, depth + 1) for entry in held.items() for one in entry]
+        elif isinstance(held, list | tuple | set | frozenset | collections.deque):
+            waiting += [(one, depth + 1) for one in held]
+        elif not (held is None or isinstance(held, int | float | complex | str | bytes | bytearray | range)):
+            return f"holds an object of type {type(held).__name__}, which is no data"
+    size = len(encode(value))
+    return (
+        f"is {size / (1 << 20):.1f} MiB long as data, and {MAX_BYTES >> 20} are the most" if size > MAX_BYTES else None
+    )
+
+
+def encode(value: Any, foreign: Callable[[Any, int], Any] | None = None) -> bytes:
+    """A value as bytes; what has no tag is given to `foreign` with its depth, or its type is named.
+
+    With `foreign` a subclass of a plain type is no plain value either.
+    """
     return json.dumps(to_json(value, foreign)).encode()
 
 
@@ -73,16 +105,25 @@ def decode(content: bytes, foreign: Callable[[Any], Any] | None = None) -> Any:
     if len(content) > MAX_BYTES:
         return Opaque("(longer than can be read)")
     try:
-        read = json.loads(content, parse_int=_short_integer, parse_float=_refuse, parse_constant=_refuse)
+        read = json.loads(
+            content, parse_int=_short_integer, parse_float=_refuse, parse_constant=_refuse, object_pairs_hook=_refuse
+        )
         return from_json(read, foreign)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError, MemoryError):
         return Opaque("(not a value)")
 
 
-def to_json(value: Any, foreign: Callable[[Any], Any] | None = None, depth: int = 0) -> Any:
+def to_json(value: Any, foreign: Callable[[Any, int], Any] | None = None, depth: int = 0) -> Any:
     """A value as what json can write; subclasses of plain types count as their plain value."""
-    if depth > _MAX_DEPTH:
-        return ["?", "(nested too deep)"]
+    if depth > MAX_DEPTH:
+        return ["?", TOO_DEEP]
+    if foreign is not None and type(value) not in PLAIN:
+        return foreign(value, depth)
+    return plain_json(value, foreign, depth)
+
+
+def plain_json(value: Any, foreign: Callable[[Any, int], Any] | None = None, depth: int = 0) -> Any:
+    """As `to_json`, for what is or inherits from a plain type; else its type is named."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, int):
@@ -106,7 +147,7 @@ def to_json(value: Any, foreign: Callable[[Any], Any] | None = None, depth: int 
         return ["m", [[to_json(key, foreign, depth + 1), to_json(one, foreign, depth + 1)] for key, one in items]]
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         return to_json(value.item(), foreign, depth + 1)
-    return foreign(value) if foreign is not None else ["?", type(value).__name__]
+    return ["?", type(value).__name__]
 
 
 def from_json(read: Any, foreign: Callable[[Any], Any] | None = None) -> Any:
@@ -121,9 +162,11 @@ def from_json(read: Any, foreign: Callable[[Any], Any] | None = None) -> Any:
     if tag == "i":
         return int(content, 16)
     if tag in _MAKERS:
-        return _MAKERS[tag]([from_json(one, foreign) for one in content])
+        entries = [from_json(one, foreign) for one in content]
+        return _MAKERS[tag](_spread(entries) if tag in "SF" else entries)
     if tag == "m":
-        return {from_json(key, foreign): from_json(one, foreign) for key, one in content}
+        keys = _spread([from_json(key, foreign) for key, _ in content])
+        return dict(zip(keys, [from_json(one, foreign) for _, one in content], strict=True))
     if tag == "b":
         return bytes.fromhex(content)
     if tag == "a":
@@ -145,5 +188,13 @@ def _short_integer(digits: str) -> int:
     return int(digits)
 
 
-def _refuse(_: str) -> Any:
-    raise ValueError("no plain floats")
+def _spread(keys: list[Any]) -> list[Any]:
+    """The keys, if a set of them takes no longer to make than one of others."""
+    hashes = sorted(map(hash, keys))
+    if any(first == last for first, last in zip(hashes, hashes[_MOST_ALIKE:], strict=False)):
+        raise ValueError("keys that collide")
+    return keys
+
+
+def _refuse(_: object) -> Any:
+    raise ValueError("no plain floats, and no objects")
