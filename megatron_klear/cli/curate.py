@@ -52,6 +52,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--max-row-mib must be above 0, at most 1024")
     if options.workers < 1:
         parser.error("--workers must be at least 1")
+    if options.engine == "ray" and not VERBS[options.verb].on_engine:
+        parser.error(
+            f"--engine ray would do nothing for {options.verb}: programs and answers are graded, and teachers asked, "
+            "by processes of its own; leave it out"
+        )
     try:
         options.settings = _settings(options)
     except SettingsError as error:

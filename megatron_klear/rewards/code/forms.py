@@ -44,6 +44,8 @@ def read_problem(ground_truth: Any) -> Problem:
         problem = _read(_plain(ground_truth), files=True)
     except (TestSourceError, PackedTestsError) as error:
         raise FormError(f"the tests cannot be read: {error}") from None
+    except RecursionError:
+        raise FormError("the ground truth is nested too deeply") from None
     if problem is None or not problem.tests:
         raise FormError("the ground truth holds no test")
     return problem
@@ -55,6 +57,8 @@ def check_form(ground_truth: Any) -> None:
         problem = _read(_plain(ground_truth), files=False)
     except (TestSourceError, PackedTestsError) as error:
         raise FormError(f"the tests cannot be read: {error}") from None
+    except RecursionError:
+        raise FormError("the ground truth is nested too deeply") from None
     if problem is not None and not problem.tests:
         raise FormError("the ground truth holds no test")
 
