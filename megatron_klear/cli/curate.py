@@ -26,6 +26,7 @@ from megatron_klear.config.schema import Key, is_list, keys_of, value_type
 from megatron_klear.curation.build import plan, run_build
 from megatron_klear.curation.build_config import BuildConfig
 from megatron_klear.curation.ray_engine import open_engine
+from megatron_klear.curation.report import in_words
 from megatron_klear.curation.rows import resolve
 from megatron_klear.curation.run import Files
 from megatron_klear.curation.verbs import VERBS
@@ -160,7 +161,4 @@ def main(arguments: list[str] | None = None) -> None:
         if report is None:
             print(f"{options.output} is there already, of these files and settings", file=sys.stderr)
             return
-        counts = report["counts"]
-        why = [f"{count} {reason}" for part in ("dropped", "bad") for reason, count in report[part].items()]
-        told = f" ({', '.join(why)})" if why else ""
-        print(f"{counts['kept']} of {counts['rows']} rows kept{told} -> {options.output}", file=sys.stderr)
+        print(f"{in_words(report)} -> {options.output}", file=sys.stderr)

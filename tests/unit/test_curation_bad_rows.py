@@ -98,6 +98,7 @@ def test_a_build_counts_them_where_they_are_met(tmp_path, workers, capsys):
         '[math_rl]\nsources = ["all"]\nsteps = [{ kind = "deduplicate" }]\n'
     )
     main(["build", "--config", str(config)])
+    assert "1 too_large" in capsys.readouterr().err
     gathered, distinct, checked = json.loads((tmp_path / "out" / "report.json").read_bytes())["sets"]["math_rl"][
         "steps"
     ]
