@@ -26,6 +26,7 @@ from megatron_klear.config.schema import Key, is_list, keys_of, value_type
 from megatron_klear.curation.build import plan, run_build
 from megatron_klear.curation.build_config import BuildConfig
 from megatron_klear.curation.ray_engine import open_engine
+from megatron_klear.curation.report import in_words
 from megatron_klear.curation.rows import resolve
 from megatron_klear.curation.run import Files
 from megatron_klear.curation.verbs import VERBS
@@ -52,6 +53,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--max-row-mib must be above 0, at most 1024")
     if options.workers < 1:
         parser.error("--workers must be at least 1")
+    if options.engine == "ray" and not VERBS[options.verb].on_engine:
+        parser.error(
+            f"--engine ray would do nothing for {options.verb}: programs and answers are graded, and teachers asked, "
+            "by processes of its own; leave it out"
+        )
     try:
         options.settings = _settings(options)
     except SettingsError as error:
@@ -155,7 +161,4 @@ def main(arguments: list[str] | None = None) -> None:
         if report is None:
             print(f"{options.output} is there already, of these files and settings", file=sys.stderr)
             return
-        counts = report["counts"]
-        why = [f"{count} {reason}" for part in ("dropped", "bad") for reason, count in report[part].items()]
-        told = f" ({', '.join(why)})" if why else ""
-        print(f"{counts['kept']} of {counts['rows']} rows kept{told} -> {options.output}", file=sys.stderr)
+        print(f"{in_words(report)} -> {options.output}", file=sys.stderr)

@@ -19,7 +19,7 @@ from .build_config import BuildConfig, SetConfig
 from .output import MANIFEST, PAGE, REPORT, Output
 from .page import page_of
 from .ray_engine import open_engine
-from .report import Judged, Report
+from .report import Judged, Report, in_words
 from .rows import Row, Unusable, decode, resolve, stream_chunks
 from .run import Files, Place, Work, carry_out
 from .verbs import VERBS
@@ -82,14 +82,13 @@ def _carry_out_all(steps: Sequence[Step], config: BuildConfig, tell: Tell) -> di
             raise DataError(f"{where}: {error}") from error
         folder = step.files.output.parent
         report = json.loads((folder / REPORT).read_bytes())
-        counts = report["counts"]
-        tell(f"{where}: {counts['kept']} of {counts['rows']} rows kept{' (done before)' if done_before else ''}")
+        tell(f"{where}: {in_words(report)}{', done before' if done_before else ''}")
         entry = {"label": step.label, "folder": str(folder.relative_to(config.output)), **report}
         of_set = sets.setdefault(step.set_name, {"steps": []})
         of_set["steps"].append(entry)
         manifest = json.loads((folder / MANIFEST).read_bytes())
         (rows,) = [entry for entry in manifest["outputs"] if entry["path"] == step.files.output.name]
-        of_set |= {"rows": counts["kept"], "file": str(step.files.output), "sha256": rows["sha256"]}
+        of_set |= {"rows": report["counts"]["kept"], "file": str(step.files.output), "sha256": rows["sha256"]}
     return sets
 
 

@@ -111,6 +111,7 @@ def references_of(row: Mapping[str, Any], fields: Sequence[str]) -> list[str]:
                 value = json.loads(value)
         if isinstance(value, Mapping) and isinstance(value.get("solution"), list):
             languages = value.get("language") or [_PYTHON_3] * len(value["solution"])
+            languages = languages if isinstance(languages, list) else []
             pairs = zip(languages, value["solution"], strict=False)
             value = [program for language, program in pairs if language == _PYTHON_3]
         programs = [value] if isinstance(value, str) else value if isinstance(value, list) else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,14 @@ class Report:
             "lengths": [[1 << (digits - 1), count] for digits, count in sorted(self.lengths.items())],
             "examples": dict(sorted(self.examples.items())),
         }
+
+
+def in_words(report: Mapping[str, Any]) -> str:
+    """How many rows a report's step kept, and why not the others: `7 of 9 rows kept (1 duplicate, 1 wrong_type)`."""
+    counts = report["counts"]
+    why = [f"{count} {reason}" for part in ("dropped", "bad") for reason, count in report[part].items()]
+    told = f" ({', '.join(why)})" if why else ""
+    return f"{counts['kept']} of {counts['rows']} rows kept{told}"
 
 
 _COUNTS = ("rows", "kept", "dropped", "bad")

@@ -18,6 +18,8 @@ _CHUNK_BYTES = 1 << 20
 _CHUNK_ROWS = 512
 _SKIPPED_AT_ONCE = 1 << 20
 _MOST_REASON = 400
+_MOST_LEVELS = 100
+"""Far above what data has, and far below where Python stops, in JSON, in pickles and in what reads ground truths."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _BENCHMARK_KEYS = ("question_content", "problem", "question", "prompt", "text", "messages")
 
@@ -227,9 +229,16 @@ def _as_object(line: bytes) -> dict[str, Any]:
         raise BadRow("bad_encoding", f"not UTF-8 ({error})") from None
     except (ValueError, RecursionError) as error:
         raise BadRow("malformed_json", f"not valid JSON ({error})") from None
+    if line.count(b"[") + line.count(b"{") > _MOST_LEVELS and not _is_shallow(row, _MOST_LEVELS):
+        raise BadRow("wrong_type", f"the row is nested in more than {_MOST_LEVELS} levels")
     if not isinstance(row, dict):
         raise BadRow("wrong_type", f"the row is of type {type(row).__name__}, expected an object")
     return row
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_is_shallow(one, levels - 1) for one in inner if isinstance(one, dict | list))
 
 
 def _refuse_constant(name: str) -> None:

@@ -7,11 +7,13 @@ import unicodedata
 _WORD = re.compile(r"[^\W_]+")
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
 """The same words of a lower-case ASCII text, found in less time."""
+_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200c\u200d\u2060\ufeff"))
+"""Soft hyphens, joiners and byte order marks, which stand inside words that look like others."""
 
 
 def normalise(text: str) -> str:
-    """Return `text` in NFKC, lower case, each run of white space one space, none at the ends."""
-    return " ".join(unicodedata.normalize("NFKC", text).lower().split())
+    """Return `text` in NFKC without invisible characters, lower case, white space collapsed, none at the ends."""
+    return " ".join(_folded(text).split())
 
 
 def exact_key(text: str) -> bytes:
@@ -29,7 +31,13 @@ def problem_id(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Return the runs of letters and digits of `text` after NFKC, in lower case."""
+    """Return the runs of letters and digits of `text` after NFKC, without invisible characters, in lower case."""
     if text.isascii():
         return _ASCII_WORD.findall(text.lower())
-    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    return _WORD.findall(_folded(text))
+
+
+def _folded(text: str) -> str:
+    if text.isascii():
+        return text.lower()
+    return unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).lower()

@@ -24,13 +24,15 @@ class Verb:
     settings: type[Settings]
     run: Callable[[Files, Any], dict[str, Any] | None]
     """Given files and settings of that class; returns the report, None where all is there already."""
+    on_engine: bool = True
+    """Whether `--engine` has its workers; verbs that grade or ask a teacher have processes of their own."""
 
 
 VERBS = {
     "deduplicate": Verb(DeduplicateSettings, run_deduplicate),
     "decontaminate": Verb(DecontaminateSettings, run_decontaminate),
     "select": Verb(SelectSettings, run_select),
-    "filter-code": Verb(FilterCodeSettings, run_filter_code),
-    "filter-pass-rate": Verb(PassRateSettings, run_filter_pass_rate),
-    "distill": Verb(DistillSettings, run_distill),
+    "filter-code": Verb(FilterCodeSettings, run_filter_code, on_engine=False),
+    "filter-pass-rate": Verb(PassRateSettings, run_filter_pass_rate, on_engine=False),
+    "distill": Verb(DistillSettings, run_distill, on_engine=False),
 }

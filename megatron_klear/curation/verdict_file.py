@@ -51,7 +51,7 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes, int, bool]]:
             try:
                 entry = json.loads(line)
                 problem, sample, verdict = bytes.fromhex(entry["problem"]), entry["sample"], entry["passed"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise DataError(f"--verdicts {where}: {EXPECTED}") from None
             if len(problem) != 16 or type(sample) is not int or not isinstance(verdict, bool):
                 raise DataError(f"--verdicts {where}: {EXPECTED}")

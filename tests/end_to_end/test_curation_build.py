@@ -2,13 +2,13 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from curation_rows import curate, read, write
+from sandboxes import needs_bubblewrap
 from tiny_run import SHAPE
 
 from megatron_klear.cli.curate import main
@@ -92,17 +92,22 @@ def train(folder: Path, script: str, config: str) -> dict[str, float]:
     return json.loads((folder / output / "metrics.jsonl").read_text().splitlines()[-1])
 
 
+@needs_bubblewrap
 def test_the_sets_have_what_their_steps_say(folder):
     report = json.loads((folder / "runs/data_math/report.json").read_bytes())
     assert report["sets"]["sft"]["rows"] == 500
     assert report["sets"]["math_rl"]["steps"][-1]["shares"] == {"gsm8k": 200, "sums": 200}
+    tested = json.loads((folder / "runs/data_code/code_rl/3-filter-code/report.json").read_bytes())
+    assert tested["references"] == {"passed": tested["counts"]["rows"]}
+    assert tested["counts"]["kept"] == tested["counts"]["rows"] > 150
     code = read(folder / "runs/data_code/code_rl/rows.jsonl")
+    assert len(code) == 150
     assert {row["curated_from"] for row in code} == {"mbpp", "functions"}
     items = {json.loads(line)["text"] for line in (ROOT / "examples/data/mbpp_test_50.jsonl").open()}
     assert not [row for row in code if row["prompt"][0]["content"].partition(" Your program")[0] in items]
 
 
-@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+@needs_bubblewrap
 def test_sft_and_gppo_train_on_the_three_sets(folder):
     write_tiny_model(folder / "model", "qwen3", SHAPE, weights=False)
     assert train(folder, "pretrain_sft.py", SFT)["step"] == 2

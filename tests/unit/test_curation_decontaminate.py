@@ -25,6 +25,7 @@ DISGUISES = {
     "punctuation": lambda text: "; ".join(text.split()),
     "width": lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
     "white space": lambda text: "\n\n " + text.replace(" ", " \t "),
+    "soft hyphens": lambda text: " ".join(f"{word[:2]}\u00ad{word[2:]}" for word in text.split(" ")),
     "underscores": lambda text: text.replace(" ", "_"),
 }
 RULES = ("paper", "careful")

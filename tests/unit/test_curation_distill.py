@@ -5,7 +5,7 @@ import os
 
 import pytest
 from curation_rows import contents, curate, problem, read, write
-from teacher import PROMPT_TOKENS, Teacher, answer_to, curate_until
+from teacher import PROMPT_TOKENS, answer_to, curate_until
 
 from megatron_klear.curation.distill import with_thinking_opened
 from megatron_klear.curation.lines import LineFile, StoreError
@@ -20,14 +20,6 @@ OPEN = {"messages": [*ANSWERED["messages"], {"role": "user", "content": "And 3 +
 TEXTS = [f"Problem {k}" for k in range(6)]
 MAX_TOKENS = 20
 PRICES = {"input_price": 1e6, "output_price": 2e6}  # one for a token of a prompt, two for one of an answer
-
-
-@pytest.fixture
-def teacher(monkeypatch):
-    monkeypatch.setattr(chat_api, "_FIRST_PAUSE_SECONDS", 0.001)
-    server = Teacher()
-    yield server
-    server.close()
 
 
 def distill(teacher, rows, output, *arguments, samples=3, **endpoint):

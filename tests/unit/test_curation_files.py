@@ -12,22 +12,6 @@ from megatron_klear.data.rows import DataError
 from megatron_klear.data.sources import parse_chunk, read_chunks
 
 CHAT = {"messages": [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "5"}]}
-BAD = {
-    b'{"prompt": "x"': "malformed_json",
-    b'{"prompt": NaN}': "malformed_json",
-    b"[" * 100_000: "malformed_json",
-    b'["a list"]': "wrong_type",
-    b'{"prompt": 5, "response": "x"}': "wrong_type",
-    b'{"prompt": "x", "data_source": 1, "reward_model": {"ground_truth": "1"}}': "wrong_type",
-    b'{"messages": [{"role": "user"}]}': "wrong_type",
-    b'{"messages": [{"role": "user", "content": "x", "more": ' + b"[" * 600 + b"]" * 600 + b"}]}": "wrong_type",
-    b'{"prompt": "x"}': "missing_field",
-    b'{"prompt": " ", "response": "x"}': "missing_field",
-    b'{"prompt": "caf\xe9", "response": "x"}': "bad_encoding",
-    b'{"prompt": "\\ud800", "response": "x"}': "bad_encoding",
-    b'{"prompt": "' + b"x" * 150_000 + b'", "response": "x"}': "too_large",
-}
-VERBS = ("deduplicate", "decontaminate")
 
 
 @pytest.fixture
@@ -51,29 +35,6 @@ def test_the_first_file_s_row_stays_as_it_is(tmp_path):
         {"file": str(second), "row": 3, "kept": {"file": str(first), "row": 2}, "problem": "HI"},
         {"file": str(second), "row": 4, "kept": {"file": str(second), "row": 2}, "problem": "What is 2 + 3?"},
     ]
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_bad_rows_are_counted_with_their_places_and_the_rest_goes_on(tmp_path, of_verb, verb):
-    lines = [line for k, bad in enumerate(BAD) for line in (bad, json.dumps(problem(f"Problem {k}")).encode(), b"")]
-    rows = write(tmp_path / "rows.jsonl", *lines)
-    output = tmp_path / "out" / "rows.jsonl"
-    report = curate(verb, "--input", rows, "--output", output, "--max-row-mib", 0.125, *of_verb[verb])
-    kept = [json.loads(line) for line in lines if line.startswith(b'{"prompt": "Problem')]
-    assert read(output) == kept
-    assert report["counts"] == {"rows": 2 * len(BAD), "kept": len(kept), "dropped": 0, "bad": len(BAD)}
-    places = {example["row"]: kind for kind, examples in report["examples"].items() for example in examples}
-    assert places == {3 * k + 1: kind for k, kind in enumerate(BAD.values())}
-    assert sum(report["bad"].values()) == len(BAD)
-    assert all(example["why"] for examples in report["examples"].values() for example in examples)
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_strict_stops_with_the_place(tmp_path, of_verb, verb):
-    rows = write(tmp_path / "rows.jsonl", problem("one"), b"{", problem("two"))
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: not valid JSON"):
-        curate(verb, "--input", rows, "--output", tmp_path / "out" / "rows.jsonl", "--strict", *of_verb[verb])
-    assert not contents(tmp_path / "out")
 
 
 def test_no_more_than_twenty_examples_are_shown(tmp_path):

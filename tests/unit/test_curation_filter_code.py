@@ -160,6 +160,7 @@ def test_references_are_found_under_their_usual_names():
         ({"solutions": [], "code": "c"}, ["c"]),
         ({"solutions": '["a", "b"]'}, ["a", "b"]),
         ({"solutions": contests}, ["python"]),
+        ({"solutions": contests | {"language": 7}}, []),
         ({"extra_info": {"solution": "a"}}, ["a"]),
         ({"solutions": None, "extra_info": None}, []),
         ({"solutions": " ", "code": 5}, []),

@@ -26,6 +26,7 @@ sources = ["all"]
 steps = [
   { kind = "deduplicate" },
   { kind = "decontaminate", against = ["../bench.jsonl"] },
+  { kind = "filter-code", min_tests = 1, reward.functions = { made_up = "code" } },
   { kind = "select", total = 5, method = "random" },
 ]
 """
@@ -96,7 +97,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_killed_and_started_again_it_gives_the_same_files(tmp_path, verb):
     if "--near" in verb:
         pytest.importorskip("rensa", reason="the extra `curation` is not installed")
-    write(tmp_path / "rows.jsonl", *map(problem, TEXTS))
+    tested = {"reward_model": {"ground_truth": "assert f(1) == 1"}}
+    write(tmp_path / "rows.jsonl", *(problem(text) | tested for text in TEXTS))
     write(tmp_path / "bench.jsonl", {"problem": sentence(1, 20)})
     verdicts = [{"problem": problem_id(text), "sample": k, "passed": k > 1} for text in TEXTS for k in range(3)]
     write(tmp_path / "verdicts.jsonl", *verdicts)

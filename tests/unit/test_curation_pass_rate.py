@@ -8,14 +8,13 @@ import pytest
 from code_sandbox import fenced, shared_sandbox
 from curation_rows import contents, curate, problem, read, write
 from sandboxes import needs_bubblewrap
-from teacher import Teacher, answer_to, curate_until
+from teacher import answer_to, curate_until
 
 from megatron_klear.cli.curate import main
 from megatron_klear.curation.lines import LineFile
 from megatron_klear.curation.text import problem_id
 from megatron_klear.data.prompts import problem_id as evaluation_id
 from megatron_klear.data.rows import DataError, read_problem
-from megatron_klear.evaluation import chat_api
 from megatron_klear.rewards.base import RewardError
 from megatron_klear.rewards.owner import OwnedPool
 
@@ -42,24 +41,6 @@ def with_responses(passed):
 @pytest.fixture
 def rows(tmp_path):
     return write(tmp_path / "rows.jsonl", *map(with_responses, range(SAMPLES + 1)))
-
-
-@pytest.fixture
-def teacher(monkeypatch):
-    monkeypatch.setattr(chat_api, "_FIRST_PAUSE_SECONDS", 0.001)
-    server = Teacher()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def light_reward(tmp_path, monkeypatch):
-    """A reward whose worker starts at once, and the flags that name it."""
-    (tmp_path / "light_reward.py").write_text(
-        "def reward(response, ground_truth):\n    return float('Seed' in response)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    return "--reward.functions", '{made_up = "light_reward:reward"}'
 
 
 def test_the_rate_decides_strictly_or_not(tmp_path, rows):

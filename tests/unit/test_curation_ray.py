@@ -63,3 +63,10 @@ def test_results_come_in_order_and_an_error_is_the_caller_s(engine: RayEngine):
 def test_a_worker_that_dies_again_and_again_is_told(engine: RayEngine):
     with pytest.raises(DataError, match="Ray has lost a worker of the curation"):
         list(engine.map(eval, ["__import__('os')._exit(1)"]))
+
+
+@pytest.mark.parametrize("verb", ["filter-code", "filter-pass-rate", "distill"])
+def test_a_verb_that_has_processes_of_its_own_refuses(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--input", "rows.jsonl", "--output", "out/rows.jsonl", "--engine", "ray"])
+    assert f"--engine ray would do nothing for {verb}" in capsys.readouterr().err
