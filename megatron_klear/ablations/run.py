@@ -53,7 +53,8 @@ def prepare(wanted: Sequence[Preparation]) -> None:
             before = json.loads(mark.read_text()) if mark.exists() else list(one.arguments)
             if before != list(one.arguments):
                 raise AblationError(
-                    f"{one.creates} was made by `{shlex.join(before)}`, and is wanted by `{shlex.join(one.arguments)}`; "
+                    f"{one.creates} was made by `{shlex.join(before)}`, and is wanted by "
+                    f"`{shlex.join(one.arguments)}`; "
                     "choose other --runs, or remove it and the runs that read it"
                 )
             continue

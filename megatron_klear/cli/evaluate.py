@@ -79,6 +79,8 @@ def plan(config: EvaluationConfig) -> str:
     lines = []
     for benchmark in config.benchmarks:
         problems, protocol = len(read_benchmark(benchmark)), protocol_of(config, benchmark)
+        if config.model.path is not None:
+            protocol.local()  # which says what the local engine lacks
         lines.append(
             f"{benchmark.name}: {problems} problems x {protocol.samples} = {problems * protocol.samples:,} responses, "
             f"{protocol.words()}"

@@ -164,7 +164,7 @@ def test_flags_for_all_arms_go_to_the_last_stage_that_trains(tmp_path, capsys):
         ('[{ name = "a", values.n = "1" }, { name = "b", values.n = "2" }]', (), (0,), "made by two commands"),
     ],
 )
-def test_what_would_mix_runs_up_is_refused(tmp_path, arms, more, seeds, words):
+def test_what_would_mix_runs_up_is_refused(tmp_path, capsys, arms, more, seeds, words):
     values = 'prepare = [{ creates = "x", command = "losses {n}" }]' if "values" in arms else ""
     path = tmp_path / "recipe.toml"
     path.write_text(
@@ -181,10 +181,9 @@ def test_what_would_mix_runs_up_is_refused(tmp_path, arms, more, seeds, words):
         {values}
         """
     )
-    config = recipe(path)
-    with pytest.raises(AblationError, match=words):
-        arm_runs(config, config.scales["tiny"], "recipe", tmp_path, seeds, more)
-        preparations(config.scales["tiny"], config.arms, tmp_path)
+    with pytest.raises(SystemExit):
+        main([str(path), "--dry-run", "--seeds", *map(str, seeds), *more])
+    assert words in capsys.readouterr().err
 
 
 def test_arms_with_other_problems_are_not_subtracted(tmp_path):
