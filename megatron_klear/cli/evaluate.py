@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with exit_on_error():
         configure_logging()
         if command.dry_run:
-            print(plan(config))
+            if os.environ.get("RANK", "0") == "0":
+                print(plan(config))
         elif config.model.path is None:
             from megatron_klear.evaluation.endpoint import EndpointSource
 

@@ -24,7 +24,7 @@ from .benchmarks import KNOWN, OWN, Problem, read_benchmark
 from .page import Evaluated, write_page
 from .protocols import Protocol, protocol_for
 from .sampling import Source, Wanted
-from .store import Grade, Key, Lines, Response, digest
+from .store import Grade, Key, Lines, Response, StoreError, digest
 from .table import BenchmarkResult, markdown, result_of
 
 _log = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ def evaluate(config: EvaluationConfig, open_source: Callable[[], Source]) -> lis
     check_sources((problem.data_source for problem in rows), config.reward.functions)
     check_time((problem.data_source for problem in rows), config.reward.for_rewards(), config.reward.timeout_seconds)
     check_truths(((p.place, p.data_source, p.ground_truth) for p in rows), config.reward.functions)
+    if config.output.exists() and not config.output.is_dir():
+        raise StoreError(f"{config.output} is no folder; choose another output")
     source = open_source()
     protocols = [protocol_of(config, benchmark, source.extension()) for benchmark, _ in benchmarks]
     for (_, problems), protocol in zip(benchmarks, protocols, strict=True):

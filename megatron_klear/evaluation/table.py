@@ -123,6 +123,8 @@ def _results_in(folder: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(folder.glob("*/result.json")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(result["right"], dict) or not result["samples"] > 0:
+                raise ValueError("no right responses of problems")
             found[str(result["name"])] = result
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {error!r}") from None

@@ -96,6 +96,8 @@ def test_a_claim_is_judged_by_the_interval_over_seeds(tmp_path, differences, ver
     assert judged.of_seeds == pytest.approx(differences)
     report = markdown(config, config.scales["tiny"], outcomes, [judged])
     assert f"**{verdict}**" in report
+    assert "interval over seeds excludes zero, each claim by itself" in report
+    assert "bands their range" in report
     content = as_json(config, "tiny", outcomes, [judged])
     assert len(json.loads(json.dumps(content))["runs"]) == 2 * len(differences)
     write_plot(config, outcomes, tmp_path / "plot.png")

@@ -156,6 +156,11 @@ def test_two_models_are_compared_on_the_same_problems(finished, tmp_path, capsys
     shutil.copytree(folder / "better", other)
     main(["--compare", str(folder / "whole"), str(other)])
     assert f" | {other} | {100 * after.accuracy:.1f} | " in capsys.readouterr().out  # two folders of one name
+    (other / "amc" / "result.json").write_text('{"name": "amc", "samples": 0, "right": {}}')
+    with pytest.raises(SystemExit):
+        main(["--compare", str(folder / "whole"), str(other)])
+    assert "cannot be read" in capsys.readouterr().err
+    shutil.rmtree(other)
     for wrong in ([str(folder / "whole")], [str(folder / "whole"), str(tmp_path)]):
         with pytest.raises(SystemExit):
             main(["--compare", *wrong])
@@ -228,6 +233,11 @@ def test_another_evaluation_does_not_go_on_there(finished):
         evaluate(settings(folder, folder / "whole", seed=1), Oracle)
     with pytest.raises(UserError, match=r"sampling was .* and is"):
         evaluate(settings(folder, folder / "whole", protocol="qwen"), Oracle)
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"sums.jsonl is no folder"):
+        evaluate(settings(tmp_path, tmp_path / "sums.jsonl"), lambda: pytest.fail("no model is loaded"))
 
 
 def test_a_damaged_line_is_named(finished, tmp_path):

@@ -12,6 +12,7 @@ from megatron_klear.rewards.choice import ChoiceReward, read_choice
 from megatron_klear.rewards.pool import GradingPool
 from megatron_klear.rewards.votes import vote_of
 from megatron_klear.rewards.worker import Request
+from megatron_klear.statistics.figures import figures_of
 from megatron_klear.statistics.metrics import avg_at_k, g_pass_at_k, maj_at_k, mg_pass_at_k, pass_at_k, vote
 from megatron_klear.types import Verdict
 
@@ -184,3 +185,22 @@ def test_wrong_choices_vote_by_their_letter():
     votes = [vote_of(text, score) for text, score in zip(texts, scores, strict=True)]
     assert votes == ["=C", "=C", "=C", "right", "right"]
     assert maj_at_k(votes, [score.verdict is Verdict.RIGHT for score in scores]) == 0
+
+
+@pytest.mark.parametrize(
+    ("right", "votes", "majority"),
+    [
+        ([[True]], [["right"]], 1.0),
+        ([[False]], [["=3"]], 0.0),
+        ([[True, True], [True, True]], [["right", "right"]] * 2, 1.0),
+        ([[True, False]], [["right", None]], 1.0),
+        ([[True, False]], [[None, None]], None),  # programs
+    ],
+)
+def test_figures_of_the_smallest_benchmarks(right, votes, majority):
+    figures = figures_of(right, votes)
+    assert figures.majority == majority
+    assert 0 <= figures.low <= figures.accuracy <= figures.high <= 1
+    assert figures.high - figures.low > 0.5  # one or two problems say little
+    assert (figures.run_to_run is None) == (figures.samples == 1)
+    assert figures.pass_at[1] == figures.accuracy
