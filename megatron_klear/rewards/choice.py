@@ -10,7 +10,7 @@ from megatron_klear.types import Score, Verdict
 from .base import Scheme
 from .format import Thinking, split_thinking
 
-_DRESS = r"(?:[\s:*_\"'`$({\[]|\\[(\[]|\\(?:boxed|fbox|text|textbf|mathrm|mathbf|boldsymbol)\b)*"
+_DRESS = r"(?:[\s:*_\"'`$({\[]|\\[(\[]|\\(?:boxed|fbox|text|textbf|mathrm|mathbf|boldsymbol)\b){0,40}"  # bounded: a response repeats anything a thousand times
 # A capital: "the answer is a guess" names no choice. Nothing may follow that makes it a word or a formula.
 _CAPITAL = r"([A-Z])(?![\w+\-^/]|\s*=)"
 _AND = r"(?:,|;|&|\\text\{|\s(?i:and|or)\b)+[\s({*]*(?:(?i:and|or)\b[\s({}*]*)?"
@@ -18,7 +18,7 @@ _AND = r"(?:,|;|&|\\text\{|\s(?i:and|or)\b)+[\s({*]*(?:(?i:and|or)\b[\s({}*]*)?"
 _ALONE_OF_CHOICES = rf"(?![)}}*\s]*{_AND}[A-Z](?!\w|'|\s+(?:is|are|was|has|does|cannot|would)\b))"
 _LETTER = rf"{_DRESS}(?:(?i:option|choice)\b{_DRESS})?{_CAPITAL}{_ALONE_OF_CHOICES}"
 _NAMED = (
-    re.compile(r"(?i:\b(?:final\s+)?answer\b\s*\**\s*:)" + _LETTER),
+    re.compile(r"(?i:\b(?:final\s+)?answer\b\s{0,9}\**\s{0,9}:)" + _LETTER),
     re.compile(r"\\boxed\s*\{" + _LETTER),
     re.compile(r"(?i:\banswer\s+is\b(?:\s+(?:definitely|clearly|therefore)\b)*)" + _LETTER),
     re.compile(r"(?i:\b(?:correct|right|best)\s+(?:option|choice)\s+is\b)" + _LETTER),

@@ -204,3 +204,9 @@ def test_figures_of_the_smallest_benchmarks(right, votes, majority):
     assert figures.high - figures.low > 0.5  # one or two problems say little
     assert (figures.run_to_run is None) == (figures.samples == 1)
     assert figures.pass_at[1] == figures.accuracy
+
+
+@pytest.mark.parametrize("text", ["\\boxed{" * 10_000, "the answer" + " " * 100_000, "Answer: A" + " " * 100_000])
+def test_a_response_that_repeats_itself_is_read_in_no_time(text):
+    """Quadratic, the first of them took minutes."""
+    assert read_choice(text) in (None, "A")
