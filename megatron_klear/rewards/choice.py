@@ -10,7 +10,8 @@ from megatron_klear.types import Score, Verdict
 from .base import Scheme
 from .format import Thinking, split_thinking
 
-_DRESS = r"(?:[\s:*_\"'`$({\[]|\\[(\[]|\\(?:boxed|fbox|text|textbf|mathrm|mathbf|boldsymbol)\b){0,40}"  # bounded: a response repeats anything a thousand times
+# Bounded: responses repeat anything a thousand times, and each time would be read to the end.
+_DRESS = r"(?:[\s:*_\"'`$({\[]|\\[(\[]|\\(?:boxed|fbox|text|textbf|mathrm|mathbf|boldsymbol)\b){0,40}"
 # A capital: "the answer is a guess" names no choice. Nothing may follow that makes it a word or a formula.
 _CAPITAL = r"([A-Z])(?![\w+\-^/]|\s*=)"
 _AND = r"(?:,|;|&|\\text\{|\s(?i:and|or)\b)+[\s({*]*(?:(?i:and|or)\b[\s({}*]*)?"
