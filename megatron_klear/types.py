@@ -94,6 +94,8 @@ class Score:
     """Why, in words for a person: the answer that was read, the error."""
     program: ProgramResult | None = None
     """Of a reward that runs programs."""
+    vote: str = ""
+    """The wrong answer that was read, where majorities count it and not the response's own text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

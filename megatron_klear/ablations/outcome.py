@@ -18,6 +18,7 @@ from megatron_klear.statistics.significance import Interval, mean_interval, seed
 from .plan import AblationError, ArmRun
 
 Verdict = Literal["confirmed", "contradicted", "not settled"]
+_NO_WIDTH = 1e-9
 _MEANS = ("entropy", "grad_norm", "response_length_mean", "zero_advantage_share", "seconds")
 
 
@@ -56,7 +57,16 @@ class Judged:
 
 
 def read_outcome(one: ArmRun, measure: Literal["end", "mean"]) -> Outcome:
-    """What a run's folders hold. Raises AblationError where the result is not there."""
+    """What a run's folders hold. Raises AblationError where the result is not there, or is damaged."""
+    try:
+        return _outcome(one, measure)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise AblationError(
+            f"the result in {one.result} is damaged: {error!r}; remove {one.folder}, and the run is made again"
+        ) from error
+
+
+def _outcome(one: ArmRun, measure: Literal["end", "mean"]) -> Outcome:
     results = sorted(one.result.glob("*/result.json"))
     if results:
         contents = [json.loads(path.read_text()) for path in results]
@@ -91,13 +101,20 @@ def read_outcome(one: ArmRun, measure: Literal["end", "mean"]) -> Outcome:
     )
 
 
-def read_known(path: Path, planned: Sequence[ArmRun]) -> dict[tuple[str, int], Outcome]:
+def read_known(
+    path: Path, planned: Sequence[ArmRun], measure: Literal["end", "mean"]
+) -> dict[tuple[str, int], Outcome]:
     """Outcomes of an earlier result.json, by arm and seed, of runs that would be made by the very same commands.
 
-    Raises AblationError where the file is no result.
+    Raises AblationError where the file is no result, or has figures of another `measure`.
     """
     try:
-        runs = {(run["arm"], run["seed"]): run for run in json.loads(path.read_text())["runs"]}
+        content = json.loads(path.read_text())
+        if content["measure"] != measure:
+            raise AblationError(
+                f"{path} has figures by measure {content['measure']!r}, and the recipe is by {measure!r}"
+            )
+        runs = {(run["arm"], run["seed"]): run for run in content["runs"]}
         found = {}
         for one in planned:
             run = runs.get((one.arm, one.seed))
@@ -116,7 +133,10 @@ def read_known(path: Path, planned: Sequence[ArmRun]) -> dict[tuple[str, int], O
 
 
 def judge(config: AblationConfig, outcomes: Sequence[Outcome]) -> list[Judged]:
-    """Every claim, by the seeds that both of its arms have."""
+    """Every claim, by the seeds that both of its arms have.
+
+    Raises AblationError where there are none, or runs differ in their problems: a difference is over the same ones.
+    """
     by = {(outcome.arm, outcome.seed): outcome for outcome in outcomes}
     seeds = sorted({outcome.seed for outcome in outcomes})
     judged = []
@@ -126,7 +146,15 @@ def judge(config: AblationConfig, outcomes: Sequence[Outcome]) -> list[Judged]:
             for seed in seeds
             if (claim.better, seed) in by and (claim.than, seed) in by
         ]
+        if not pairs:
+            raise AblationError(f"{claim.better} and {claim.than} have no seed in common")
         names = sorted(pairs[0][0].of_problems)
+        for run in (run for pair in pairs for run in pair):
+            if apart := set(names) ^ run.of_problems.keys():
+                raise AblationError(
+                    f"{claim.better} above {claim.than}: runs differ in {len(apart)} held-out problems, for example "
+                    f"{min(apart)} ({run.arm}, seed {run.seed}); all arms need the same"
+                )
         table = np.array([[a.of_problems[name] - b.of_problems[name] for name in names] for a, b in pairs])
         of_seeds = tuple(float(value) for value in table.mean(1))
         interval = seed_interval(of_seeds)
@@ -186,7 +214,8 @@ def as_json(
 
 
 def _verdict(interval: Interval | None) -> Verdict:
-    if interval is None or not interval.excludes_zero:
+    # Accuracies are counts: seeds that differ by the very same number do not make the next one certain.
+    if interval is None or not interval.excludes_zero or interval.high - interval.low < _NO_WIDTH:
         return "not settled"
     return "confirmed" if interval.low > 0 else "contradicted"
 

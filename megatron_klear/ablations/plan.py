@@ -40,12 +40,19 @@ class Preparation:
 
 
 def preparations(scale: Scale, arms: tuple[Arm, ...], runs: Path) -> list[Preparation]:
-    """What all runs share, in order and each once: a command that speaks of an arm's values is there for each arm."""
+    """What all runs share, in order and each once: a command that speaks of an arm's values is there for each arm.
+
+    Raises AblationError where two commands would make the same.
+    """
     found: dict[Path, Preparation] = {}
     for prepared in scale.prepare:
         for arm in arms:
             one = _preparation(prepared, _values(scale, arm, runs), runs)
-            found.setdefault(one.creates, one)
+            if found.setdefault(one.creates, one) != one:
+                raise AblationError(
+                    f"{one.creates} would be made by two commands: {shlex.join(found[one.creates].arguments)}; "
+                    f"{shlex.join(one.arguments)}"
+                )
     return list(found.values())
 
 
@@ -54,13 +61,20 @@ def arm_runs(
 ) -> list[ArmRun]:
     """Every arm with every seed, seeds outermost: what is cut short has all arms of the first seeds.
 
-    `more` are flags of the last stage that trains, for all arms alike.
+    `more` are flags of the last stage that trains, for all arms alike. Raises AblationError where no stage trains, or
+    two runs would have one folder.
     """
-    planned = []
+    planned: list[ArmRun] = []
     trained = [i for i, stage in enumerate(scale.stages) if stage.command in ("sft", "gppo")]
+    if more and not trained:
+        raise AblationError(f"no stage trains that could be given {shlex.join(more)}")
+    if len(set(seeds)) < len(seeds):
+        raise AblationError(f"seeds {', '.join(map(str, seeds))}: each counts once, and one is there twice")
     for seed in seeds:
         for arm in config.arms:
             folder = runs / name / f"{_file_name(arm.name)}_{seed}"
+            if clash := [one.arm for one in planned if one.folder == folder]:
+                raise AblationError(f"arms {clash[0]!r} and {arm.name!r} would both run in {folder}; rename one")
             values = {**_values(scale, arm, runs), "run": str(folder), "seed": str(seed)}
             stages = []
             for index, stage in enumerate(scale.stages):

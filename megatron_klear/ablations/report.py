@@ -45,7 +45,19 @@ def markdown(config: AblationConfig, scale: Scale, outcomes: Sequence[Outcome], 
             f"| {one.claim.better} above {one.claim.than} | {one.claim.paper} | {over_seeds} "
             f"| {_percent(one.over_problems, sign=True)} | **{one.verdict}** |"
         )
-    lines += ["", "![Held-out accuracy](plot.png)", ""]
+    lines += [
+        "",
+        "A claim is confirmed or contradicted where its interval over seeds excludes zero, each claim by itself: of "
+        "twenty without any effect one would be. That interval is for these held-out problems, the one over problems "
+        "(bootstrap) for these seeds.",
+        "",
+        "![Held-out accuracy](plot.png)",
+        "",
+        "Curves are means over seeds, bands their range."
+        if _has_curves(outcomes)
+        else "Dots are seeds, bars their means.",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -56,7 +68,7 @@ def write_plot(config: AblationConfig, outcomes: Sequence[Outcome], path: Path) 
     figure = Figure(figsize=(6.8, 4.2), layout="constrained")
     axes = figure.add_subplot()
     names = list(dict.fromkeys(outcome.arm for outcome in outcomes))
-    curves = any(len(outcome.curve) > 1 for outcome in outcomes)
+    curves = _has_curves(outcomes)
     for place, name in enumerate(names):
         own = [outcome for outcome in outcomes if outcome.arm == name]
         colour = _COLOURS[place % len(_COLOURS)]
@@ -79,6 +91,10 @@ def write_plot(config: AblationConfig, outcomes: Sequence[Outcome], path: Path) 
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
+
+
+def _has_curves(outcomes: Sequence[Outcome]) -> bool:
+    return any(len(outcome.curve) > 1 for outcome in outcomes)
 
 
 def _percent(figure: Interval | float, *, sign: bool = False) -> str:

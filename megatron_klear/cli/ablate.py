@@ -20,7 +20,7 @@ from pathlib import Path
 from megatron_klear.ablations.outcome import Outcome, as_json, judge, read_known, read_outcome
 from megatron_klear.ablations.plan import AblationError, arm_runs, preparations
 from megatron_klear.ablations.report import markdown, write_plot
-from megatron_klear.ablations.run import prepare, run_all
+from megatron_klear.ablations.run import owned, prepare, run_all
 from megatron_klear.config.ablation import AblationConfig, Scale
 from megatron_klear.config.files import write_text_atomically
 from megatron_klear.config.read import exit_on_bad_input, load
@@ -75,13 +75,17 @@ def main(arguments: list[str] | None = None) -> None:
             for run in planned:
                 print("\n".join(f"klear {shlex.join(stage)}" for stage in run.stages))
             return
-        known = read_known(options.known, planned) if options.known else {}
+        known = read_known(options.known, planned, config.measure) if options.known else {}
+        if options.known:
+            print(f"{len(known)} of {len(planned)} runs are known", flush=True)
         left = [run for run in planned if (run.arm, run.seed) not in known]
-        if left:
-            prepare(wanted)
-            run_all(left, options.jobs)
-        outcomes = [known.get((run.arm, run.seed)) or read_outcome(run, config.measure) for run in planned]
-        print(conclude(config, scale, options.scale, outcomes, options.runs / name))
+        with owned(options.runs / name):
+            if left:
+                with owned(options.runs / "shared"):
+                    prepare(wanted)
+                run_all(left, options.jobs)
+            outcomes = [known.get((run.arm, run.seed)) or read_outcome(run, config.measure) for run in planned]
+            print(conclude(config, scale, options.scale, outcomes, options.runs / name))
 
 
 def conclude(config: AblationConfig, scale: Scale, scale_name: str, outcomes: list[Outcome], folder: Path) -> str:

@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with exit_on_error():
         configure_logging()
         if command.dry_run:
-            print(plan(config))
+            if os.environ.get("RANK", "0") == "0":
+                print(plan(config))
         elif config.model.path is None:
             from megatron_klear.evaluation.endpoint import EndpointSource
 
@@ -79,6 +80,8 @@ def plan(config: EvaluationConfig) -> str:
     lines = []
     for benchmark in config.benchmarks:
         problems, protocol = len(read_benchmark(benchmark)), protocol_of(config, benchmark)
+        if config.model.path is not None:
+            protocol.local()  # which says what the local engine lacks
         lines.append(
             f"{benchmark.name}: {problems} problems x {protocol.samples} = {problems * protocol.samples:,} responses, "
             f"{protocol.words()}"

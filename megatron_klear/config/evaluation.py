@@ -113,6 +113,9 @@ class EvaluationConfig(Settings):
         names = [benchmark.name for benchmark in self.benchmarks]
         if not names:
             raise ValueError("benchmarks is empty: name at least one")
+        for name in names:
+            if not name or Path(name).name != name or name.startswith(".") or name == "long_model":
+                raise ValueError(f"benchmarks holds the name {name!r}, which cannot be its folder's; choose another")
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"benchmarks holds {', '.join(sorted(repeated))} twice; each has one folder")
         return self

@@ -50,6 +50,16 @@ class Benchmark:
     what: str = ""
     published: Sequence[Published] = ()
 
+    @property
+    def has_dates(self) -> bool:
+        """Whether `since` and `until` choose among its rows."""
+        return self.read is readers.livecodebench
+
+    @property
+    def has_subsets(self) -> bool:
+        """Whether `subset` does."""
+        return self.read not in (readers.livecodebench, readers.own, readers.humaneval, readers.mbpp)
+
 
 def read_benchmark(config: BenchmarkConfig) -> list[Problem]:
     """The problems of a benchmark, in the order of its files; equal ones are told apart by `#2`.
@@ -57,6 +67,11 @@ def read_benchmark(config: BenchmarkConfig) -> list[Problem]:
     Raises DataError with file and row where one cannot be read, and where none is left.
     """
     known = KNOWN.get(config.name, OWN)
+    for key, there in (("subset", known.has_subsets), ("since", known.has_dates), ("until", known.has_dates)):
+        if getattr(config, key) and not there:
+            raise DataError(
+                f"benchmark {config.name}: its rows have nothing that `{key}` could choose by; leave it out"
+            )
     config = config.model_copy(update={"since": config.since or known.since, "until": config.until or known.until})
     problems: list[Problem] = []
     seen: dict[str, int] = {}

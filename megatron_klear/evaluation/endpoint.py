@@ -23,6 +23,9 @@ class EndpointSource:
     def __init__(self, config: EndpointConfig, thinking: bool | None) -> None:
         self._config, self._thinking = config, thinking
 
+    def check(self, problems: Sequence[Problem], protocol: Protocol) -> None:
+        """Nothing: the server says what it refuses."""
+
     def draw(self, wanted: Sequence[Wanted], protocol: Protocol, seed: int, drawn: Drawn) -> None:
         """Draw everything; what has come is kept when a request fails for good, which raises EndpointError."""
 

@@ -24,7 +24,7 @@ from .benchmarks import KNOWN, OWN, Problem, read_benchmark
 from .page import Evaluated, write_page
 from .protocols import Protocol, protocol_for
 from .sampling import Source, Wanted
-from .store import Grade, Key, Lines, Response
+from .store import Grade, Key, Lines, Response, StoreError, digest
 from .table import BenchmarkResult, markdown, result_of
 
 _log = logging.getLogger(__name__)
@@ -45,10 +45,14 @@ def evaluate(config: EvaluationConfig, open_source: Callable[[], Source]) -> lis
     check_sources((problem.data_source for problem in rows), config.reward.functions)
     check_time((problem.data_source for problem in rows), config.reward.for_rewards(), config.reward.timeout_seconds)
     check_truths(((p.place, p.data_source, p.ground_truth) for p in rows), config.reward.functions)
+    if config.output.exists() and not config.output.is_dir():
+        raise StoreError(f"{config.output} is no folder; choose another output")
     source = open_source()
+    protocols = [protocol_of(config, benchmark, source.extension()) for benchmark, _ in benchmarks]
+    for (_, problems), protocol in zip(benchmarks, protocols, strict=True):
+        source.check(problems, protocol)
     evaluated = []
-    for benchmark, problems in benchmarks:
-        protocol = protocol_of(config, benchmark, source.extension())
+    for (benchmark, problems), protocol in zip(benchmarks, protocols, strict=True):
         folder = config.output / benchmark.name
         responses = _draw(config, benchmark, problems, protocol, source, folder)
         grades = _grade(config, problems, responses, source, folder)
@@ -119,7 +123,8 @@ def _grade(
     reward = config.reward.model_dump(mode="json", include={"scheme", "require_thinking", "functions", "code"})
     by_id = {problem.id: problem for problem in problems}
     with Lines(folder / "grades.jsonl", {"reward": reward}, Grade) as lines:
-        left = [response for key, response in responses.items() if key not in lines.found]
+        of = {key: digest(response.text) for key, response in responses.items()}
+        left = [one for key, one in responses.items() if key not in lines.found or lines.found[key].of != of[key]]
         with _progress(folder.name, "grades", len(left)) as more:
             if left:
                 with _pool(config, problems) as pool:
@@ -162,6 +167,7 @@ def _grades(responses: Sequence[Response], texts: Sequence[str], scores: Sequenc
             verdict=score.verdict.value,
             note=score.note,
             vote=vote_of(text, score),
+            of=digest(response.text),
         )
 
 

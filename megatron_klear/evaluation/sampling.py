@@ -33,6 +33,10 @@ Drawn = Callable[[Sequence[Response]], None]
 class Source(Interface):
     """Draws responses. A response depends on the model, the problem, its number and the seed."""
 
+    def check(self, problems: Sequence[Problem], protocol: Protocol) -> None:
+        """Raise UserError where it is known already that some cannot be drawn."""
+        ...
+
     def draw(self, wanted: Sequence[Wanted], protocol: Protocol, seed: int, drawn: Drawn) -> None:
         """Draw everything that is wanted. Raises UserError where that cannot be done."""
         ...
@@ -91,6 +95,19 @@ class LocalSource:
         self._engine.load_weights(((name, weights.tensor(name)) for name in names), 0)
         self._stop, self._architecture = frozenset(stop.ids), architecture
 
+    def check(self, problems: Sequence[Problem], protocol: Protocol) -> None:
+        """Raise UserError where the engine lacks a setting, or a prompt and its response go beyond the model."""
+        protocol.local()
+        longest = self._architecture.max_positions
+        for problem in problems:
+            tokens = len(self._tokenizer.encode(self.opening(problem)))
+            if tokens + protocol.max_tokens > longest:
+                raise UserError(
+                    f"{problem.place}: a prompt of {tokens} tokens and a response of {protocol.max_tokens} go "
+                    f"beyond the model's {longest} positions: lower --sampling.max-tokens, or extend the model "
+                    "(--long, klear extend)"
+                )
+
     def draw(self, wanted: Sequence[Wanted], protocol: Protocol, seed: int, drawn: Drawn) -> None:
         """Draw whole problems, several at a time; what was there already is drawn again and is the same."""
         from megatron_klear.distributed import exchange  # which imports torch
@@ -129,13 +146,6 @@ class LocalSource:
         for one in wanted:
             text = self.opening(one.problem)
             tokens = self._tokenizer.encode(text)
-            longest = self._architecture.max_positions
-            if len(tokens) + protocol.max_tokens > longest:
-                raise UserError(
-                    f"{one.problem.place}: a prompt of {len(tokens)} tokens and a response of {protocol.max_tokens} go "
-                    f"beyond the model's {longest} positions: lower --sampling.max-tokens, or extend the model "
-                    "(--long, klear extend)"
-                )
             prompts.append(
                 Prompt(
                     id=one.problem.id, data_source=one.problem.data_source, tokens=tokens, text=text, ground_truth=None

@@ -9,6 +9,8 @@ number, and its seed by both: drawn again it is the same where the sampler keeps
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -52,11 +54,18 @@ class Grade:
     verdict: str
     note: str
     vote: str = ""
+    of: str = ""
+    """Digest of the text that was graded (`digest`): a response drawn anew is graded anew."""
 
     @property
     def key(self) -> Key:
         """Its response's problem and number."""
         return self.problem, self.number
+
+
+def digest(text: str) -> str:
+    """A short name for a text."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 class Lines:
@@ -65,19 +74,24 @@ class Lines:
     def __init__(self, path: Path, identity: Mapping[str, Any], record: type[Response] | type[Grade]) -> None:
         """Open `path`, or begin it with `identity`.
 
-        Raises StoreError where it was begun with another, or is damaged.
+        Raises StoreError where it was begun with another, is damaged, or another process writes to it.
         """
         self._path, self._record = path, record
         path.parent.mkdir(parents=True, exist_ok=True)
         self.found: dict[Key, Any] = {}
         """The records that are there, in the order of writing."""
         header = json.dumps({"made_with": identity}, sort_keys=True) + "\n"
-        whole = self._read(header) if path.exists() else 0
         self._stream: IO[bytes] = path.open("ab")
-        if path.stat().st_size != whole:
-            self._stream.truncate(whole)
-        if not whole:
-            self._write(header)
+        try:
+            self._own()
+            whole = self._read(header)
+            if path.stat().st_size != whole:
+                self._stream.truncate(whole)
+            if not whole:
+                self._write(header)
+        except BaseException:
+            self._stream.close()
+            raise
 
     def __enter__(self) -> Self:
         """The file itself."""
@@ -94,6 +108,14 @@ class Lines:
             self.found[record.key] = record
             lines.append(json.dumps(asdict(record), ensure_ascii=False) + "\n")
         self._write("".join(lines))
+
+    def _own(self) -> None:
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(
+                f"{self._path}: another evaluation writes to it; wait for it, or choose another output"
+            ) from None
 
     def _write(self, text: str) -> None:
         self._stream.write(text.encode("utf-8", "surrogatepass"))

@@ -95,8 +95,10 @@ def comparison(folders: Sequence[Path]) -> str:
     """
     read = [(folder, _results_in(folder)) for folder in folders]
     (first_folder, first), *others = read
+    short = {folder: folder.name for folder in folders}
+    told_as = short if len(set(short.values())) == len(folders) else {folder: str(folder) for folder in folders}
     lines = [
-        f"| benchmark | {first_folder.name} | against | avg@k | difference on the same problems [95 %] |",
+        f"| benchmark | {told_as[first_folder]} | against | avg@k | difference on the same problems [95 %] |",
         "| --- | --- | --- | --- | --- |",
     ]
     for folder, results in others:
@@ -111,7 +113,7 @@ def comparison(folders: Sequence[Path]) -> str:
             before, after = ([r["right"][problem] / r["samples"] for problem in problems] for r in (a, b))
             found = paired(before, after)
             told = f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-            sampled = f"{100 * a['accuracy']:.1f} | {folder.name} | {100 * b['accuracy']:.1f}"
+            sampled = f"{100 * _mean(before):.1f} | {told_as[folder]} | {100 * _mean(after):.1f}"
             lines.append(f"| {name}, {len(problems)} problems | {sampled} | {told} |")
     return "\n".join(lines)
 
@@ -121,6 +123,8 @@ def _results_in(folder: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(folder.glob("*/result.json")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(result["right"], dict) or not result["samples"] > 0:
+                raise ValueError("no right responses of problems")
             found[str(result["name"])] = result
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {error!r}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -40,12 +41,16 @@ def extended_config(config: Mapping[str, Any], factor: float, original: int | No
     original = trained_positions(positions) if original is None else original
     if not 1 <= original <= positions:
         raise UserError(f"{original} original positions: the model has {positions}, and was trained with no more")
+    if not math.isfinite(factor * original):
+        raise UserError(f"factor {factor:g} is no number that positions could be multiplied by")
     longest = int(factor * original)
     if longest <= positions:
         raise UserError(f"factor {factor:g} over {original} positions gives {longest}, and the model has {positions}")
     table = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     # Of two tables one is kept: the other would say that nothing is scaled.
     kept = {key: value for key, value in config.items() if key not in ("rope_scaling", "rope_parameters")}
+    # One that stood beside it, of no effect until now, would contradict the new one or move where the scaling begins.
+    kept.pop("original_max_position_embeddings", None)
     if config.get("rope_parameters"):
         return {**kept, "max_position_embeddings": longest, "rope_parameters": {**table, "rope_theta": rope.theta}}
     return {**kept, "max_position_embeddings": longest, "rope_theta": rope.theta, "rope_scaling": table}
@@ -55,9 +60,11 @@ def write_extended(folder: Path, output: Path, factor: float = PAPER_FACTOR, ori
     """Write `output`: the extended config.json, everything else links to the files of `folder`.
 
     An output that is what would be written is left alone. Raises UserError where the model cannot be extended or
-    `output` is something else.
+    `output` is something else, or a file of `folder` is a link to nothing.
     """
     read_architecture(folder)  # a folder that is no model is refused in its own words
+    if broken := [path for path in sorted(folder.iterdir()) if not path.exists()]:
+        raise UserError(f"{broken[0]} is a link to {os.readlink(broken[0])}, which is not there; fetch the model again")
     source = folder / "config.json"
     config = extended_config(json.loads(source.read_text()), factor, original, str(source))
     if output.exists():

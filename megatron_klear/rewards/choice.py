@@ -10,12 +10,19 @@ from megatron_klear.types import Score, Verdict
 from .base import Scheme
 from .format import Thinking, split_thinking
 
+# Bounded: responses repeat anything a thousand times, and each time would be read to the end.
+_DRESS = r"(?:[\s:*_\"'`$({\[]|\\[(\[]|\\(?:boxed|fbox|text|textbf|mathrm|mathbf|boldsymbol)\b){0,40}"
 # A capital: "the answer is a guess" names no choice. Nothing may follow that makes it a word or a formula.
-_LETTER = r"[\s:*_\"'`$({\[]*(?:\\(?:boxed|text|mathrm|textbf)\{)*\(?([A-Z])(?![\w+\-^=/])"
+_CAPITAL = r"([A-Z])(?![\w+\-^/]|\s*=)"
+_AND = r"(?:,|;|&|\\text\{|\s(?i:and|or)\b)+[\s({*]*(?:(?i:and|or)\b[\s({}*]*)?"
+# "A or C" names none; "A, C is wrong" does.
+_ALONE_OF_CHOICES = rf"(?![)}}*\s]*{_AND}[A-Z](?!\w|'|\s+(?:is|are|was|has|does|cannot|would)\b))"
+_LETTER = rf"{_DRESS}(?:(?i:option|choice)\b{_DRESS})?{_CAPITAL}{_ALONE_OF_CHOICES}"
 _NAMED = (
-    re.compile(r"(?i:\b(?:final\s+)?answer\b\s*\**\s*:)" + _LETTER),
+    re.compile(r"(?i:\b(?:final\s+)?answer\b\s{0,9}\**\s{0,9}:)" + _LETTER),
     re.compile(r"\\boxed\s*\{" + _LETTER),
-    re.compile(r"(?i:\banswer\s+is\b(?:\s+(?:definitely|clearly|therefore|option|choice)\b)*)" + _LETTER),
+    re.compile(r"(?i:\banswer\s+is\b(?:\s+(?:definitely|clearly|therefore)\b)*)" + _LETTER),
+    re.compile(r"(?i:\b(?:correct|right|best)\s+(?:option|choice)\s+is\b)" + _LETTER),
 )
 _ALONE = re.compile(r"[\s(\[*$\"']*([A-Z])[\s)\]*$\"'.]*")
 _TRUTH = re.compile(r"\(?([A-Z])\)?\.?")
@@ -24,8 +31,9 @@ _TRUTH = re.compile(r"\(?([A-Z])\)?\.?")
 class ChoiceReward:
     """Right where the response's letter is the ground truth's, a capital as in lighteval's `Answer: B`.
 
-    The last `Answer: X` counts, else the last `\\boxed{X}`, else the last "the answer is X", else a text that is a
-    letter alone. With `require_thinking` only what follows `</think>` is read.
+    The last `Answer: X` counts, else the last `\\boxed{X}`, else the last "the answer is X", else "the correct option
+    is X", else a text that is a letter alone; "A or C" is no choice. With `require_thinking` only what follows
+    `</think>` is read.
     """
 
     def __init__(self, scheme: Scheme, *, require_thinking: bool = True) -> None:
@@ -43,8 +51,10 @@ class ChoiceReward:
         elif (letter := read_choice(response if parts.answer is None else parts.answer)) is None:
             verdict, note = Verdict.MALFORMED, "no choice"
         else:
-            verdict = Verdict.RIGHT if letter == truth[1] else Verdict.WRONG
-            note = "" if verdict is Verdict.RIGHT else f"read {letter}, expected {truth[1]}"
+            if letter == truth[1]:
+                return Score(reward=self.scheme.value(Verdict.RIGHT), verdict=Verdict.RIGHT)
+            note = f"read {letter}, expected {truth[1]}"
+            return Score(reward=self.scheme.value(Verdict.WRONG), verdict=Verdict.WRONG, note=note, vote=letter)
         return Score(reward=self.scheme.value(verdict), verdict=verdict, note=note)
 
 

@@ -103,6 +103,8 @@ def answer_json(number: int, answer: Answer) -> bytes:
             "verdict": answer.verdict.value,
             "note": answer.note[:_MAX_NOTE],
         }
+        if answer.vote:
+            told["vote"] = answer.vote[:_MAX_NOTE]
         if answer.program is not None:
             told["program"] = [answer.program.status, answer.program.passed, answer.program.total]
         content["score"] = told
@@ -136,7 +138,8 @@ def _read_score(value: Any) -> Score:
         status, passed, total = value["program"]
         program = ProgramResult(str(status), int(passed), int(total))
     verdict = Verdict(value["verdict"])
-    return Score(reward=float(value["reward"]), verdict=verdict, note=str(value["note"]), program=program)
+    note, vote = str(value["note"]), str(value.get("vote", ""))
+    return Score(reward=float(value["reward"]), verdict=verdict, note=note, program=program, vote=vote)
 
 
 def serve() -> None:

@@ -89,6 +89,7 @@ def _score(told: dict[str, Any]) -> Score:
         verdict=Verdict(told["verdict"]),
         note=told["note"],
         program=None if program is None else ProgramResult(**program),
+        vote=told.get("vote", ""),
     )
 
 

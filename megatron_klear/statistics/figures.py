@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from .intervals import benchmark_interval, run_to_run
 from .metrics import maj_at_k, pass_at_k
 
-RIGHT_VOTE = "right"
-"""The vote of every right answer: all of them are one answer."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
@@ -28,22 +25,22 @@ class Figures:
     pass_at: dict[int, float]
     """pass@1, 2, 4, ... and k."""
     majority: float | None
-    """maj@k with k all samples, ties split; None where no wrong answer has a vote (programs)."""
+    """maj@k with k all samples, ties split; None where no sample has a vote (programs)."""
 
 
 def figures_of(right: Sequence[Sequence[bool]], votes: Sequence[Sequence[str | None]]) -> Figures:
     """Figures from `right` [problems][k], whether each sample is, and `votes` [problems][k], what it answered.
 
-    A vote is RIGHT_VOTE, a wrong answer's text, or None where the sample has no vote. Raises ValueError without
-    problems, or where they differ in their number of samples.
+    A vote is "right", the one of all right answers, a wrong answer's text, or None where the sample has no vote. Raises
+    ValueError without problems, or where they differ in their number of samples.
     """
     k = len(right[0]) if right else 0
     if {len(of_problem) for of_problem in right} - {k}:
         raise ValueError("problems differ in their number of samples")
     counts = [sum(of_problem) for of_problem in right]
     interval = benchmark_interval(counts, k)
-    by_text = any(vote not in (None, RIGHT_VOTE) for of_problem in votes for vote in of_problem)
-    majorities = [maj_at_k(v, r) for v, r in zip(votes, right, strict=True)] if by_text else []
+    voted = any(vote is not None for of_problem in votes for vote in of_problem)
+    majorities = [maj_at_k(v, r) for v, r in zip(votes, right, strict=True)] if voted else []
     return Figures(
         num_problems=len(counts),
         samples=k,

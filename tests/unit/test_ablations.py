@@ -1,15 +1,20 @@
 """Ablations: recipes whose commands are valid at every scale, what is done again, and how claims are judged."""
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_klear.ablations.outcome import Outcome, as_json, judge, read_known
+from megatron_klear.ablations.outcome import Outcome, as_json, judge, read_known, read_outcome
 from megatron_klear.ablations.plan import AblationError, ArmRun, Preparation, arm_runs, preparations
 from megatron_klear.ablations.report import markdown, write_plot
-from megatron_klear.ablations.run import prepare, run_all
+from megatron_klear.ablations.run import owned, prepare, run_all
 from megatron_klear.cli.ablate import main
 from megatron_klear.config.ablation import AblationConfig
 from megatron_klear.config.base import SFTConfig
@@ -79,6 +84,7 @@ def config_of(tmp_path, stages=None):
         ([-0.10, -0.11, -0.12], "contradicted"),
         ([0.30, -0.05, 0.10], "not settled"),
         ([0.30], "not settled"),
+        ([0.02, 0.02], "not settled"),
     ],
 )
 def test_a_claim_is_judged_by_the_interval_over_seeds(tmp_path, differences, verdict):
@@ -90,6 +96,8 @@ def test_a_claim_is_judged_by_the_interval_over_seeds(tmp_path, differences, ver
     assert judged.of_seeds == pytest.approx(differences)
     report = markdown(config, config.scales["tiny"], outcomes, [judged])
     assert f"**{verdict}**" in report
+    assert "interval over seeds excludes zero, each claim by itself" in report
+    assert "bands their range" in report
     content = as_json(config, "tiny", outcomes, [judged])
     assert len(json.loads(json.dumps(content))["runs"]) == 2 * len(differences)
     write_plot(config, outcomes, tmp_path / "plot.png")
@@ -125,15 +133,17 @@ def test_runs_of_another_day_are_taken_where_their_commands_are_the_same(tmp_pat
     known = tmp_path / "result.json"
     known.write_text(json.dumps(as_json(config, "tiny", outcomes, judge(config, outcomes))))
     here = arm_runs(config, config.scales["tiny"], "recipe", tmp_path / "runs", (0, 1, 2), ())
-    assert list(read_known(known, here).values()) == outcomes
+    assert list(read_known(known, here, "end").values()) == outcomes
     main([str(tmp_path / "recipe.toml"), "--known", str(known), "--runs", str(tmp_path / "runs"), "--seeds", "0", "1"])
     again = json.loads((tmp_path / "runs/recipe/result.json").read_text())
     assert again == json.loads(known.read_text())
     other = arm_runs(config, config.scales["tiny"], "recipe", tmp_path / "runs", (0, 1), ("--train.steps", "3"))
-    assert read_known(known, other) == {}
+    assert read_known(known, other, "end") == {}
+    with pytest.raises(AblationError, match="by measure 'end', and the recipe is by 'mean'"):
+        read_known(known, here, "mean")
     known.write_text("{}")
     with pytest.raises(AblationError, match="no result of an ablation"):
-        read_known(known, here)
+        read_known(known, here, "end")
 
 
 def test_flags_for_all_arms_go_to_the_last_stage_that_trains(tmp_path, capsys):
@@ -145,3 +155,105 @@ def test_flags_for_all_arms_go_to_the_last_stage_that_trains(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "recipe.toml"), "--scale", "huge"])
     assert "no scale 'huge': tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arms", "more", "seeds", "words"),
+    [
+        ('[{ name = "a" }, { name = "b" }]', (), (0, 1, 0), "one is there twice"),
+        ('[{ name = "a" }, { name = "b" }]', ("--train.steps", "3"), (0,), "no stage trains"),
+        ('[{ name = "a" }, { name = "b" }, { name = "x y" }, { name = "x/y" }]', (), (0,), "would both run in"),
+        ('[{ name = "a", values.n = "1" }, { name = "b", values.n = "2" }]', (), (0,), "made by two commands"),
+    ],
+)
+def test_what_would_mix_runs_up_is_refused(tmp_path, capsys, arms, more, seeds, words):
+    values = 'prepare = [{ creates = "x", command = "losses {n}" }]' if "values" in arms else ""
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f"""
+        title = "T"
+        paper = "P."
+        design = "D."
+        arms = {arms}
+        claims = [{{ better = "a", than = "b", paper = "+1" }}]
+        [scales.tiny]
+        what = "small."
+        result = "{{run}}/evaluation"
+        stages = [{{ command = "evaluate", flags = [] }}]
+        {values}
+        """
+    )
+    with pytest.raises(SystemExit):
+        main([str(path), "--dry-run", "--seeds", *map(str, seeds), *more])
+    assert words in capsys.readouterr().err
+
+
+def test_arms_with_other_problems_are_not_subtracted(tmp_path):
+    outcomes = [outcome("a", 0, [0.1, 0.2]), outcome("b c", 0, [0.1, 0.2, 0.9])]
+    for some in (outcomes, outcomes[:1]):
+        with pytest.raises(AblationError, match=r"differ in 1 held-out problems, for example p2|no seed in common"):
+            judge(config_of(tmp_path), some)
+
+
+@pytest.mark.parametrize("content", ["", '{"name": "x", "rig', '{"name": "x"}', '{"name": "x", "samples": 0}'])
+def test_a_result_that_is_cut_is_named(tmp_path, content):
+    one = ArmRun(arm="a", seed=0, folder=tmp_path, stages=(), result=tmp_path)
+    (tmp_path / "sums").mkdir()
+    (tmp_path / "sums" / "result.json").write_text(content)
+    with pytest.raises(AblationError, match="is damaged"):
+        read_outcome(one, "end")
+
+
+def test_shared_data_of_another_command_is_refused(tmp_path):
+    made = tmp_path / "model"
+    one = Preparation(creates=made, arguments=("tiny-model", "--no-weights", "--output", str(made)))
+    prepare([one])
+    before = made.stat().st_mtime_ns
+    prepare([one])
+    assert made.stat().st_mtime_ns == before
+    with pytest.raises(AblationError, match=r"was made by `tiny-model --no-weights .* wanted by `tiny-model --seed 3"):
+        prepare([replace(one, arguments=("tiny-model", "--seed", "3", "--output", str(made)))])
+    (tmp_path / "mine").mkdir()
+    prepare([Preparation(creates=tmp_path / "mine", arguments=("losses",))])  # what nobody here made is taken
+
+
+def test_one_ablation_at_a_time_works_in_a_folder(tmp_path, capsys):
+    config_of(tmp_path)
+    with owned(tmp_path / "runs" / "recipe"), pytest.raises(SystemExit):
+        main([str(tmp_path / "recipe.toml"), "--runs", str(tmp_path / "runs")])
+    assert "another klear ablate works in" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "recipe" / "a_0").exists()
+
+
+RUNNER = """
+import sys
+from pathlib import Path
+from megatron_klear.ablations.plan import ArmRun
+from megatron_klear.ablations.run import run_all
+folder = Path(sys.argv[1])
+run_all([ArmRun(arm="a", seed=0, folder=folder, stages=(tuple(sys.argv[2:]),) * 2, result=folder)], 1)
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_stage_outlives_its_ablation(tmp_path, end):
+    """The stage waits for a server that never answers: its connection closes when it ends."""
+    row = {"prompt": [{"role": "user", "content": "?"}], "data_source": "gsm8k", "reward_model": {"ground_truth": "2"}}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "c.toml").write_text(f'output = "{tmp_path}/out"\nbenchmarks = []\n')
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        stage = ["evaluate", "--config", f"{tmp_path}/c.toml", "--endpoint.model", "m", "--endpoint.urls"]
+        stage += [f"http://127.0.0.1:{server.getsockname()[1]}", "--endpoint.attempts", "1"]
+        stage += ["--benchmarks", f'[{{ name = "sums", files = ["{tmp_path}/p.jsonl"] }}]']
+        runner = subprocess.Popen([sys.executable, "-c", RUNNER, str(tmp_path / "a_0"), *stage])
+        connection, _ = server.accept()
+        os.kill(runner.pid, end)
+        assert runner.wait(60) != 0
+        with connection:
+            connection.settimeout(60)
+            while connection.recv(4096):
+                pass
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):  # nothing was begun meanwhile
+            server.accept()

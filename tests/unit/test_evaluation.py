@@ -2,16 +2,19 @@
 
 import json
 import random
+import shutil
 
 import pytest
 
-from megatron_klear.cli.evaluate import main
+from megatron_klear.cli.evaluate import main, plan
 from megatron_klear.config.evaluation import EvaluationConfig
 from megatron_klear.data.rows import DataError
+from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.errors import UserError
 from megatron_klear.evaluation.benchmarks import KNOWN, read_benchmark
 from megatron_klear.evaluation.protocols import protocol_for
 from megatron_klear.evaluation.run import evaluate
+from megatron_klear.evaluation.sampling import LocalSource
 from megatron_klear.evaluation.store import Response
 from megatron_klear.evaluation.table import markdown
 from megatron_klear.rewards.base import RewardSettings
@@ -25,6 +28,9 @@ class Oracle:
 
     def __init__(self, share=0.6):
         self.share, self.drawn = share, 0
+
+    def check(self, problems, protocol):
+        """Nothing is refused."""
 
     def draw(self, wanted, protocol, seed, drawn):
         for one in wanted:
@@ -146,6 +152,15 @@ def test_two_models_are_compared_on_the_same_problems(finished, tmp_path, capsys
     gain = 100 * (after.accuracy - before.accuracy)
     figures = f"{100 * before.accuracy:.1f} | better | {100 * after.accuracy:.1f} | {gain:+.1f} [+"
     assert f"| amc, 12 problems | {figures}" in line
+    other = tmp_path / "whole"
+    shutil.copytree(folder / "better", other)
+    main(["--compare", str(folder / "whole"), str(other)])
+    assert f" | {other} | {100 * after.accuracy:.1f} | " in capsys.readouterr().out  # two folders of one name
+    (other / "amc" / "result.json").write_text('{"name": "amc", "samples": 0, "right": {}}')
+    with pytest.raises(SystemExit):
+        main(["--compare", str(folder / "whole"), str(other)])
+    assert "cannot be read" in capsys.readouterr().err
+    shutil.rmtree(other)
     for wrong in ([str(folder / "whole")], [str(folder / "whole"), str(tmp_path)]):
         with pytest.raises(SystemExit):
             main(["--compare", *wrong])
@@ -164,12 +179,65 @@ def test_a_finished_evaluation_draws_nothing_more(finished):
     assert (whole / "responses.jsonl").read_bytes() == before
 
 
+def test_responses_drawn_anew_are_graded_anew(tmp_path):
+    """Grades stay where their responses are removed; with another model behind the same name they say nothing."""
+    evaluate(settings(tmp_path, tmp_path / "out"), lambda: Oracle(share=1.0))
+    (tmp_path / "out/amc/responses.jsonl").unlink()
+    (again,) = evaluate(settings(tmp_path, tmp_path / "out"), lambda: Oracle(share=0.0))
+    (fresh,) = evaluate(settings(tmp_path, tmp_path / "fresh"), lambda: Oracle(share=0.0))
+    assert again == fresh
+
+
+def test_two_evaluations_do_not_write_to_one_folder(tmp_path):
+    config = settings(tmp_path, tmp_path / "out")
+
+    class Meanwhile(Oracle):
+        def draw(self, *arguments):
+            with pytest.raises(UserError, match="another evaluation writes to it"):
+                evaluate(config, Oracle)
+            super().draw(*arguments)
+
+    (result,) = evaluate(config, Meanwhile)
+    assert len((tmp_path / "out/amc/responses.jsonl").read_text().splitlines()) == 49
+    assert result.num_problems == 12
+
+
+def test_what_cannot_be_drawn_is_told_before_anything_is(tmp_path):
+    """The second benchmark has a prompt beyond the model's positions."""
+    model = write_tiny_model(tmp_path / "model", "qwen3", TinyShape(max_positions=96))
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"problem": "1 + " * 96 + "1?", "answer": "97"}) + "\n")
+    benchmarks = [{"name": "amc", "files": [str(problems_file(tmp_path))]}, {"name": "minerva", "files": [str(long)]}]
+    config = settings(
+        tmp_path, tmp_path / "out", benchmarks=benchmarks, model={"path": model}, sampling={"max_tokens": 4}
+    )
+    with pytest.raises(UserError, match=r"long.jsonl:1: a prompt of \d+ tokens and a response of 4 go beyond .* 96"):
+        evaluate(config, lambda: LocalSource(config.model, None))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="repetition penalty"):
+        plan(config.model_copy(update={"protocol": "released"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("amc", "since"), ("mine", "until"), ("mine", "subset"), ("livecodebench_v5", "subset")]
+)
+def test_a_choice_that_nothing_could_heed_is_refused(tmp_path, name, key):
+    benchmark = {"name": name, "files": [str(problems_file(tmp_path))], key: "2024-01-01"}
+    with pytest.raises(DataError, match=f"nothing that `{key}` could choose by"):
+        read_benchmark(settings(tmp_path, tmp_path / "out", benchmarks=[benchmark]).benchmarks[0])
+
+
 def test_another_evaluation_does_not_go_on_there(finished):
     folder, _, _ = finished
     with pytest.raises(UserError, match=r"another evaluation: seed was 0 and is 1"):
         evaluate(settings(folder, folder / "whole", seed=1), Oracle)
     with pytest.raises(UserError, match=r"sampling was .* and is"):
         evaluate(settings(folder, folder / "whole", protocol="qwen"), Oracle)
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"sums.jsonl is no folder"):
+        evaluate(settings(tmp_path, tmp_path / "sums.jsonl"), lambda: pytest.fail("no model is loaded"))
 
 
 def test_a_damaged_line_is_named(finished, tmp_path):
@@ -209,6 +277,10 @@ def test_settings_that_contradict_themselves_are_refused(tmp_path):
         ({"benchmarks": [benchmark], "endpoint": {"urls": ["u"]}}, "endpoint.model"),
         ({"benchmarks": [benchmark, benchmark], "model": {"path": "m"}}, "twice"),
         ({"benchmarks": [], "model": {"path": "m"}}, "empty"),
+        *(
+            ({"benchmarks": [benchmark | {"name": name}], "model": {"path": "m"}}, "cannot be its folder's")
+            for name in ("", "..", "../x", "a/b", "/x", "long_model")
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             EvaluationConfig.model_validate({"output": tmp_path, **values})

@@ -63,6 +63,9 @@ PROGRAMS = {
 class Programmer:
     """Answers with the right program, one that only private tests find out, and prose."""
 
+    def check(self, problems, protocol):
+        """Nothing is refused."""
+
     def draw(self, wanted, protocol, seed, drawn):
         for one in wanted:
             title = next(title for title in PROGRAMS if f"Problem {title}." in one.problem.messages[0]["content"])

@@ -1,5 +1,7 @@
 """A folder with a longer context: config.json in its own spelling, links beside it, nothing else touched."""
 
+import json
+
 import pytest
 
 from megatron_klear.cli.extend import main
@@ -45,6 +47,8 @@ def test_the_folder_holds_another_config_and_links(model, tmp_path):
         (1.5, None, "gives 96, and the model has 96"),
         (2.5, 97, "the model has 96"),
         (2.5, 0, "the model has 96"),
+        (float("nan"), None, "factor nan is no number"),
+        (float("inf"), None, "factor inf is no number"),
     ],
 )
 def test_what_would_not_extend_is_refused(model, tmp_path, factor, original, message):
@@ -59,3 +63,25 @@ def test_a_scaled_model_is_refused(model, tmp_path):
         write_extended(tmp_path / "long", tmp_path / "longer")
     with pytest.raises(UserError, match=r"config\.json does not exist"):
         write_extended(tmp_path / "nothing", tmp_path / "longer")
+
+
+def test_a_folder_of_links_is_followed_and_a_broken_one_refused(model, tmp_path):
+    """As a cache of downloads has them; the extended folder may be moved."""
+    (tmp_path / "blobs").mkdir()
+    (model / "tokenizer.json").rename(tmp_path / "blobs" / "1f")
+    (model / "tokenizer.json").symlink_to("../blobs/1f")
+    (tmp_path / "elsewhere").mkdir()
+    moved = write_extended(model, tmp_path / "long").rename(tmp_path / "elsewhere" / "long")
+    assert (moved / "tokenizer.json").read_bytes() == (tmp_path / "blobs" / "1f").read_bytes()
+    (model / "model.safetensors").symlink_to("../blobs/2e")
+    with pytest.raises(UserError, match=r"model.safetensors is a link to \.\./blobs/2e, which is not there"):
+        write_extended(model, tmp_path / "longer")
+    assert not (tmp_path / "longer").exists()
+
+
+def test_an_original_length_without_scaling_gives_way(model, tmp_path):
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(content | {"original_max_position_embeddings": 40}))
+    assert dict(read_architecture(write_extended(model, tmp_path / "long")).rope.parameters)[
+        "original_max_position_embeddings"
+    ] == trained_positions(96)

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_klear.rewards.base import SCHEMES
+from megatron_klear.rewards.base import SCHEMES, RewardSettings
 from megatron_klear.rewards.choice import ChoiceReward, read_choice
+from megatron_klear.rewards.pool import GradingPool
+from megatron_klear.rewards.votes import vote_of
+from megatron_klear.rewards.worker import Request
+from megatron_klear.statistics.figures import figures_of
 from megatron_klear.statistics.metrics import avg_at_k, g_pass_at_k, maj_at_k, mg_pass_at_k, pass_at_k, vote
 from megatron_klear.types import Verdict
 
@@ -147,7 +151,62 @@ def test_lighteval_reads_the_same_choices(case):
         ("Answer: Because", None),
         ("the answer is a guess", None),
         ("I do not know", None),
+        (r"\boxed{\mathbf{C}}", "C"),
+        (r"\boxed{ \text{ C } }", "C"),
+        (r"\boxed{\text{Option B}}", "B"),
+        (r"Answer: \(B\)", "B"),
+        ("Answer: Option B", "B"),
+        ("**The correct option is (D).**", "D"),
+        (r"\boxed{B. 42}", "B"),
+        ("Answer: B) 42, C) 43 is wrong", "B"),
+        ("Answer: B, A is wrong", "B"),
+        ("Answer: A or C", None),
+        (r"\boxed{A, C}", None),
+        (r"\boxed{\text{A and C}}", None),
+        (r"\boxed{A \text{ and } C}", None),
+        (r"\boxed{E = mc^2}", None),
     ],
 )
 def test_a_choice_is_a_capital_that_is_named(text, letter):
     assert read_choice(text) == letter
+
+
+def test_wrong_choices_vote_by_their_letter():
+    """However they are worded: three of C outvote two of B."""
+    texts = [
+        "Answer: C",
+        "The answer is C, since it is.",
+        "I think **Answer: (C)** because",
+        "Answer: B",
+        "So B. Answer: B",
+    ]
+    with GradingPool({"gpqa"}, RewardSettings(require_thinking=False), timeout_seconds=60, workers=1) as pool:
+        scores = pool.grade([Request("gpqa", "B", text) for text in texts])
+    votes = [vote_of(text, score) for text, score in zip(texts, scores, strict=True)]
+    assert votes == ["=C", "=C", "=C", "right", "right"]
+    assert maj_at_k(votes, [score.verdict is Verdict.RIGHT for score in scores]) == 0
+
+
+@pytest.mark.parametrize(
+    ("right", "votes", "majority"),
+    [
+        ([[True]], [["right"]], 1.0),
+        ([[False]], [["=3"]], 0.0),
+        ([[True, True], [True, True]], [["right", "right"]] * 2, 1.0),
+        ([[True, False]], [["right", None]], 1.0),
+        ([[True, False]], [[None, None]], None),  # programs
+    ],
+)
+def test_figures_of_the_smallest_benchmarks(right, votes, majority):
+    figures = figures_of(right, votes)
+    assert figures.majority == majority
+    assert 0 <= figures.low <= figures.accuracy <= figures.high <= 1
+    assert figures.high - figures.low > 0.5  # one or two problems say little
+    assert (figures.run_to_run is None) == (figures.samples == 1)
+    assert figures.pass_at[1] == figures.accuracy
+
+
+@pytest.mark.parametrize("text", ["\\boxed{" * 10_000, "the answer" + " " * 100_000, "Answer: A" + " " * 100_000])
+def test_a_response_that_repeats_itself_is_read_in_no_time(text):
+    """Quadratic, the first of them took minutes."""
+    assert read_choice(text) in (None, "A")
