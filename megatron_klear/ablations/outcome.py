@@ -191,6 +191,7 @@ def as_json(
             {
                 "better": one.claim.better,
                 "than": one.claim.than,
+                "paper": one.claim.paper,
                 "verdict": one.verdict,
                 "over_seeds": None if one.over_seeds is None else _rounded(one.over_seeds),
                 "over_problems": _rounded(one.over_problems),

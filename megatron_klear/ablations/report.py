@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from megatron_klear.config.ablation import AblationConfig, Scale
 from megatron_klear.statistics.significance import Interval
 
 from .outcome import Judged, Outcome, arm_means
+from .plan import AblationError
 
 _COLOURS = ("#2f6fde", "#e0662f", "#1f9d75", "#a24bc4", "#c99a06", "#d6366f", "#3aa6c9", "#7a6a58")
 
@@ -58,6 +60,29 @@ def markdown(config: AblationConfig, scale: Scale, outcomes: Sequence[Outcome], 
         else "Dots are seeds, bars their means.",
         "",
     ]
+    return "\n".join(lines)
+
+
+def summary(folder: Path) -> str:
+    """A table of the claims of all results in a folder, as docs/ablations.md has it.
+
+    Raises AblationError where there is none, or one cannot be read.
+    """
+    lines = ["| recipe | claim: the paper | difference over seeds [95 %] | verdict |", "| --- | --- | --- | --- |"]
+    found = sorted(folder.glob("*/result.json"))
+    if not found:
+        raise AblationError(f"{folder} has no NAME/result.json")
+    for path in found:
+        try:
+            content = json.loads(path.read_text())
+            seeds = len({run["seed"] for run in content["runs"]})
+            for claim in content["claims"]:
+                interval = claim["over_seeds"]
+                told = "one seed" if interval is None else _percent(Interval(*interval), sign=True)
+                tested = f"{claim['better']} above {claim['than']}: {claim['paper']}"
+                lines.append(f"| `{path.parent.name}`, {seeds} seeds | {tested} | {told} | {claim['verdict']} |")
+        except (ValueError, KeyError, TypeError) as error:
+            raise AblationError(f"{path} is no result of an ablation: {error!r}") from None
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ klear ablate --list
 klear ablate examples/ablations/clip.toml                          # at the scale `tiny`, on a CPU
 klear ablate examples/ablations/clip.toml --seeds 0 1 --train.steps 20
 klear ablate examples/ablations/clip.toml --scale 8b --dry-run     # the commands, and the plan of each
+klear ablate --summary examples/ablations/results                  # claims and verdicts of several, as a table
 
 Leaves result.json, report.md and plot.png in RUNS/NAME. Flags that are not listed below go to the last stage that
 trains, for all arms alike. Stopped at any time, it goes on where it was; --known takes runs of another day or machine
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from megatron_klear.ablations.outcome import Outcome, as_json, judge, read_known, read_outcome
 from megatron_klear.ablations.plan import AblationError, arm_runs, preparations
-from megatron_klear.ablations.report import markdown, write_plot
+from megatron_klear.ablations.report import markdown, summary, write_plot
 from megatron_klear.ablations.run import owned, prepare, run_all
 from megatron_klear.config.ablation import AblationConfig, Scale
 from megatron_klear.config.files import write_text_atomically
@@ -36,6 +37,9 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     )
     parser.add_argument("recipe", nargs="?", type=Path, help="a TOML file of examples/ablations")
     parser.add_argument("--list", action="store_true", help="the recipes of examples/ablations")
+    parser.add_argument(
+        "--summary", type=Path, metavar="FOLDER", help="verdicts of the results in it, NAME/result.json"
+    )
     parser.add_argument("--scale", default="tiny", help="one of the recipe's scales (default tiny)")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the scale's own")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="folder of all ablations")
@@ -45,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     options, more = parser.parse_known_args(arguments)
-    if not options.list and options.recipe is None:
+    if not options.list and options.recipe is None and options.summary is None:
         parser.error("name a recipe, or --list them")
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
@@ -57,6 +61,10 @@ def main(arguments: list[str] | None = None) -> None:
     options, more = parse_arguments(arguments)
     if options.list:
         print(listing(RECIPES))
+        return
+    if options.summary is not None:
+        with exit_on_error():
+            print(summary(options.summary))
         return
     with exit_on_bad_input():
         config = load(AblationConfig, ["--config", str(options.recipe)])

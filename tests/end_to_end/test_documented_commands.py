@@ -106,6 +106,7 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
     "python evaluate.py --compare runs/quickstart_evaluation/sft runs/quickstart_evaluation/gppo": Runs(
         shows="held_out_sums, 4 problems"
     ),
+    "klear ablate --summary examples/ablations/results": Runs(swap=KLEAR, shows="GPPO above clip-higher"),
     "klear ablate --list": Runs(swap=KLEAR, shows="How clipped tokens are treated"),
     "klear ablate examples/ablations/clip.toml": Exempt("a quarter of an hour; docs/ablations.md has what came out"),
     "klear ablate examples/ablations/clip.toml --scale 8b --dry-run": Runs(

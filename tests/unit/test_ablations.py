@@ -146,6 +146,21 @@ def test_runs_of_another_day_are_taken_where_their_commands_are_the_same(tmp_pat
         read_known(known, here, "end")
 
 
+def test_the_page_tells_what_the_committed_results_say(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    main(["--summary", "examples/ablations/results"])
+    table = capsys.readouterr().out
+    assert table in (ROOT / "docs" / "ablations.md").read_text()
+    for path in (ROOT / "examples" / "ablations" / "results").glob("*/result.json"):
+        content = json.loads(path.read_text())
+        config = recipe(ROOT / "examples" / "ablations" / f"{path.parent.name}.toml")
+        planned = arm_runs(
+            config, config.scales["tiny"], path.parent.name, Path("runs/ablations"), config.scales["tiny"].seeds, ()
+        )
+        known = read_known(path, planned, config.measure)
+        assert len(known) == len(planned) == len(content["runs"]), "the results are of another recipe: run it again"
+
+
 def test_flags_for_all_arms_go_to_the_last_stage_that_trains(tmp_path, capsys):
     config_of(tmp_path)
     main([str(tmp_path / "recipe.toml"), "--dry-run", "--seeds", "7", "--train.steps", "3"])

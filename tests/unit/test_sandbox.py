@@ -197,8 +197,8 @@ def test_limits_hold(slot):
 
 def test_threads_are_limited(contained):
     start = (
-        "import threading, time\nn = 0\ntry:\n    for n in range(60):\n"
-        "        threading.Thread(target=time.sleep, args=(.05,)).start()\nexcept RuntimeError:\n    print(n)"
+        "import threading\nn, ended = 0, threading.Event()\ntry:\n    for n in range(60):\n"
+        "        threading.Thread(target=ended.wait).start()\nexcept RuntimeError:\n    print(n)\nended.set()"
     )
     outcome = one(contained, start, limits=Limits(threads=10))
     assert (outcome.status, outcome.stdout) == ("done", b"10\n")
