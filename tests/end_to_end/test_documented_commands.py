@@ -184,6 +184,9 @@ INLINE: dict[str, Runs | Refused | Exempt] = {
     ],
     "python tools/benchmark/code_reward.py": Exempt("most of an hour; says what its results hold"),
     "python tools/benchmark/interval_coverage.py": Runs("--repeats 2 --out runs/coverage.json", shows="30, 64, 0.67"),
+    "bash examples/data_math.sh": Exempt(
+        "the build is run above; tests/end_to_end/test_curation_build.py trains on its sets"
+    ),
     "pip install": NAMED,
     'pip install "megatron-klear[curation]"': Exempt("setup_env.sh installs it for the tests of near duplicates"),
     'pip install "megatron-klear[ray]"': Exempt("setup_env.sh installs it for the tests of Ray"),
