@@ -5,15 +5,17 @@ from __future__ import annotations
 import ast
 import builtins
 import keyword
+import warnings
 from collections.abc import Sequence
 
-from ..sandbox.inside.check import ARE_CLASSES, SAME_OBJECT
+from ..sandbox.inside.check import ARE_CLASSES, NEXT, SAME_OBJECT, TESTING
 from ..sandbox.values import MAX_DEPTH, unfit
 from .asserts import CANDIDATE, split
+from .guards import guarded
 from .names import free, loaded, used_as_classes
 from .prelude import LINKED, NAMED, PRELUDE, PYTEST, STARRED, functions, public_names, starred
 from .problem import AnyOf, Case, Check, Problem, Test
-from .runner_tests import TestSourceError, is_test, runner_tests
+from .runner_tests import TestSourceError, at_home, is_test, runner_tests
 
 __all__ = ["TestSourceError", "check_source", "names_under_test", "read_source"]
 
@@ -75,13 +77,13 @@ def check_source(check: Check, under_test: frozenset[str], classes: frozenset[st
     The names under test are imported from the program before anything runs, so that one which is not there fails the
     test, whatever exception that expects, and nothing of Python or the prelude stands in for it.
     """
-    tree = ast.fix_missing_locations(_SameObject().visit(ast.parse(check.source)))
+    tree = ast.fix_missing_locations(guarded(_SameObject().visit(ast.parse(check.source))))
     source = ast.unparse(tree)
     read = free(source) - _starred_in(tree)
     header = [f"from solution import {name}" for name in sorted(read & under_test)]
     if used := sorted(read & classes):
         header.append(f"{ARE_CLASSES}({', '.join(map(repr, used))})")
-    others = read - under_test - {CANDIDATE, SAME_OBJECT} - _BUILTINS
+    others = read - under_test - {CANDIDATE, NEXT, SAME_OBJECT, TESTING} - _BUILTINS
     header += [starred()[name] for name in sorted(others) if name in starred()]
     if "pytest" in others:
         header.append(PYTEST)
@@ -184,6 +186,9 @@ def _of_check(
     if not method or keyword.iskeyword(method):
         raise TestSourceError(f"check is called with {ast.unparse(target)!r}, expected a function or Solution().method")
     rest = [statement for statement in body if statement is not check and statement not in called]
+    if not at_home(check):
+        whole = ast.Module([*around, *rest, check, ast.parse(f"check({CANDIDATE})").body[0]], [])
+        return method, [Check(ast.unparse(ast.fix_missing_locations(whole)) + "\n")]
     return method, split(check.body, [*around, *rest], candidate=target, under_test=frozenset((method,)))
 
 
@@ -197,7 +202,9 @@ def _is_call_of(node: ast.expr, name: str) -> bool:
 
 def _parse(source: str) -> ast.Module:
     try:
-        return ast.parse(source)
+        with warnings.catch_warnings(action="ignore"):
+            compile(source, "tests.py", "exec", dont_inherit=True)  # `nonlocal` of nothing is told here alone
+            return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise TestSourceError(f"it is no Python ({type(error).__name__}: {error})") from None
 

@@ -9,6 +9,7 @@ from .asserts import split
 from .problem import Check, Test
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_OWN_SCOPES = (*_FUNCTIONS, ast.Lambda, ast.ClassDef)
 _AROUND_MODULE = ("setup_module", "setup_function"), ("teardown_function", "teardown_module")
 _AROUND_METHOD = ("setup_class", "setup_method", "setup"), ("teardown", "teardown_method", "teardown_class")
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -23,6 +24,19 @@ def is_test(statement: ast.stmt) -> bool:
     if isinstance(statement, _FUNCTIONS):
         return statement.name.startswith("test")
     return isinstance(statement, ast.ClassDef) and (statement.name.startswith("Test") or _of_unittest(statement))
+
+
+def at_home(function: _Function) -> bool:
+    """Whether the statements of a function mean the same in a module."""
+    waiting: list[ast.AST] = [*function.body]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Return | ast.Yield | ast.YieldFrom | ast.Global):
+            return False
+        if not isinstance(node, _OWN_SCOPES):
+            waiting += ast.iter_child_nodes(node)
+    inner = any(isinstance(node, ast.Nonlocal) for node in ast.walk(function))
+    return not inner and isinstance(function, ast.FunctionDef)
 
 
 def runner_tests(
@@ -41,7 +55,7 @@ def runner_tests(
             tests += _of_class(statement, before, ready, done)
         elif isinstance(statement, _FUNCTIONS) and is_test(statement):
             _check_arguments(statement, 0)
-            if statement.decorator_list or ready or done or isinstance(statement, ast.AsyncFunctionDef):
+            if statement.decorator_list or ready or done or not at_home(statement):
                 tests.append(_whole([*before, statement], [*ready, _call(statement, statement.name), *done]))
             else:
                 tests += split(statement.body, before, under_test=under_test, classes=classes)

@@ -18,6 +18,10 @@ SAME_OBJECT = "_same_object"
 """The name of `same_object` in a test's source."""
 ARE_CLASSES = "_are_classes"
 """Of what a test's source tells names of the program that it uses as classes."""
+TESTING = "_testing"
+"""The name, in a test's source, of the block whose exceptions the program cannot take away."""
+NEXT = "_next"
+"""The name of a `next` whose StopIteration the test waits for."""
 _MOST_GIVEN = 100_000
 """Items of an iterator that the test hands over."""
 _ASKED_OF_MODULES = frozenset(("setUpModule", "tearDownModule"))
@@ -34,6 +38,8 @@ class _Link:
         """What ends the test, though it may have caught it."""
         self.classes: set[str] = set()
         """Names that the test uses as classes."""
+        self.failure: Exception | None = None
+        """The last that came before an assertion."""
         self._functions: list[Any] = []
         self._mirrors = Mirrors(self)
         names = self._receive()
@@ -61,14 +67,17 @@ class _Link:
         self.ending = self.ending or Unsupported(words)
         return self.ending
 
+    def fails(self, error: BaseException | None) -> bool:
+        """Whether the program must not take an exception away: asserts of the test have failed, or have not run."""
+        return isinstance(error, AssertionError) or (error is not None and error is self.failure)
+
     def _answer(self, number: int, given: list[Any], options: dict[str, Any]) -> list[Any]:
         """What a function of the test gives to the program."""
         try:
             return ["given", self._functions[number](*given, **options)]
-        except AssertionError as error:
-            self.ending = self.ending or error
-            return ["thrown", error]
         except Exception as error:
+            if self.fails(error):
+                self.ending = self.ending or error
             return ["thrown", error]
 
     def _gone(self, words: str) -> ProgramGone:
@@ -157,6 +166,36 @@ async def _awaited(proxy: Proxy) -> Any:
     return proxy._do("await")
 
 
+class _Testing:
+    """A block of the test that ends with its last assertion."""
+
+    def __init__(self, program: _Link) -> None:
+        self._program = program
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, _End):
+            raise ProgramError("the program's iterator is at its end") from error
+        if isinstance(error, Exception):
+            self._program.failure = error
+
+
+class _End(StopIteration):
+    """Of an iterator of the program."""
+
+
+def _next(iterator: Any, *default: Any) -> Any:
+    if not isinstance(iterator, Proxy):
+        return next(iterator, *default)
+    if items := iterator._items(1):
+        return items[0]
+    if default:
+        return default[0]
+    raise _End
+
+
 class _Names(dict[str, Any]):
     """A test's names: its own, Python's, then the program's."""
 
@@ -193,6 +232,7 @@ def run_check(code: types.CodeType, descriptor: int, names: dict[str, Any], entr
     found = _Names(names)
     found.program = program
     found[SAME_OBJECT], found[ARE_CLASSES] = same_object, lambda *given: program.classes.update(given)
+    found[TESTING], found[NEXT] = _Testing(program), _next
     if entry:
         found["candidate"] = named(program.ask("name", None)[0], entry)
         if entry in program.names:

@@ -174,7 +174,7 @@ def from_json(read: Any, foreign: Callable[[Any], Any] | None = None) -> Any:
     if tag == "c":
         return complex(float.fromhex(content), float.fromhex(rest[0]))
     if tag == "r":
-        return range(*content)
+        return range(*map(from_json, content))
     if tag == "@" and foreign is not None:
         return foreign(content)
     if tag == "?":
