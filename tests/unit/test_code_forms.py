@@ -224,7 +224,7 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
         "pickle is broken",
     ),
     "no base64": ({"public_test_cases": [], "private_test_cases": "???"}, "neither JSON nor base64"),
-    "lists in lists": (json.loads("[" * 600 + "]" * 600), "nested too deeply"),
+    "lists in lists": (json.loads("[" * 600 + "]" * 600), "nested too deep"),
     "one file of two": ({"inputs_file": "/nowhere/in.json"}, "is not there"),
 }  # fmt: skip
 
