@@ -58,6 +58,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             f"--engine ray would do nothing for {options.verb}: programs and answers are graded, and teachers asked, "
             "by processes of its own; leave it out"
         )
+    if options.ray_address and options.engine != "ray":
+        parser.error("--ray-address goes with --engine ray")
     try:
         options.settings = _settings(options)
     except SettingsError as error:
@@ -78,7 +80,10 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         "--engine",
         choices=("local", "ray"),
         default="local",
-        help="whose: this command's, or a local Ray's that it starts",
+        help="whose: this command's, or a Ray's",
+    )
+    command.add_argument(
+        "--ray-address", default="", metavar="ADDRESS", help="a Ray to join, host:port or auto (default: its own)"
     )
 
 
@@ -107,7 +112,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """Do what the command line asks for; returns the report, None where it was done already."""
-    with open_engine(options.engine, options.workers) as engine:
+    with open_engine(options.engine, options.workers, options.ray_address) as engine:
         files = Files(
             inputs=resolve(options.input, "--input"),
             output=options.output,

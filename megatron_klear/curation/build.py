@@ -63,7 +63,7 @@ def run_build(config: BuildConfig, tell: Tell, progress: Callable[[int], None] =
     Raises UserError that names the step which cannot be done.
     """
     _check_free(config)
-    with open_engine(config.engine, config.workers) as engine:
+    with open_engine(config.engine, config.workers, config.ray_address) as engine:
         sets = _carry_out_all(plan(config, Files([], config.output, engine=engine, progress=progress)), config, tell)
     content = {"verb": "build", "sets": sets}
     write_text_atomically(config.output / PAGE, page_of(content))

@@ -56,8 +56,10 @@ class BuildConfig(Settings):
     workers: PositiveInt = 1
     """Processes; no file depends on how many."""
     engine: Literal["local", "ray"] = "local"
-    """Whose processes the workers are: this command's own, or those of a Ray that it starts here and ends
-    (`pip install "megatron-klear[ray]"`)."""
+    """Whose processes the workers are: this command's own, or those of a Ray (`pip install "megatron-klear[ray]"`)."""
+    ray_address: str = ""
+    """Of a Ray to join and leave as it is: `host:port`, or `auto` for the one of this machine; empty is one that the
+    command starts here and ends."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     sft: SetConfig | None = None
     math_rl: SetConfig | None = None
@@ -68,6 +70,8 @@ class BuildConfig(Settings):
         names = [source.name for source in self.sources]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"sources holds {twice[0]!r} twice")
+        if self.ray_address and self.engine != "ray":
+            raise ValueError(f'ray_address {self.ray_address!r} is for engine = "ray", which is {self.engine!r}')
         if not dict(self.sets()):
             raise ValueError("no set is asked for: give [sft], [math_rl] or [code_rl]")
         for name, wanted in self.sets():

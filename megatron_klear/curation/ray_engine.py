@@ -1,4 +1,4 @@
-"""`workers.ordered_map` on Ray: a local one of the command's own, which ends with it."""
+"""`workers.ordered_map` on Ray: one of the command's own, which ends with it, or one that it joins and leaves."""
 
 from __future__ import annotations
 
@@ -18,19 +18,23 @@ _UNDER_WAY = 2
 
 
 class RayEngine:
-    """Ray with a number of workers; started at the first task, ended by `close`."""
+    """Ray with a number of workers; started or joined at the first task, ended or left by `close`."""
 
-    def __init__(self, workers: int) -> None:
-        """Raises RewardError where Ray is not installed."""
+    def __init__(self, workers: int, address: str = "") -> None:
+        """`address` is of a Ray to join, `host:port` or `auto`, whose nodes have this package and its Python.
+
+        Raises RewardError where Ray is not installed.
+        """
         check_ray()
-        self._workers = workers
+        self._workers, self._address = workers, address
         self._node: RayNode | None = None
         self._ray: Any = None
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
         """Yield each task with its result, in the tasks' order; what the function raises is raised here.
 
-        At most two tasks a worker are under way. Raises DataError where a worker dies again and again.
+        At most two tasks a worker are under way. Raises DataError where the Ray cannot be joined, or a worker dies
+        again and again.
         """
         ray = self._start()
         held = ray.put(function)  # sent to a worker once, not with every task
@@ -62,19 +66,25 @@ class RayEngine:
 
     def _start(self) -> Any:
         if self._ray is None:
-            self._node = RayNode.start(self._workers)
+            if not self._address:
+                self._node = RayNode.start(self._workers)
             import ray
 
             logging.getLogger("ray").setLevel(logging.ERROR)
-            ray.init(address=self._node.address, log_to_driver=False, configure_logging=False)
+            address = self._node.address if self._node is not None else self._address
+            try:
+                ray.init(address=address, log_to_driver=False, configure_logging=False)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                told = str(error).strip().splitlines()[0]
+                raise DataError(f"the Ray at {address} cannot be joined ({told})") from None
             self._ray = ray
         return self._ray
 
 
 @contextmanager
-def open_engine(name: str, workers: int) -> Iterator[RayEngine | None]:
+def open_engine(name: str, workers: int, address: str = "") -> Iterator[RayEngine | None]:
     """The engine of a name, closed at the end; None for `local`. Raises RewardError where Ray is not installed."""
-    engine = RayEngine(workers) if name == "ray" else None
+    engine = RayEngine(workers, address) if name == "ray" else None
     try:
         yield engine
     finally:

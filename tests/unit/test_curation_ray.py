@@ -1,5 +1,7 @@
 """Curation on a real local Ray: the same bytes as in this process, and nobody left behind."""
 
+import subprocess
+import sys
 from contextlib import nullcontext
 from importlib.util import find_spec
 
@@ -39,7 +41,7 @@ def engine():
 
 def test_a_build_on_ray_has_the_bytes_of_one_in_this_process(tmp_path, monkeypatch, engine):
     opened = {"ray": engine, "local": None}  # one Ray for all tests
-    monkeypatch.setattr(build, "open_engine", lambda name, workers: nullcontext(opened[name]))
+    monkeypatch.setattr(build, "open_engine", lambda name, *_: nullcontext(opened[name]))
     write(tmp_path / "rows.jsonl", *(problem(sentence(k % 1500, 30)) for k in range(1600)), b"{")
     write(tmp_path / "bench.jsonl", {"problem": sentence(7, 30)})
     (tmp_path / "build.toml").write_text(BUILD)
@@ -51,6 +53,27 @@ def test_a_build_on_ray_has_the_bytes_of_one_in_this_process(tmp_path, monkeypat
     assert len(files) == 23
     for file in files:
         assert (tmp_path / "ray" / file).read_bytes() == (tmp_path / "local" / file).read_bytes()
+
+
+def test_a_ray_is_joined_and_left_as_it_is(tmp_path, engine):
+    """By a process of its own: one process is of one Ray."""
+    list(engine.map(eval, ["1"]))  # it is started
+    write(tmp_path / "rows.jsonl", *(problem(sentence(k % 50, 30)) for k in range(60)))
+    write(tmp_path / "bench.jsonl", {"problem": sentence(7, 30)})
+    common = ["decontaminate", "--input", str(tmp_path / "rows.jsonl"), "--against", str(tmp_path / "bench.jsonl")]
+    main([*common, "--output", str(tmp_path / "local" / "rows.jsonl")])
+    joined = [*common, "--output", str(tmp_path / "joined" / "rows.jsonl"), "--engine", "ray"]
+    command = [sys.executable, "-m", "megatron_klear.cli", "curate", *joined, "--ray-address", engine._node.address]
+    subprocess.run(command, check=True, timeout=120)
+    for file in (tmp_path / "local").iterdir():
+        assert (tmp_path / "joined" / file.name).read_bytes() == file.read_bytes()
+    assert list(engine.map(eval, ["1 + 1"])) == [("1 + 1", 2)]
+
+
+def test_an_address_without_a_ray_is_told(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["deduplicate", "--input", "r.jsonl", "--output", "o/r.jsonl", "--ray-address", "auto"])
+    assert "--ray-address goes with --engine ray" in capsys.readouterr().err
 
 
 def test_results_come_in_order_and_an_error_is_the_caller_s(engine: RayEngine):
