@@ -126,4 +126,6 @@ def _percent(figure: Interval | float, *, sign: bool = False) -> str:
     form = "+.1f" if sign else ".1f"
     if not isinstance(figure, Interval):
         return format(100 * figure, form)
-    return f"{100 * figure.value:{form}} [{100 * figure.low:{form}}, {100 * figure.high:{form}}]"
+    # Student's interval knows no bounds; an accuracy has them.
+    low, high = (figure.low, figure.high) if sign else (max(figure.low, 0.0), min(figure.high, 1.0))
+    return f"{100 * figure.value:{form}} [{100 * low:{form}}, {100 * high:{form}}]"
