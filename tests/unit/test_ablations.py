@@ -241,10 +241,11 @@ def test_one_ablation_at_a_time_works_in_a_folder(tmp_path, capsys):
 
 
 RUNNER = """
-import sys
+import signal, sys
 from pathlib import Path
 from megatron_klear.ablations.plan import ArmRun
 from megatron_klear.ablations.run import run_all
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 folder = Path(sys.argv[1])
 run_all([ArmRun(arm="a", seed=0, folder=folder, stages=(tuple(sys.argv[2:]),) * 2, result=folder)], 1)
 """
