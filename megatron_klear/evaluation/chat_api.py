@@ -178,8 +178,10 @@ def ask_all(config: EndpointConfig, requests: Iterable[C], ask: Callable[[ChatCl
 
             async def work() -> None:
                 try:
-                    while not failed and (request := next(waiting, _NONE)) is not _NONE:
-                        await ask(client, request)  # type: ignore[arg-type]
+                    for request in waiting:
+                        if failed:
+                            return
+                        await ask(client, request)
                 except UserError as error:
                     failed.append(error)
                     client.stopping = True
@@ -190,9 +192,6 @@ def ask_all(config: EndpointConfig, requests: Iterable[C], ask: Callable[[ChatCl
     asyncio.run(run())
     if failed:
         raise failed[0]
-
-
-_NONE = object()
 
 
 def request_body(

@@ -250,15 +250,14 @@ def _fill() -> None:
         setattr(Proxy, f"__{name}__", _single(name, of_class=True))
     for name in ("abs", "round", "floor", "ceil", "trunc"):
         setattr(Proxy, f"__{name}__", _single(name, of_class=False))  # most often a number, which is data
-    for kind in (int, float, complex, bool, str, len):
-        setattr(Proxy, f"__{kind.__name__}__", _converting(kind))
-    setattr(Proxy, "__index__", _converting(int, "index"))  # noqa: B010
+    for kind in (int, float, complex, bool, str):
+        setattr(Proxy, f"__{kind.__name__}__", _converting(kind.__name__, kind))
+    for name in ("len", "index"):
+        setattr(Proxy, f"__{name}__", _converting(name, int))
 
 
-def _converting(kind: Callable[[Any], Any], name: str = "") -> Callable[[Proxy], Any]:
-    asked = name or kind.__name__
-    made = int if kind is len else kind
-    return lambda self: made(self._do(asked))
+def _converting(name: str, kind: Callable[[Any], Any]) -> Callable[[Proxy], Any]:
+    return lambda self: kind(self._do(name))
 
 
 _fill()
