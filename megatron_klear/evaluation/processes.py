@@ -26,6 +26,10 @@ def joined() -> Iterator[None]:
         return
     import torch.distributed as dist
 
+    # Its default arguments keep the group that there is when it is first imported: the group's threads would outlive
+    # destroy_process_group, and one that meets the interpreter's end aborts the process.
+    import torch.distributed.nn.functional  # noqa: F401
+
     dist.init_process_group("gloo", timeout=_PATIENCE)
     yield
     dist.destroy_process_group()

@@ -7,6 +7,7 @@ parent; answers are JSON, since code that a reward runs may write them itself, a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import pickle
@@ -23,7 +24,8 @@ from .base import Reward, RewardError, RewardSettings, judge, prepare, resolve
 from .truth_store import Truth, TruthReadError, TruthRef, read_truth
 
 LENGTH = struct.Struct("<Q")
-_ORPHAN_SECONDS = 5  # of computing past the limit: only a worker whose parent is gone lives to see it
+_ORPHAN_SECONDS = 5  # of computing past the limit, for a worker whose parent is gone and that is not killed with it
+_PR_SET_PDEATHSIG = 1
 TIMED_OUT = "timed out"
 
 
@@ -147,6 +149,7 @@ def serve() -> None:
 
     The first answer is READY, or why a reward could not be imported or tried.
     """
+    _end_with_parent()
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a reward prints must not fall among the answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to end
@@ -170,6 +173,12 @@ def serve() -> None:
         while True:
             number, request = _receive(requests)
             _send(answers, number, _grade_in_time(request, rewards, job))
+
+
+def _end_with_parent() -> None:
+    """Be killed, on Linux, when the thread that started this process is gone, whatever a reward is at or waits for."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _failed_trial(trial: Request, words: str) -> Refused:
