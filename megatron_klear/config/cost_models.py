@@ -5,21 +5,10 @@ Nothing here was measured by this project.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_klear.models.architecture import Architecture, architecture_from_config
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Experts:
-    """A mixture of experts in place of every layer's MLP."""
-
-    count: int
-    chosen: int
-    """Experts that one token goes through."""
-    ffn_hidden_size: int
-    """Of one expert."""
+from megatron_klear.models.architecture import Architecture, Experts, architecture_from_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,16 +43,13 @@ class Model:
 
 
 def model_from_config(name: str, config: dict[str, Any]) -> Model:
-    """A model of a parsed `config.json`; `qwen3_moe` too, whose routing every layer has."""
-    if config["model_type"] != "qwen3_moe":
-        return Model(name=name, architecture=architecture_from_config(config, source=name))
-    experts = Experts(
-        count=config["num_experts"],
-        chosen=config["num_experts_per_tok"],
-        ffn_hidden_size=config["moe_intermediate_size"],
-    )
-    met = {**config, "model_type": "qwen3", "intermediate_size": experts.chosen * experts.ffn_hidden_size}
-    return Model(name=name, architecture=architecture_from_config(met, source=name), experts=experts)
+    """A model of a parsed `config.json`."""
+    architecture = architecture_from_config(config, source=name)
+    experts = architecture.experts
+    if experts is not None:
+        met = experts.chosen * experts.ffn_hidden_size
+        architecture = replace(architecture, ffn_hidden_size=met, experts=None)
+    return Model(name=name, architecture=architecture, experts=experts)
 
 
 _QWEN3 = {

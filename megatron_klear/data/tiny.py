@@ -66,6 +66,10 @@ class TinyShape:
     vocab_size: int = VOCAB_SIZE
     max_positions: int = 4096
     tied_embeddings: bool = False
+    num_experts: int = 8
+    """Of families with experts."""
+    experts_per_token: int = 2
+    expert_ffn_hidden_size: int = 32
     rope_theta: float = 10000.0
     initializer_range: float = 0.02
 
@@ -142,6 +146,15 @@ def tiny_config(family: str, shape: TinyShape | None = None) -> dict[str, Any]:
     }
     if of_family.own_head_dim:
         config |= {"head_dim": shape.head_dim, "attention_bias": False}
+    if of_family.experts:
+        config |= {
+            "num_experts": shape.num_experts,
+            "num_experts_per_tok": shape.experts_per_token,
+            "moe_intermediate_size": shape.expert_ffn_hidden_size,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
     return config
 
 
@@ -185,7 +198,7 @@ def write_tiny_model(
 def _write_random_weights(folder: Path, seed: int) -> None:
     """Write model.safetensors as transformers initialises it, without touching its files beside it or the RNG."""
     import torch
-    from safetensors.torch import save_file
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -196,10 +209,10 @@ def _write_random_weights(folder: Path, seed: int) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith(("norm.weight", ".bias")):
                 parameter.data += 0.05 * torch.randn_like(parameter)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    with tempfile.TemporaryDirectory(dir=folder) as saved:
+        model.save_pretrained(saved)  # under the names that are published, whatever its modules are called
+        os.rename(Path(saved) / "model.safetensors", folder / "model.safetensors")
 
 
 def _corpus() -> Iterator[str]:

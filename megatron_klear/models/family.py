@@ -1,4 +1,4 @@
-"""What a dense decoder family is: what sets its layers apart, and what of its config.json is refused.
+"""What a decoder family is: what sets its layers apart, and what of its config.json is refused.
 
 A family is one file that makes a `Family`, and a line in `families.py`. Its layers are put together from the features
 named here, which names of weights, parameter counts, Megatron's layers, the local decoder and tiny models all read from
@@ -28,6 +28,8 @@ class Family:
     """RMS norms over each head's query and key."""
     qkv_bias: bool = False
     """Biases of the query, key and value projections."""
+    experts: bool = False
+    """A mixture of experts in place of every layer's MLP."""
     own_head_dim: bool = True
     """Whether config.json may set head_dim apart from hidden_size / num_attention_heads."""
     why_refused: Callable[[dict[str, Any]], str | None] = nothing_more

@@ -7,8 +7,8 @@ table says which of these a parameter undergoes; the entry's mapping does it and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -139,12 +139,14 @@ class Entry:
     hf: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     mapping: Mapping
+    expert: int | None = None
+    """Number of the expert it belongs to, one rank of the expert axis holds it, cut over the expert-tensor axis."""
 
 
 def name_table(architecture: Architecture) -> list[Entry]:
     """The table of an architecture, in the order in which weights are exported."""
     a = architecture
-    hidden, ffn, q, kv = a.hidden_size, a.ffn_hidden_size, a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    hidden, q, kv = a.hidden_size, a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
     qkv = QKV(a.num_heads, a.num_kv_heads, a.head_dim)
     layer, hf_layer = "decoder.layers.{layer}.", "model.layers.{layer}."
 
@@ -184,13 +186,7 @@ def name_table(architecture: Architecture) -> list[Entry]:
             [(hidden,)],
             replicated,
         ),
-        entry(
-            "mlp.linear_fc1.weight",
-            "mlp.gate_proj.weight mlp.up_proj.weight",
-            [(ffn, hidden), (ffn, hidden)],
-            Gated(ffn),
-        ),
-        entry("mlp.linear_fc2.weight", "mlp.down_proj.weight", [(hidden, ffn)], Columns(ffn)),
+        *_mlp_entries(a, entry),
         Entry(
             megatron=("decoder.final_layernorm.weight",),
             hf=("model.norm.weight",),
@@ -200,6 +196,30 @@ def name_table(architecture: Architecture) -> list[Entry]:
         Entry(megatron=("output_layer.weight",), hf=(HEAD,), shapes=(*matrix,), mapping=vocabulary),
     ]
     return table
+
+
+def _mlp_entries(a: Architecture, entry: Callable[..., Entry]) -> list[Entry]:
+    """A layer's MLP, or its router and experts: those of Megatron's sequence of MLPs and of its grouped matrices."""
+    if a.experts is None:
+        return _gated_mlp("mlp.linear_fc1.weight", "mlp.linear_fc2.weight", "mlp.", a, a.ffn_hidden_size, entry)
+    router = entry("mlp.router.weight", "mlp.gate.weight", [(a.experts.count, a.hidden_size)], Replicated())
+    table = [router]
+    for number in range(a.experts.count):
+        fc1, fc2 = (
+            f"mlp.experts.local_experts.{number}.{name}.weight mlp.experts.{name}.weight{number}"
+            for name in ("linear_fc1", "linear_fc2")
+        )
+        own = _gated_mlp(fc1, fc2, f"mlp.experts.{number}.", a, a.experts.ffn_hidden_size, entry)
+        table += [replace(one, expert=number) for one in own]
+    return table
+
+
+def _gated_mlp(fc1: str, fc2: str, prefix: str, a: Architecture, ffn: int, entry: Callable[..., Entry]) -> list[Entry]:
+    up = (ffn, a.hidden_size)
+    return [
+        entry(fc1, f"{prefix}gate_proj.weight {prefix}up_proj.weight", [up, up], Gated(ffn)),
+        entry(fc2, f"{prefix}down_proj.weight", [(a.hidden_size, ffn)], Columns(ffn)),
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,16 +5,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_klear.models.architecture import Architecture, Rope
+from megatron_klear.models.architecture import Architecture, Experts, Rope
 from megatron_klear.models.names import QKV, Gated, Vocabulary, expected_tensors, name_table, placed_entries
 
 TENSOR_PARALLEL = (1, 2, 4)
 
 
 @st.composite
+def experts(draw: st.DrawFn) -> Experts:
+    """Experts whose matrices divide over 4 ranks."""
+    count, ffn = draw(st.integers(1, 4)), 4 * draw(st.integers(1, 3))
+    return Experts(count=count, chosen=draw(st.integers(1, count)), ffn_hidden_size=ffn, normalised=draw(st.booleans()))
+
+
+@st.composite
 def architectures(draw: st.DrawFn) -> Architecture:
-    """Dense shapes whose heads and MLP divide over 4 tensor ranks; the vocabulary need not."""
-    family = draw(st.sampled_from(["qwen3", "qwen2", "llama"]))
+    """Shapes whose heads, MLP and experts divide over 4 tensor ranks; the vocabulary need not."""
+    family = draw(st.sampled_from(["qwen3", "qwen2", "llama", "qwen3_moe"]))
     kv_heads = 4 * draw(st.integers(1, 2))
     return Architecture(
         family=family,
@@ -29,8 +36,9 @@ def architectures(draw: st.DrawFn) -> Architecture:
         norm_eps=1e-6,
         rope=Rope(theta=10000.0),
         tied_embeddings=draw(st.booleans()),
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         qkv_bias=family == "qwen2",
+        experts=draw(experts()) if family == "qwen3_moe" else None,
     )
 
 
