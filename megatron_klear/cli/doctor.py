@@ -306,7 +306,7 @@ def config_problems(path: Path, findings: dict[str, Finding], processes: int | N
         problems += checks.check_prompt_files(config) if isinstance(config, GPPOConfig) else []
         problems += checks.check_files(sft) if sft else []
         if config.model.path.is_dir():
-            world_size = processes or config.parallel.model_size
+            world_size = processes or config.parallel.smallest_world
             shape = read_architecture(config.model.path)
             plan = checks.check_plan(sft, shape, world_size) if sft else checks.check_layout(config, shape, world_size)
             problems += plan

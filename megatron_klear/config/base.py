@@ -43,6 +43,11 @@ class ModelConfig(Settings):
     """The fused loss kernel (hidden states to gradients). Off computes logits and differentiates them, to debug."""
     logits_dtype: Literal["fp32", "model"] = "fp32"
     """Precision in which logits leave the matrix product; `model` is faster and rounds them."""
+    moe_aux_loss: float = Field(default=0.0, ge=0)
+    """Weight of the load-balancing loss of models with experts: of each layer, over every sequence by itself (1 where
+    its experts are equally liked). 0 as reinforcement learning wants it; pre-training takes 1e-3."""
+    moe_z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared log-sum-exp of router logits (ST-MoE), the mean over each sequence's tokens."""
     compare_logits: Literal["auto", "on", "off"] = "auto"
     """Before the first step of a pretrained model, compare a short row's log-probs with transformers' on the same
     folder and stop where they differ: rank 0 loads the model once more, in fp32, into host memory. `auto` does so up
@@ -57,6 +62,10 @@ class ParallelConfig(Settings):
     virtual_pipeline: PositiveInt = 1
     """Model chunks a pipeline rank holds (interleaved schedule); 1 is the plain 1F1B schedule."""
     context: PositiveInt = 1
+    expert: PositiveInt = 1
+    """Processes that share out a layer's experts. They are those of the tensor, context and data axes together."""
+    expert_tensor: PositiveInt | None = None
+    """Tensor parallelism within an expert. Unset: that of the model where `expert` is 1, else none."""
     sequence: bool = True
     """Sequence parallelism of norms and residuals; takes effect where `tensor` is above 1."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -74,6 +83,16 @@ class ParallelConfig(Settings):
     def model_size(self) -> int:
         """Processes that one model replica takes."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Tensor parallelism within an expert."""
+        return self.expert_tensor or (self.tensor if self.expert == 1 else 1)
+
+    @property
+    def smallest_world(self) -> int:
+        """The fewest processes that hold both the replicas of the model and those of its experts."""
+        return math.lcm(self.model_size, self.pipeline * self.expert * self.expert_tensor_size)
 
     @property
     def segment_multiple(self) -> int:

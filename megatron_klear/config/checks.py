@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_klear.config.base import RunConfig, SFTConfig
+from megatron_klear.config.checks_experts import check_experts, divisors
 from megatron_klear.config.read import differences
 from megatron_klear.data.sources import file_problem, find_files, nothing_found
 from megatron_klear.errors import UserError
@@ -166,10 +167,11 @@ def check_layout(config: RunConfig, architecture: Architecture, world_size: int)
     divided = [
         ("num_attention_heads", architecture.num_heads),
         ("num_key_value_heads", architecture.num_kv_heads),  # each is held by one rank
-        ("intermediate_size", architecture.ffn_hidden_size),
     ]
+    if architecture.experts is None:
+        divided.append(("intermediate_size", architecture.ffn_hidden_size))
     errors += [
-        f"parallel.tensor {tensor} does not divide the model's {name} {size}; use {_divisors(size, tensor)}"
+        f"parallel.tensor {tensor} does not divide the model's {name} {size}; use {divisors(size, tensor)}"
         for name, size in divided
         if size % tensor
     ]
@@ -178,14 +180,9 @@ def check_layout(config: RunConfig, architecture: Architecture, world_size: int)
         errors.append(
             f"the model's num_hidden_layers {architecture.num_layers} is not a multiple of parallel.pipeline "
             f"{parallel.pipeline} x parallel.virtual_pipeline {parallel.virtual_pipeline}; every chunk holds equally "
-            f"many layers, so their product must be one of {_divisors(architecture.num_layers, chunks)}"
+            f"many layers, so their product must be one of {divisors(architecture.num_layers, chunks)}"
         )
-    return [*errors, *offload_problems(config)]
-
-
-def _divisors(size: int, near: int) -> str:
-    """The divisors of `size` up to a little above `near`, for a message."""
-    return ", ".join(str(n) for n in range(1, min(size, 2 * near) + 1) if size % n == 0)
+    return [*errors, *check_experts(config, architecture, world_size), *offload_problems(config)]
 
 
 def _check_batch(config: SFTConfig, world_size: int) -> list[str]:

@@ -35,16 +35,32 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.loss
 
 
-def stage_parameters(config: RunConfig, architecture: Architecture, stage: int) -> int:
-    """Parameters that one tensor rank of a pipeline stage holds.
+def stage_experts(config: RunConfig, architecture: Architecture, stage: int) -> int:
+    """Parameters of the experts that one rank of a pipeline stage holds, 0 where there are none."""
+    if architecture.experts is None:
+        return 0
+    parallel = config.parallel
+    layers = architecture.num_layers // parallel.pipeline
+    held = architecture.experts.count // parallel.expert
+    return layers * held * architecture.expert_parameters // parallel.expert_tensor_size
 
-    Matrices and their biases are split over tensor ranks; norms are whole on each. A tied head is a copy of the
-    embedding where first and last stage differ.
+
+def stage_parameters(config: RunConfig, architecture: Architecture, stage: int) -> int:
+    """Parameters that one rank of a pipeline stage holds.
+
+    Matrices and their biases are split over tensor ranks; norms and routers are whole on each. A tied head is a copy of
+    the embedding where first and last stage differ. Experts are shared out.
     """
+    return _dense_parameters(config, architecture, stage) + stage_experts(config, architecture, stage)
+
+
+def _dense_parameters(config: RunConfig, architecture: Architecture, stage: int) -> int:
     parallel = config.parallel
     tensor, last = parallel.tensor, parallel.pipeline - 1
-    norms = 2 * architecture.hidden_size + (2 * architecture.head_dim if architecture.qk_norm else 0)
-    layer = norms + (architecture.layer_parameters - norms) // tensor
+    whole = 2 * architecture.hidden_size + (2 * architecture.head_dim if architecture.qk_norm else 0)
+    whole += architecture.router_parameters
+    experts = architecture.experts.count * architecture.expert_parameters if architecture.experts else 0
+    layer = whole + (architecture.layer_parameters - experts - whole) // tensor
     count = layer * (architecture.num_layers // parallel.pipeline)
     vocabulary = architecture.padded_vocab_size(tensor) // tensor * architecture.hidden_size
     if stage == 0:
@@ -62,9 +78,12 @@ def stage_memory(
     """Bytes on one rank of a pipeline stage while it trains on rows of `row_tokens` tokens."""
     width = _width(config)
     parameters = stage_parameters(config, architecture, stage)
-    shards = data_parallel * config.parallel.context if config.optimizer.distributed else 1
+    experts = stage_experts(config, architecture, stage)
+    copies = _replicas(config, data_parallel) if config.optimizer.distributed else (1, 1)
+    parts = list(zip((parameters - experts, experts), copies, strict=True))
     # bf16 weights have fp32 masters; fp32 weights are their own. Both have two fp32 moments.
-    state = math.ceil(4 * parameters * (3 if width == 2 else 2) / shards)
+    each = 12 if width == 2 else 8
+    state = sum(math.ceil(each * count / ranks) for count, ranks in parts)
     offloaded = config.optimizer.cpu_offload
     return Memory(
         parameters=width * parameters,
@@ -74,15 +93,23 @@ def stage_memory(
         activations=_activations(config, architecture, stage, row_tokens, microbatches),
         loss=_loss_bytes(config, architecture, row_tokens) if stage == config.parallel.pipeline - 1 else 0,
         # Master, two moments, and a copy of the gradient, all fp32 (mcore.host_optimizer).
-        host=round(16 * math.ceil(parameters / shards) * offloaded),
+        host=round(16 * sum(math.ceil(count / ranks) for count, ranks in parts) * offloaded),
     )
+
+
+def _replicas(config: RunConfig, data_parallel: int) -> tuple[int, int]:
+    """Ranks over which optimizer state is sharded: (of what every data rank has, of experts)."""
+    parallel = config.parallel
+    ranks = data_parallel * parallel.context
+    return ranks, ranks * parallel.tensor // (parallel.expert * parallel.expert_tensor_size)
 
 
 def layer_activation_bytes(config: RunConfig, architecture: Architecture, row_tokens: int) -> int:
     """Bytes that one layer keeps for its backward pass of one row, nothing recomputed, on one rank.
 
     Korthikanti et al. (arXiv 2205.05198, section 4) adapted: RMSNorm and no dropout (inputs only), grouped
-    query attention, SwiGLU (gate, up, silu(gate), product), and attention that keeps its inputs, output and
+    query attention, SwiGLU (gate, up, silu(gate), product; of experts those of the chosen ones, all equally liked, with
+    the copies of their inputs and outputs that they are sent), and attention that keeps its inputs, output and
     log-sum-exp, never the scores. Under context parallelism keys and values are gathered over the row.
     """
     kept = _kept_by_layer(config, architecture, row_tokens)
@@ -119,8 +146,16 @@ def _kept_by_layer(config: RunConfig, architecture: Architecture, row_tokens: in
         # Inputs of two norms and, as their outputs, of the QKV and first MLP matrices.
         residual=4 * _residual_bytes(config, architecture, row_tokens),
         attention=round(attention),
-        mlp=round(tokens * 4 * architecture.ffn_hidden_size / parallel.tensor * width),
+        mlp=round(tokens * _kept_by_mlp(architecture) / parallel.tensor * width),
     )
+
+
+def _kept_by_mlp(architecture: Architecture) -> int:
+    """Numbers that a token leaves for the backward pass of an MLP or of its experts."""
+    experts = architecture.experts
+    if experts is None:
+        return 4 * architecture.ffn_hidden_size
+    return experts.chosen * (4 * experts.ffn_hidden_size + 2 * architecture.hidden_size)
 
 
 def _activations(config: RunConfig, architecture: Architecture, stage: int, row_tokens: int, microbatches: int) -> int:

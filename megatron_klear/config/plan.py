@@ -201,11 +201,15 @@ def _model_lines(config: RunConfig, architecture: Architecture, plan: Plan) -> l
     layout += f" x data {plan.batch.data_parallel}"
     if parallel.virtual_pipeline > 1:
         layout += f", {parallel.virtual_pipeline} chunks a stage"
+    if architecture.experts is not None:
+        layout += f"; experts over {parallel.expert} x tensor {parallel.expert_tensor_size}"
     padded = architecture.padded_vocab_size(parallel.tensor)
+    met = plan.model_parameters - architecture.unused_parameters
+    parameters = f"{plan.model_parameters:,}" + (f", {met:,} met by a token" if architecture.experts else "")
     return [
         "Model",
         _row("family, layers, hidden", f"{architecture.family}, {architecture.num_layers}, {architecture.hidden_size}"),
-        _row("parameters", f"{plan.model_parameters:,}"),
+        _row("parameters", parameters),
         _row("vocabulary (padded)", f"{architecture.vocab_size:,} ({padded:,})"),
         _row("layout", layout),
         _row("parameters of the largest rank", f"{max(plan.stage_parameters):,}"),

@@ -103,7 +103,7 @@ def start_with(argv: Sequence[str], *, processes: int | None, files: bool) -> St
     with exit_on_bad_input():
         config = load(SFTConfig, argv)
         architecture = read_architecture(config.model.path)
-    world_size = processes or config.parallel.model_size
+    world_size = processes or config.parallel.smallest_world
     problems = [*check_plan(config, architecture, world_size), *check_packages(config)]
     if files:
         problems += check_files(config)

@@ -131,6 +131,19 @@ def _use_cpu_generator() -> None:
     logging.getLogger(tracker.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
+def _split_sizes_as_numbers() -> None:
+    """Sizes of an all-to-all come off a GPU as NumPy arrays, which torch.distributed takes; here they stay tensors."""
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    move = dispatcher.maybe_move_tensor_to_cpu
+
+    def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        tensor = move(tensor, as_numpy, record_stream)
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    dispatcher.maybe_move_tensor_to_cpu = moved
+
+
 def _quieten() -> None:
     """Drop Megatron's notes on packages that are absent (the doctor tells of those) and on torch names that moved."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
@@ -163,4 +176,5 @@ def install() -> bool:
         _mode = CudaMeansCpu()
         _mode.__enter__()  # type: ignore[no-untyped-call]
         _use_cpu_generator()
+        _split_sizes_as_numbers()
     return True

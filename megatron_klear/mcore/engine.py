@@ -23,6 +23,7 @@ from megatron_klear.errors import UserError
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore import weights as hf
 from megatron_klear.mcore.checkpoints import save as checkpoint
+from megatron_klear.mcore.experts import routing_metrics
 from megatron_klear.mcore.head import Head
 from megatron_klear.mcore.host_optimizer import check_offload
 from megatron_klear.mcore.model import PolicyModel, build_chunks, inverse_frequencies
@@ -37,8 +38,7 @@ from megatron_klear.types import KLEstimator, PackedBatch, StepStats, TokenLoss
 
 device_shim.install()
 
-from megatron.core import parallel_state  # noqa: E402  (the shim must come first)
-from megatron.core.distributed import (  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402  (the shim must come first)
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
@@ -76,7 +76,7 @@ class Engine:
         self.models = build_chunks(self.architecture, run, topology)
         self._load_initial_weights()
         self.overlap = run.optimizer.overlap and topology.data_context.size > 1
-        self.chunks = _wrap(self.models, run, self.overlap)
+        self.chunks = _wrap(self.models, run, topology, self.overlap)
         self.optimizer = build_optimizer(run, self.chunks, self.overlap)
         self._memory = TrainingMemory(self.chunks, self.optimizer, topology.device)
         self.head = Head(run.model, self.architecture, topology)
@@ -147,7 +147,7 @@ class Engine:
             num_trained_tokens=int(counts[1]),
             num_sequences=int(counts[2]),
             skipped=not stepped,
-            metrics=sums,
+            metrics=sums | routing_metrics(self.models, self.run.model, self.topology),
         )
 
     def sleep(self) -> int:
@@ -267,8 +267,15 @@ class Engine:
             hf.load_hf_weights(self.models, self.architecture, model.path, self.topology)
 
     def _rows(self, batches: Sequence[PackedBatch]) -> list[LocalRow]:
-        """Rows in this rank's layout; with virtual stages a whole number of pipeline rounds of them."""
-        multiple = self.topology.pipeline.size if self.topology.parallel.virtual_pipeline > 1 else 1
+        """Rows in this rank's layout, and rows of nothing where ranks have to keep in step.
+
+        Virtual stages want a whole number of pipeline rounds, experts of other ranks as many rows as those have.
+        """
+        topology, count = self.topology, max(len(batches), 1)
+        if topology.expert.size > 1:
+            count = int(topology.all_reduce([count], topology.data, dist.ReduceOp.MAX)[0])
+        if topology.parallel.virtual_pipeline > 1:
+            count += -count % topology.pipeline.size
         padded = list(batches)
         for batch in batches:
             largest = int(torch.maximum(batch.tokens.max(), batch.targets.max()))
@@ -277,9 +284,8 @@ class Engine:
                     f"a row holds token id {largest}, and config.json of model.path {self.run.model.path} has "
                     f"vocab_size {self.architecture.vocab_size}: tokenizer and model do not belong together"
                 )
-        while not padded or len(padded) % multiple:
-            padded.append(empty_batch(batches[0] if batches else None))
-        return [local_row(batch, self.topology, self.inverse_frequencies) for batch in padded]
+        padded += [empty_batch(batches[0] if batches else None)] * (count - len(batches))
+        return [local_row(batch, topology, self.inverse_frequencies) for batch in padded]
 
     def _run(self, rows: list[LocalRow], compute: Any, *, forward_only: bool = False) -> list[Any]:
         """Megatron's schedule over the rows; what `compute` returned for each, on the last stage only."""
@@ -349,7 +355,9 @@ class Engine:
                 chunk.enable_forward_pre_hook()
 
 
-def _wrap(models: list[PolicyModel], run: RunConfig, overlap: bool) -> list[DistributedDataParallel]:
+def _wrap(
+    models: list[PolicyModel], run: RunConfig, topology: Topology, overlap: bool
+) -> list[DistributedDataParallel]:
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
@@ -365,10 +373,12 @@ def _wrap(models: list[PolicyModel], run: RunConfig, overlap: bool) -> list[Dist
     ]
     for chunk in chunks:
         chunk.broadcast_params()
-        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) == 1:
-            # Nobody to sum with or gather from; gloo would copy all gradients twice and all parameters once a step.
-            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-                group.start_grad_sync = group.start_param_sync = _nothing
+        # Nobody to sum with or gather from; gloo would copy all gradients twice and all parameters once a step.
+        alone = [] if topology.data_context.size > 1 else list(chunk.bucket_groups)
+        if topology.expert_data.size == 1 and not overlap:
+            alone += chunk.expert_parallel_bucket_groups
+        for group in alone:
+            group.start_grad_sync = group.start_param_sync = _nothing
     return chunks
 
 

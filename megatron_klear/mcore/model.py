@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_klear.config.base import ModelConfig, RunConfig
 from megatron_klear.mcore import device as device_shim
+from megatron_klear.mcore import experts
 from megatron_klear.mcore.layers import PackedAttention, RMSNorm
 from megatron_klear.mcore.rows import LocalRow
 from megatron_klear.mcore.topology import Topology
@@ -135,7 +136,7 @@ def transformer_config(architecture: Architecture, run: RunConfig, topology: Top
         cross_entropy_loss_fusion=False,
         attention_softmax_in_fp32=True,
         transformer_impl="transformer_engine" if use_transformer_engine(run.model) else "local",
-        **_chosen_options(run),
+        **(_chosen_options(run) | experts.expert_options(architecture, topology)),
     )
 
 
@@ -178,6 +179,7 @@ def build_chunks(architecture: Architecture, run: RunConfig, topology: Topology)
             position_embedding_type="none",  # PackedAttention applies the rotary embedding
             vp_stage=stage if count > 1 else None,
         )
+        experts.mark_experts(chunk)
         chunks.append(chunk.to(topology.device))
     return chunks
 
@@ -209,13 +211,19 @@ def _block_spec(
     architecture: Architecture, model: ModelConfig, config: TransformerConfig, engine: bool, stage: int | None
 ) -> TransformerBlockSubmodules:
     if engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.qk_norm)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=architecture.qk_norm, num_experts=config.num_moe_experts, moe_grouped_gemm=True
+        )
     else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=architecture.qk_norm, normalization="RMSNorm", num_experts=config.num_moe_experts
+        )
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
         if architecture.qk_norm:
             attention = spec.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if architecture.experts is not None:
+        experts.route(spec, model)
     spec.submodules.self_attention.submodules.core_attention = partial(PackedAttention, attention=model.attention)
     if engine:
         from megatron.core.extensions.transformer_engine import TENorm as final_norm

@@ -37,6 +37,19 @@ PER_TOKEN = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Which sequence each local token is of, and what the sequences are; the last one stands for all padding."""
+
+    of_token: Tensor  # [T_local] int64
+    lengths: Tensor  # [S + 1] float32, unpadded; 1 for padding
+    weights: Tensor  # [S + 1] float32, the sums of their tokens' weights; 0 for padding
+
+    def shard(self, rank: int, size: int) -> Sequences:
+        """The tokens of one sequence-parallel shard."""
+        return Sequences(self.of_token.chunk(size)[rank], self.lengths, self.weights)
+
+
 @dataclass
 class RowParams(PackedSeqParams):
     """What Megatron hands to every attention layer of a row, with what ours needs besides.
@@ -57,6 +70,7 @@ class RowParams(PackedSeqParams):
     cu_key_runs: Tensor | None = None  # [pieces + 1] int32
     max_query_run: int = 0
     max_key_run: int = 0
+    sequences: Sequences | None = None
 
     def with_angles(self) -> RowParams:
         """A copy with the rotary tables of this row.
@@ -105,6 +119,7 @@ def local_row(batch: PackedBatch, topology: Topology, inverse_frequencies: Tenso
         max_seqlen_kv=longest,
         positions=positions.to(device, torch.int32),
         inverse_frequencies=inverse_frequencies,
+        sequences=_sequences(batch, local_source, device),
         key_order=torch.from_numpy(zigzag_order(bounds, cp)).to(device) if cp > 1 else None,
         **_runs(_pieces(bounds, cp, rank), device, gathered=cp > 1),
     )
@@ -153,6 +168,19 @@ def _pad(bounds: list[int], segment_multiple: int, row_multiple: int) -> tuple[T
         source.append(torch.full((extra,), -1))
         padded.append(padded[-1] + extra)
     return torch.cat(source), padded
+
+
+def _sequences(batch: PackedBatch, local_source: Tensor, device: torch.device) -> Sequences:
+    bounds = batch.cu_seqlens.long()
+    lengths = bounds.diff()
+    of_token = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    weights = torch.zeros(len(lengths) + 1, dtype=torch.float64).index_add_(0, of_token, batch.weights.cpu().double())
+    local = torch.where(local_source >= 0, of_token[local_source.clamp(min=0)], len(lengths))
+    return Sequences(
+        of_token=local.to(device),
+        lengths=torch.nn.functional.pad(lengths, (0, 1), value=1).to(device, torch.float32),
+        weights=weights.to(device, torch.float32),
+    )
 
 
 def _positions(bounds: list[int]) -> Tensor:

@@ -66,6 +66,11 @@ class Topology:
     context: Axis
     data: Axis
     data_context: Axis
+    expert: Axis
+    """Ranks that share out a layer's experts."""
+    expert_tensor: Axis
+    expert_data: Axis
+    """Ranks that hold the same experts, where their gradients are summed."""
     replicas: tuple[tuple[int, ...], ...]
     """The ranks of every data rank, in order: those that train the same rows."""
 
@@ -120,6 +125,8 @@ def world(parallel: ParallelConfig, seed: int = 1234) -> Iterator[Topology]:
                 if parallel.virtual_pipeline > 1
                 else None,
                 context_parallel_size=parallel.context,
+                expert_model_parallel_size=parallel.expert,
+                expert_tensor_parallel_size=parallel.expert_tensor_size,
                 distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
                 create_gloo_process_groups=False,
             )
@@ -218,6 +225,13 @@ def timeout_of(parallel: ParallelConfig) -> timedelta:
 
 
 def _check_size(parallel: ParallelConfig, size: int) -> None:
+    experts = parallel.pipeline * parallel.expert * parallel.expert_tensor_size
+    if size % parallel.model_size == 0 and size % experts:
+        raise TopologyError(
+            f"{size} processes cannot hold pipeline {parallel.pipeline} x expert {parallel.expert} x expert_tensor "
+            f"{parallel.expert_tensor_size} = {experts} per replica of the experts; start a multiple of "
+            f"{parallel.smallest_world} (torchrun --nproc-per-node), or change [parallel]"
+        )
     if size % parallel.model_size:
         raise TopologyError(
             f"{size} processes cannot hold tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
@@ -244,5 +258,8 @@ def _read(parallel: ParallelConfig, target: torch.device) -> Topology:
         context=axis(parallel_state.get_context_parallel_group()),
         data=data,
         data_context=axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        expert=axis(parallel_state.get_expert_model_parallel_group()),
+        expert_tensor=axis(parallel_state.get_expert_tensor_parallel_group()),
+        expert_data=axis(parallel_state.get_expert_data_parallel_group()),
         replicas=tuple(map(tuple, replicas)),
     )

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_klear.config.base import ParallelConfig
 from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.models.architecture import Architecture
@@ -19,12 +20,14 @@ from megatron_klear.models.names import EMBEDDING, HEAD, Entry, Placed, expected
 from megatron_klear.models.safetensors_io import SafetensorsFolder
 
 if TYPE_CHECKING:
-    from megatron_klear.mcore.topology import Topology
+    from megatron_klear.mcore.topology import Axis, Topology
 
 _LOADABLE = (torch.float32, torch.bfloat16, torch.float16)
 _BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 """Constants that old Llama exports saved beside the weights."""
 _COMPARED_ROWS = 4096
+_EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)(.*)")
+"""Experts as modules of their own, and as weights of a grouped one."""
 
 
 class ConversionError(UserError, ValueError):
@@ -82,39 +85,42 @@ def _check_tied_head(weights: SafetensorsFolder) -> None:
         )
 
 
-def check_divisible(architecture: Architecture, tensor_parallel: int, pipeline_parallel: int = 1) -> None:
-    """Raise ConversionError when heads, MLP or layers cannot be cut into that many parts."""
-    for key, count in (
-        ("num_attention_heads", architecture.num_heads),
-        ("num_key_value_heads", architecture.num_kv_heads),
-        ("intermediate_size", architecture.ffn_hidden_size),
-    ):
-        if count % tensor_parallel:
-            raise ConversionError(f"{key} {count} does not divide over tensor parallelism {tensor_parallel}")
-    if architecture.num_layers % pipeline_parallel:
-        raise ConversionError(
-            f"num_hidden_layers {architecture.num_layers} does not divide over pipeline parallelism {pipeline_parallel}"
-        )
+def check_divisible(architecture: Architecture, parallel: ParallelConfig) -> None:
+    """Raise ConversionError when heads, MLP, experts or layers cannot be cut into that many parts."""
+    divided = [
+        ("num_attention_heads", architecture.num_heads, "tensor", parallel.tensor),
+        ("num_key_value_heads", architecture.num_kv_heads, "tensor", parallel.tensor),
+        ("num_hidden_layers", architecture.num_layers, "pipeline", parallel.pipeline),
+    ]
+    if architecture.experts is None:
+        divided.append(("intermediate_size", architecture.ffn_hidden_size, "tensor", parallel.tensor))
+    else:
+        inner = architecture.experts.ffn_hidden_size
+        divided.append(("num_experts", architecture.experts.count, "expert", parallel.expert))
+        divided.append(("moe_intermediate_size", inner, "expert tensor", parallel.expert_tensor_size))
+    for key, count, axis, size in divided:
+        if count % size:
+            raise ConversionError(f"{key} {count} does not divide over {axis} parallelism {size}")
 
 
 @torch.no_grad()
 def load_hf_weights(chunks: Sequence[Any], architecture: Architecture, folder: Path, topology: Topology) -> None:
     """Copy a Hugging Face folder's weights into this rank's model chunks, reading only this rank's slices.
 
-    One replica reads them and sends them to the others: a network disk serves 16 GB once, not 128 times. Every rank
-    reads the files' headers, so that ConversionError and SafetensorsError are raised the same on all, before the first
-    parameter is touched. Parameters keep their dtype and device. Collective over the replicas. An optimizer with its
-    own master weights must reload them afterwards.
+    One replica (of experts, of theirs) reads them and sends them to the others: a network disk serves 16 GB once, not
+    128 times. Every rank reads the files' headers, so that ConversionError and SafetensorsError are raised the same on
+    all, before the first parameter is touched. Parameters keep their dtype and device. Collective over the replicas.
+    An optimizer with its own master weights must reload them afterwards.
     """
-    check_divisible(architecture, topology.tensor.size)
+    check_divisible(architecture, topology.parallel)
     weights = open_weights(architecture, folder)
-    replicas = topology.data_context
-    if replicas.first:
-        _fill(chunks, architecture, topology, weights.sliced)
-    if replicas.size > 1:
-        source = dist.get_global_rank(replicas.group, 0)
-        for parameter in _local_parameters(chunks, architecture).values():
-            dist.broadcast(parameter, src=source, group=replicas.group)
+    found = _local_parameters(chunks, architecture)
+    read = {placed: parameter for placed, parameter in found.items() if _replicas(placed, topology).first}
+    _fill(read, architecture, topology, weights.sliced)
+    for placed, parameter in found.items():
+        replicas = _replicas(placed, topology)
+        if replicas.size > 1:
+            dist.broadcast(parameter, src=dist.get_global_rank(replicas.group, 0), group=replicas.group)
 
 
 @torch.no_grad()
@@ -124,7 +130,7 @@ def load_random_weights(chunks: Sequence[Any], architecture: Architecture, seed:
     Every Hugging Face tensor is drawn by itself from (seed, name): norms 1, biases 0, matrices N(0, 0.02), those that
     write to the residual stream divided by sqrt(2 * layers) as Megatron does.
     """
-    check_divisible(architecture, topology.tensor.size)
+    check_divisible(architecture, topology.parallel)
     shapes = {spec.name: spec.shape for spec in expected_tensors(architecture)}
 
     def draw(name: str) -> Tensor:
@@ -137,17 +143,20 @@ def load_random_weights(chunks: Sequence[Any], architecture: Architecture, seed:
         scale = (2 * architecture.num_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
         return torch.empty(shapes[name]).normal_(std=0.02 * scale, generator=generator)
 
-    _fill(chunks, architecture, topology, draw)
+    _fill(_local_parameters(chunks, architecture), architecture, topology, draw)
 
 
-def _fill(chunks: Sequence[Any], architecture: Architecture, topology: Topology, source: Callable[[str], Any]) -> None:
-    """Set every parameter of the chunks from whole tensors (or slices of them) looked up by Hugging Face name."""
-    for placed, parameter in _local_parameters(chunks, architecture).items():
+def _fill(
+    parameters: dict[Placed, Tensor], architecture: Architecture, topology: Topology, source: Callable[[str], Any]
+) -> None:
+    """Set parameters from whole tensors (or slices of them) looked up by Hugging Face name."""
+    for placed, parameter in parameters.items():
         names = placed.hf
         if names == [HEAD] and architecture.tied_embeddings:
             names = [EMBEDDING]  # the last pipeline stage's own copy
         sources = [source(name) for name in names]
-        shard = placed.entry.mapping.to_megatron(sources, topology.tensor.rank, topology.tensor.size)
+        axis = _cut(placed, topology)
+        shard = placed.entry.mapping.to_megatron(sources, axis.rank, axis.size)
         if shard.shape != parameter.shape:
             raise ConversionError(
                 f"{', '.join(names)} make a shard of {tuple(shard.shape)}, the model's is {tuple(parameter.shape)}"
@@ -161,15 +170,15 @@ def iter_hf_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its Hugging Face name, whole, on every rank, in the parameters' dtype and device.
 
-    Collective over the tensor and pipeline axes: all ranks must draw the iterator to its end. One parameter is whole at
-    a time. A tied head is not yielded.
+    Collective over the tensor, expert and pipeline axes: all ranks must draw the iterator to its end. One parameter is
+    whole at a time. A tied head is not yielded.
     """
     local = {placed.key: parameter for placed, parameter in _local_parameters(chunks, architecture).items()}
     owners = _owners({key: parameter.dtype for key, parameter in local.items()}, topology)
     for placed in placed_entries(architecture):
         owner, dtype = owners[placed.key]
         if topology.pipeline.rank == owner:
-            tensors = placed.entry.mapping.to_hf(_gather(local[placed.key].data, topology))
+            tensors = _whole_of_stage(placed, local.get(placed.key), dtype, architecture, topology)
         else:
             tensors = [torch.empty(shape, dtype=dtype, device=topology.device) for shape in placed.entry.shapes]
         for name, tensor in zip(placed.hf, tensors, strict=True):
@@ -180,11 +189,39 @@ def iter_hf_weights(
             yield name, whole
 
 
-def _gather(parameter: Tensor, topology: Topology) -> list[Tensor]:
-    if topology.tensor.size == 1:
+def _whole_of_stage(
+    placed: Placed, local: Tensor | None, dtype: torch.dtype, architecture: Architecture, topology: Topology
+) -> list[Tensor]:
+    """Whole tensors on every rank of the stage: gathered over the shards, and an expert's sent on by its own rank."""
+    if local is not None:
+        tensors = placed.entry.mapping.to_hf(_gather(local.data, _cut(placed, topology)))
+    else:
+        tensors = [torch.empty(shape, dtype=dtype, device=topology.device) for shape in placed.entry.shapes]
+    if placed.entry.expert is None or topology.expert.size == 1:
+        return tensors
+    assert architecture.experts is not None
+    owner = placed.entry.expert * topology.expert.size // architecture.experts.count
+    tensors = [tensor.contiguous() for tensor in tensors]
+    for tensor in tensors:
+        dist.broadcast(tensor, src=dist.get_global_rank(topology.expert.group, owner), group=topology.expert.group)
+    return tensors
+
+
+def _cut(placed: Placed, topology: Topology) -> Axis:
+    """Where a parameter's shards lie."""
+    return topology.tensor if placed.entry.expert is None else topology.expert_tensor
+
+
+def _replicas(placed: Placed, topology: Topology) -> Axis:
+    """Where the same shard lies."""
+    return topology.data_context if placed.entry.expert is None else topology.expert_data
+
+
+def _gather(parameter: Tensor, axis: Axis) -> list[Tensor]:
+    if axis.size == 1:
         return [parameter]
-    shards = [torch.empty_like(parameter) for _ in range(topology.tensor.size)]
-    dist.all_gather(shards, parameter.contiguous(), group=topology.tensor.group)
+    shards = [torch.empty_like(parameter) for _ in range(axis.size)]
+    dist.all_gather(shards, parameter.contiguous(), group=axis.group)
     return shards
 
 
@@ -192,7 +229,9 @@ def _owners(
     local: dict[tuple[str, int], torch.dtype], topology: Topology
 ) -> dict[tuple[str, int], tuple[int, torch.dtype]]:
     """The first pipeline stage that holds each parameter, and its dtype there."""
-    stages = exchange.gather_all(local, topology.pipeline.group)
+    shares = exchange.gather_all(local, topology.expert.group)
+    of_stage = {key: dtype for share in shares for key, dtype in share.items()}
+    stages = exchange.gather_all(of_stage, topology.pipeline.group)
     owners: dict[tuple[str, int], tuple[int, torch.dtype]] = {}
     for stage, held in enumerate(stages):
         for key, dtype in held.items():
@@ -211,12 +250,19 @@ def _local_parameters(chunks: Sequence[Any], architecture: Architecture) -> dict
         module = unwrap(chunk)
         for name, parameter in module.named_parameters():
             match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-            entry = spelled.get(f"decoder.layers.{{layer}}.{match[2]}" if match else name)
+            held = module.decoder.layers[int(match[1])] if match else None
+            entry = spelled.get(f"decoder.layers.{{layer}}.{_in_model(match[2], held)}" if match else name)
             if entry is None:
                 raise ConversionError(f"the model has a parameter {name} that no Hugging Face name is known for")
-            layer = int(module.decoder.layers[int(match[1])].layer_number) - 1 if match else -1
+            layer = int(held.layer_number) - 1 if held is not None else -1
             found[Placed(entry=entry, layer=layer)] = parameter
     return found
+
+
+def _in_model(name: str, layer: Any) -> str:
+    """A layer's name of a parameter, with an expert's number in the model in place of that on this rank."""
+    match = _EXPERT.fullmatch(name)
+    return f"{match[1]}{layer.mlp.local_expert_indices[int(match[2])]}{match[3]}" if match else name
 
 
 def unwrap(chunk: Any) -> Any:

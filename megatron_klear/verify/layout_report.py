@@ -22,7 +22,7 @@ from megatron_klear.mcore.processes import Processes
 from megatron_klear.mcore.topology import process_group
 from megatron_klear.models.architecture import Architecture
 from megatron_klear.types import Sample
-from megatron_klear.verify.layouts import LAYOUTS, Comparison, Layout, LayoutResult, LossName, compare, measure
+from megatron_klear.verify.layouts import Comparison, Layout, LayoutResult, LossName, compare, layouts_of, measure
 
 Fused = Literal["config", "both"]
 
@@ -108,7 +108,7 @@ def plan_layouts(
 ) -> Iterator[tuple[Layout, str]]:
     """Every layout with the reason for which it is not possible, empty where it is."""
     seen = set()
-    for listed in LAYOUTS:
+    for listed in layouts_of(architecture):
         layout = listed if started == 1 else _filling(listed, started)
         identity = dataclasses.replace(layout, name="")
         if identity in seen:

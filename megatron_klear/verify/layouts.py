@@ -22,6 +22,7 @@ from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import Topology, seed_everything, world
+from megatron_klear.models.architecture import Architecture
 from megatron_klear.rl.losses import GPPO, NLL
 from megatron_klear.types import PackedBatch, Sample, TokenLoss
 
@@ -38,6 +39,9 @@ class Layout:
     virtual_pipeline: int = 1
     context: int = 1
     data: int = 1
+    expert: int = 1
+    """Taken from the tensor, context and data axes."""
+    expert_tensor: int | None = None
     sequence: bool = False
     overlap: bool = False
     sequences_per_row: int = 2
@@ -57,6 +61,8 @@ class Layout:
             pipeline=self.pipeline,
             virtual_pipeline=self.virtual_pipeline,
             context=self.context,
+            expert=self.expert,
+            expert_tensor=self.expert_tensor,
             sequence=self.sequence,
             device=config.parallel.device,
             timeout_minutes=config.parallel.timeout_minutes,
@@ -99,9 +105,53 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 
+EXPERT_LAYOUTS: tuple[Layout, ...] = (
+    ONE_PROCESS,
+    Layout(name="1 sequence a row", sequences_per_row=1),
+    Layout(name="4 sequences a row, full recompute", sequences_per_row=4, recompute="full"),
+    Layout(name="selective recompute", recompute="selective"),
+    Layout(name="DP2", data=2),
+    Layout(name="DP2 overlap", data=2, overlap=True),
+    Layout(name="EP2", data=2, expert=2),
+    Layout(name="EP4", data=4, expert=4),
+    Layout(name="EP8", data=8, expert=8),
+    Layout(name="DP4 EP2", data=4, expert=2),
+    Layout(name="DP4 EP2 overlap", data=4, expert=2, overlap=True),
+    Layout(name="DP8 EP4", data=8, expert=4),
+    Layout(name="TP2 SP", tensor=2, sequence=True),
+    Layout(name="TP2 SP EP2", tensor=2, sequence=True, expert=2),
+    Layout(name="TP2 DP2 SP EP2", tensor=2, sequence=True, data=2, expert=2),
+    Layout(name="TP2 DP2 SP EP4", tensor=2, sequence=True, data=2, expert=4),
+    Layout(name="PP2", pipeline=2),
+    Layout(name="PP2 EP2", pipeline=2, data=2, expert=2),
+    Layout(name="PP2 VPP2", pipeline=2, virtual_pipeline=2),
+    Layout(name="PP2 VPP2 EP2", pipeline=2, virtual_pipeline=2, data=2, expert=2),
+    Layout(name="PP2 EP2 full recompute", pipeline=2, data=2, expert=2, recompute="full"),
+    Layout(name="PP2 selective recompute", pipeline=2, recompute="selective"),
+    Layout(name="CP2", context=2),
+    Layout(name="CP2 EP2", context=2, expert=2),
+    Layout(name="CP2 EP2, 1 sequence a row", context=2, expert=2, sequences_per_row=1),
+    Layout(name="CP4 EP2", context=4, expert=2),
+    Layout(name="TP2 CP2 SP EP2", tensor=2, context=2, sequence=True, expert=2),
+    Layout(name="TP2 CP2 SP EP4", tensor=2, context=2, sequence=True, expert=4),
+    Layout(name="TP2 PP2 SP EP2", tensor=2, pipeline=2, sequence=True, expert=2),
+    Layout(name="PP2 VPP2 CP2 EP2", pipeline=2, virtual_pipeline=2, context=2, expert=2),
+    Layout(name="TP2 PP2 CP2 SP EP4", tensor=2, pipeline=2, context=2, sequence=True, expert=4),
+    Layout(name="TP2 PP2 DP2 SP EP2", tensor=2, pipeline=2, data=2, sequence=True, expert=2),
+    Layout(name="TP2 CP2 DP2 SP EP8", tensor=2, context=2, data=2, sequence=True, expert=8),
+    Layout(name="TP2 CP2 DP2 SP", tensor=2, context=2, data=2, sequence=True),
+)
+"""For models with experts, which Megatron trains over tensor ranks with sequence parallelism alone."""
+
+
+def layouts_of(architecture: Architecture) -> tuple[Layout, ...]:
+    """What there is to compare for a model, one process first."""
+    return LAYOUTS if architecture.experts is None else EXPERT_LAYOUTS
+
+
 def layouts_named(names: Sequence[str]) -> list[Layout]:
     """The layouts of these names. Raises UserError that lists the names there are."""
-    known = {layout.name: layout for layout in LAYOUTS}
+    known = {layout.name: layout for layout in (*EXPERT_LAYOUTS, *LAYOUTS)}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UserError(f"there is no layout {unknown[0]!r}; known: {', '.join(known)}")

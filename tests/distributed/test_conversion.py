@@ -27,11 +27,19 @@ from megatron_klear.models.architecture import read_architecture
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TP2_PP2 = ParallelConfig(tensor=2, pipeline=2, sequence=False, device="cpu")
 MODELS = [(family, tied) for family in ("qwen3", "qwen2", "llama") for tied in (True, False)]
+MODELS.append(("qwen3_moe", False))
 OTHER_LAYOUTS = {
     "one": ParallelConfig(device="cpu"),
     "pp4": ParallelConfig(pipeline=4, device="cpu"),
     "pp2-vpp2": ParallelConfig(pipeline=2, virtual_pipeline=2, device="cpu"),
     "tp2-cp2": ParallelConfig(tensor=2, context=2, device="cpu"),
+}
+EP2 = ParallelConfig(expert=2, device="cpu")
+EXPERT_LAYOUTS = {
+    "one": ParallelConfig(device="cpu"),
+    "tp2": ParallelConfig(tensor=2, device="cpu"),
+    "tp2-ep4": ParallelConfig(tensor=2, expert=4, device="cpu"),
+    "pp2-vpp2-ep2": ParallelConfig(pipeline=2, virtual_pipeline=2, expert=2, device="cpu"),
 }
 
 
@@ -147,11 +155,28 @@ def converted(tmp_path_factory: pytest.TempPathFactory, ranks: Pool) -> tuple[Pa
     return model, folder / "checkpoint"
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory, ranks: Pool) -> tuple[Path, Path]:
+    """A model with experts, and its checkpoint written where they are shared out."""
+    folder = tmp_path_factory.mktemp("experts")
+    model = write_tiny_model(folder / "model", "qwen3_moe")
+    ranks(2, convert.write_checkpoint, run_config(model, EP2), folder / "checkpoint", model)
+    return model, folder / "checkpoint"
+
+
 @pytest.mark.parametrize("layout", OTHER_LAYOUTS)
 def test_checkpoint_loads_in_any_layout(converted: tuple[Path, Path], ranks: Pool, layout: str) -> None:
     model, path = converted
     parallel = OTHER_LAYOUTS[layout]
     for weights in ranks(parallel.model_size, weights_in_layout, path, parallel):
+        assert same_tensors(read_all(model), weights)
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_qwen3_moe_loads_in_any_layout(experts: tuple[Path, Path], ranks: Pool, layout: str) -> None:
+    model, path = experts
+    parallel = EXPERT_LAYOUTS[layout]
+    for weights in ranks(parallel.smallest_world, weights_in_layout, path, parallel):
         assert same_tensors(read_all(model), weights)
 
 

@@ -27,6 +27,7 @@ SHAPES = {
     "qwen2": ("qwen2", TinyShape()),
     "llama-tied": ("llama", TinyShape(tied_embeddings=True, vocab_size=515)),
     "llama": ("llama", TinyShape()),
+    "qwen3_moe": ("qwen3_moe", TinyShape(vocab_size=515, initializer_range=0.2)),
 }
 ROPE_SCALINGS = {
     "linear": {"rope_type": "linear", "factor": 2.0},

@@ -82,12 +82,13 @@ def hf_to_megatron(
     out = Path(out).absolute()
     safetensors_io.check_writable(out, force)
     architecture = read_architecture(source)
-    hf.check_divisible(architecture, tensor, pipeline)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=False, device="cpu")
+    hf.check_divisible(architecture, parallel)
     weights = hf.open_weights(architecture, source)
     stored = {spec.dtype for spec in weights.specs.values()}
     name: DtypeName = dtype or ("bf16" if stored == {torch.bfloat16} else "fp32")
     _check_memory(architecture, forward_check)
-    run = _run_config(source, name, ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=False, device="cpu"))
+    run = _run_config(source, name, parallel)
     staging = _staging(out)
     try:
         with tempfile.TemporaryDirectory(prefix="convert-") as companions:
