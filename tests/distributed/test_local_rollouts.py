@@ -21,6 +21,7 @@ from megatron_klear.rollout.weights.checksum import checksum
 from megatron_klear.types import Prompt
 
 FAMILIES = {"qwen3": TinyShape(tied_embeddings=True), "qwen2": TinyShape(), "llama": TinyShape()}
+EXPERTS = {"qwen3_moe": TinyShape(initializer_range=0.1)}
 LAYOUTS = {
     "1": ParallelConfig(),
     "TP2 SP": ParallelConfig(tensor=2),
@@ -28,6 +29,9 @@ LAYOUTS = {
     "CP2": ParallelConfig(context=2),
     "TP2 PP2": ParallelConfig(tensor=2, pipeline=2),
 }
+SHARED_OUT = {"1": ParallelConfig(), "TP2 SP EP2": ParallelConfig(tensor=2, expert=2)}
+CASES = [(family, name, parallel) for family in FAMILIES for name, parallel in LAYOUTS.items()]
+CASES += [(family, name, parallel) for family in EXPERTS for name, parallel in SHARED_OUT.items()]
 
 
 def prompts(count: int = 5) -> list[Prompt]:
@@ -44,9 +48,9 @@ def prompts(count: int = 5) -> list[Prompt]:
     ]
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=[*FAMILIES, *EXPERTS])
 def model(request, tmp_path_factory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "hf", request.param, FAMILIES[request.param])
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "hf", request.param, (FAMILIES | EXPERTS)[request.param])
 
 
 def engine_for(model: Path, max_sequences: int = 7) -> LocalEngine:
@@ -132,9 +136,12 @@ def roll_out_and_rescore(model: Path, parallel: ParallelConfig) -> tuple[float, 
     return float(difference), [sample.tokens.tolist() for sample in samples], held == {"local": sent}
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_sampler_and_trainer_agree_in_every_layout(model: Path, ranks, layout: str):
-    parallel = LAYOUTS[layout]
+@pytest.mark.parametrize(
+    ("model", "parallel"),
+    [pytest.param(family, parallel, id=f"{family}-{name}") for family, name, parallel in CASES],
+    indirect=["model"],
+)
+def test_sampler_and_trainer_agree_in_every_layout(model: Path, ranks, parallel: ParallelConfig):
     results = ranks(parallel.model_size, roll_out_and_rescore, model, parallel)
     alone = ranks(1, roll_out_and_rescore, model, ParallelConfig())[0]
     for difference, samples, arrived in results:

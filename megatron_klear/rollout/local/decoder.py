@@ -6,7 +6,7 @@ own, so prompts need no padding on the left and a row can be given to the next s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_klear.models.architecture import Architecture
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _MLP:
+    """A gated MLP: [2 * ffn, H] and [H, ffn]."""
+
+    gate_up: Tensor
+    down: Tensor
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        gate, up = F.linear(hidden, self.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Mixture:
+    """A router [experts, H], computed in fp32 as the trainer's is, and its experts."""
+
+    router: Tensor
+    experts: tuple[_MLP, ...]
+    chosen: int
+    normalised: bool
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        probabilities = F.linear(hidden.float(), self.router.float()).softmax(-1)
+        weights, chosen = probabilities.topk(self.chosen, dim=-1)
+        if self.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(hidden)
+        for number in chosen.unique().tolist():
+            tokens, place = (chosen == number).nonzero(as_tuple=True)
+            own = self.experts[number](hidden[tokens]) * weights[tokens, place, None]
+            out.index_add_(0, tokens, own.to(hidden.dtype))
+        return out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,8 +61,7 @@ class _Layer:
     k_norm: Tensor | None
     output: Tensor
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    mlp: _MLP | _Mixture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,8 +183,22 @@ class Decoder:
             k_norm=get("self_attn.k_norm.weight") if a.qk_norm else None,
             output=get("self_attn.o_proj.weight"),
             mlp_norm=get("post_attention_layernorm.weight"),
-            gate_up=torch.cat([get("mlp.gate_proj.weight"), get("mlp.up_proj.weight")]),
-            down=get("mlp.down_proj.weight"),
+            mlp=self._mlp(get),
+        )
+
+    def _mlp(self, get: Callable[[str], Tensor]) -> _MLP | _Mixture:
+        def gated(prefix: str) -> _MLP:
+            gate_up = torch.cat([get(f"{prefix}gate_proj.weight"), get(f"{prefix}up_proj.weight")])
+            return _MLP(gate_up=gate_up, down=get(f"{prefix}down_proj.weight"))
+
+        experts = self.architecture.experts
+        if experts is None:
+            return gated("mlp.")
+        return _Mixture(
+            router=get("mlp.gate.weight"),
+            experts=tuple(gated(f"mlp.experts.{number}.") for number in range(experts.count)),
+            chosen=experts.chosen,
+            normalised=experts.normalised,
         )
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -173,8 +220,7 @@ class Decoder:
 
     def _finish(self, layer: _Layer, hidden: Tensor, attended: Tensor) -> Tensor:
         hidden = hidden + F.linear(attended, layer.output)
-        gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate) * up, layer.down)
+        return hidden + layer.mlp(self._norm(hidden, layer.mlp_norm))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         head = "model.embed_tokens.weight" if self.architecture.tied_embeddings else "lm_head.weight"
