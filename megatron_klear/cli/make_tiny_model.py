@@ -28,6 +28,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=default.head_dim)
     parser.add_argument("--vocab", type=int, default=default.vocab_size, help="embedding rows, 512 or more")
     parser.add_argument("--max-positions", type=int, default=default.max_positions)
+    experts = parser.add_argument_group("families with experts")
+    experts.add_argument("--experts", type=int, default=default.num_experts)
+    experts.add_argument("--experts-per-token", type=int, default=default.experts_per_token)
+    experts.add_argument("--expert-ffn", type=int, default=default.expert_ffn_hidden_size, help="of one expert")
     parser.add_argument("--tied", action="store_true", help="tie the output head to the embeddings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-weights", action="store_true", help='config and tokenizer, for model.weights = "random"')
@@ -49,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         vocab_size=options.vocab,
         max_positions=options.max_positions,
         tied_embeddings=options.tied,
+        num_experts=options.experts,
+        experts_per_token=options.experts_per_token,
+        expert_ffn_hidden_size=options.expert_ffn,
     )
     try:
         if options.tokenizer_only:
