@@ -375,10 +375,12 @@ def _wrap(
         chunk.broadcast_params()
         # Nobody to sum with or gather from; gloo would copy all gradients twice and all parameters once a step.
         alone = [] if topology.data_context.size > 1 else list(chunk.bucket_groups)
-        if topology.expert_data.size == 1 and not overlap:
+        if topology.expert_data.size == 1:
             alone += chunk.expert_parallel_bucket_groups
         for group in alone:
             group.start_grad_sync = group.start_param_sync = _nothing
+            # Of experts also where the rest overlaps: 0.19.2 would wait for what it never sent to itself.
+            group.register_grad_ready = group.finish_grad_sync = group.finish_param_sync = _nothing
     return chunks
 
 

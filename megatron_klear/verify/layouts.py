@@ -113,6 +113,7 @@ EXPERT_LAYOUTS: tuple[Layout, ...] = (
     Layout(name="DP2", data=2),
     Layout(name="DP2 overlap", data=2, overlap=True),
     Layout(name="EP2", data=2, expert=2),
+    Layout(name="EP2 overlap", data=2, expert=2, overlap=True),
     Layout(name="EP4", data=4, expert=4),
     Layout(name="EP8", data=8, expert=8),
     Layout(name="DP4 EP2", data=4, expert=2),
