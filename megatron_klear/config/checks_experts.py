@@ -1,12 +1,9 @@
 """What keeps a model with experts from being trained as the settings say; no torch, no Megatron is imported.
 
-Megatron-Core fails on some combinations late or with a message about something else, and computes one wrongly without
-any (docs/layouts.md, experts). They are refused here, by name.
+Megatron-Core fails on some combinations late, or with a message about something else; they are refused here, by name.
 """
 
 from __future__ import annotations
-
-from importlib.metadata import PackageNotFoundError, version
 
 from megatron_klear.config.base import RunConfig
 from megatron_klear.models.architecture import Architecture
@@ -48,7 +45,7 @@ def check_experts(config: RunConfig, architecture: Architecture, world_size: int
         )
     if config.model.fp8 != "off":
         errors.append(f"model.fp8 = {config.model.fp8} is not supported for models with experts; set it to off")
-    return [*errors, *_of_this_megatron(config)]
+    return errors
 
 
 def _without_experts(config: RunConfig, architecture: Architecture) -> list[str]:
@@ -64,26 +61,6 @@ def _without_experts(config: RunConfig, architecture: Architecture) -> list[str]
         for key, is_set in asked.items()
         if is_set
     ]
-
-
-def _of_this_megatron(config: RunConfig) -> list[str]:
-    """What the Megatron-Core that is installed does not compute."""
-    parallel, installed = config.parallel, megatron_version()
-    errors = []
-    if installed < (0, 17) and parallel.tensor > 1 and parallel.expert == 1 and parallel.expert_tensor_size == 1:
-        errors.append(
-            f"parallel.tensor {parallel.tensor} with parallel.expert_tensor 1 and parallel.expert 1 is computed "
-            "wrongly by Megatron-Core before 0.17; leave parallel.expert_tensor out, or set parallel.expert above 1"
-        )
-    return errors
-
-
-def megatron_version() -> tuple[int, ...]:
-    """Major and minor number of the Megatron-Core that is installed, zeros where there is none."""
-    try:
-        return tuple(int(part) for part in version("megatron-core").split(".")[:2])
-    except PackageNotFoundError:
-        return (0, 0)
 
 
 def divisors(size: int, near: int) -> str:

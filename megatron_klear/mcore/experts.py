@@ -71,8 +71,9 @@ def route(spec: ModuleSpec, model: ModelConfig) -> None:
 def mark_experts(chunk: torch.nn.Module) -> None:
     """Say of expert parameters what Megatron says only where experts are shared out, or not at all.
 
-    Otherwise optimizer state would have another form at expert parallelism 1 and could not be resharded, and matrices
-    of 0.16.1's grouped layers would fall out of the gradient norm on all tensor ranks but the first.
+    Otherwise optimizer state would have another form at expert parallelism 1 and could not be resharded, 0.16.1 would
+    sum gradients of whole experts over tensor ranks wrongly, without an error (expert_tensor = 1, expert = 1), and
+    matrices of its grouped layers would fall out of the gradient norm on all tensor ranks but the first.
     """
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:

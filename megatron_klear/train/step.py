@@ -146,6 +146,9 @@ class Step:
         for region in range(1, 6):
             touched = sum(step.metrics.get(f"clip_region_{region}_tokens", 0.0) for step in stats)
             metrics[f"clip_region_{region}"] = touched / trained
+        for name in stats[0].metrics if stats else ():
+            if name.startswith("moe_"):
+                metrics[name] = _mean([step.metrics[name] for step in stats])
         metrics |= self.sampled | (self.mismatch or self._measure([], []))
         return StepStats(
             step=self.number + 1,

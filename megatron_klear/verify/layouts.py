@@ -120,6 +120,7 @@ EXPERT_LAYOUTS: tuple[Layout, ...] = (
     Layout(name="DP4 EP2 overlap", data=4, expert=2, overlap=True),
     Layout(name="DP8 EP4", data=8, expert=4),
     Layout(name="TP2 SP", tensor=2, sequence=True),
+    Layout(name="TP2 SP ETP1", tensor=2, sequence=True, expert_tensor=1),
     Layout(name="TP2 SP EP2", tensor=2, sequence=True, expert=2),
     Layout(name="TP2 DP2 SP EP2", tensor=2, sequence=True, data=2, expert=2),
     Layout(name="TP2 DP2 SP EP4", tensor=2, sequence=True, data=2, expert=4),

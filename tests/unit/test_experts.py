@@ -1,11 +1,8 @@
 """Models with experts: how config.json is read, what is refused before work starts, and what a rank holds."""
 
-from importlib.metadata import version
-
 import pytest
 import transformers
 
-from megatron_klear.config import checks_experts
 from megatron_klear.config.base import SFTConfig
 from megatron_klear.config.checks import check_layout
 from megatron_klear.config.memory import stage_experts, stage_memory, stage_parameters
@@ -60,16 +57,6 @@ def test_a_layout_that_cannot_work_is_refused(parallel: dict, processes: int, to
     assert len(problems) == 1
     for words in told:
         assert words in problems[0]
-
-
-def test_what_is_computed_wrongly_is_refused_where_it_is(monkeypatch):
-    wrong = config(tensor=2, expert_tensor=1)
-    for megatron, refused in (("0.16.1", True), ("0.19.2", False)):
-        monkeypatch.setattr(checks_experts, "version", lambda name, megatron=megatron: megatron)
-        assert bool(check_layout(wrong, MOE, 2)) is refused
-    monkeypatch.undo()
-    assert checks_experts.megatron_version() == tuple(map(int, version("megatron-core").split(".")[:2]))
-    assert not check_layout(config(tensor=2), MOE, 2)
 
 
 def test_settings_of_experts_are_refused_without_any():
