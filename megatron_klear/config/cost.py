@@ -3,7 +3,7 @@
 Arithmetic of settings and shapes alone, beside the plan of memory, which it uses; no torch. Counts (parameters, FLOPs,
 bytes of collectives, bytes of memory) are held against what is built and counted (`tests/distributed/test_traffic.py`,
 `tests/unit/test_cost.py`). Seconds are those counts over a `Device`'s figures, which are inputs: a roofline to compare
-layouts by, not a forecast. Experts' traffic is arithmetic only: this project does not train them yet.
+layouts by, not a forecast. Experts' traffic is arithmetic only.
 """
 
 from __future__ import annotations
