@@ -146,6 +146,9 @@ class PackedBatch:
     sampler_logprobs: Tensor | None = None  # [T] float32, the rollout engine's
     ref_logprobs: Tensor | None = None  # [T] float32, a frozen reference model's
     nll_weights: Tensor | None = None  # [T] float32, weights of an added -logp term
+    routes: dict[int, Tensor] | None = None
+    """Experts that this rank's routers chose for the row as it lies here, by layer, for later passes to choose again;
+    given empty, the engine's first pass fills it in. Of this process alone."""
     sample_numbers: tuple[int, ...] = ()
     """Which sample each sequence is, as whoever packed the row counts them; empty where nobody asks."""
 

@@ -6,6 +6,7 @@ Megatron-Core fails on some combinations late, or with a message about something
 from __future__ import annotations
 
 from megatron_klear.config.base import RunConfig
+from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.models.architecture import Architecture
 
 
@@ -55,6 +56,7 @@ def _without_experts(config: RunConfig, architecture: Architecture) -> list[str]
         "parallel.expert_tensor": parallel.expert_tensor is not None,
         "model.moe_aux_loss": model.moe_aux_loss > 0,
         "model.moe_z_loss": model.moe_z_loss > 0,
+        "algorithm.router_replay": isinstance(config, GPPOConfig) and config.algorithm.router_replay != "none",
     }
     return [
         f"{key} is set, and the {architecture.family} model has no experts; leave it out"

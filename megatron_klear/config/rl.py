@@ -243,6 +243,10 @@ class AlgorithmConfig(Settings):
     overlong_penalty: OverlongPenalty | None = None
     old_logprobs: Literal["recompute", "sampler"] = "recompute"
     """Recomputed by the trainer at the start of a step, or taken from the sampler."""
+    router_replay: Literal["none", "old"] = "none"
+    """With `old`, a token goes in every update through the experts that it went through when its old log-prob was
+    computed, so that ratios speak of the same experts (R2); needs `old_logprobs = "recompute"` and a model with
+    experts."""
     correction: Literal["none", "truncated", "masked"] = "truncated"
     """Correction of what another policy drew, by the ratio r of trainer to sampler: weights min(r, cap), or r within
     [1/cap, cap] and 0 outside."""
@@ -261,6 +265,11 @@ class AlgorithmConfig(Settings):
             raise ValueError(
                 f"algorithm.prompts_per_step {self.prompts_per_step} must be a multiple of "
                 f"algorithm.prompts_per_update {self.prompts_per_update}"
+            )
+        if self.router_replay == "old" and self.old_logprobs != "recompute":
+            raise ValueError(
+                'algorithm.router_replay = "old" replays the experts of recomputed log-probs, and '
+                'algorithm.old_logprobs is "sampler"; set it to "recompute", or router_replay to "none"'
             )
         floor = 1 / self.correction_cap if self.correction_floor is None else self.correction_floor
         if self.correction == "masked" and not floor < self.correction_cap:

@@ -9,6 +9,7 @@ and micro-batching change speed and never the numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,14 +189,15 @@ class Engine:
         self._put(present)
 
     def reference_logprobs(self, batches: Sequence[PackedBatch], *, temperature: float = 1.0) -> list[Tensor]:
-        """`logprobs` under the reference that `keep_reference` kept."""
+        """`logprobs` under the reference that `keep_reference` kept, which chooses its experts itself."""
         if self._reference is None:
             raise RuntimeError("there is no reference model: call keep_reference first")
         self._gather_parameters()
         present = [parameter.detach().clone() for model in self.models for parameter in model.parameters()]
         self._put(self._reference)
         try:
-            return self.logprobs(batches, temperature=temperature)
+            own = [replace(batch, routes=None) for batch in batches]
+            return self.logprobs(own, temperature=temperature)
         finally:
             self._put(present)
 

@@ -92,10 +92,16 @@ class Router(TopKRouter):
 
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Probabilities and choice [T_rank, experts] of logits [T_rank, 1, experts]; losses hang on the former."""
-        probabilities, chosen = super().routing(logits, *args, **kwargs)
+        assert self.row is not None, "RoutedLayer says which row is under way"
+        routes, layer = self.row.routes, self.layer_number
+        if routes is not None and layer in routes:
+            probabilities, chosen = self._replay(logits.view(-1, self.num_experts), routes[layer].long())
+        else:
+            probabilities, chosen = super().routing(logits, *args, **kwargs)
+            if routes is not None:
+                routes[layer] = chosen.nonzero()[:, 1].view(-1, self.topk).to(torch.int16)
         if not self.training:
             return probabilities, chosen
-        assert self.row is not None, "RoutedLayer says which row is under way"
         assert self.row.sequences is not None
         sequences = self.row.sequences.shard(self.tp_group.rank(), self.tp_group.size())
         logits = logits.view(-1, self.num_experts).float()
@@ -113,6 +119,15 @@ class Router(TopKRouter):
         if loss.requires_grad:
             probabilities = MoEAuxLossAutoScaler.apply(probabilities, loss)
         return probabilities, chosen
+
+    def _replay(self, logits: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
+        """What Megatron's routing gives of logits [T_rank, experts] where the choice [T_rank, topk] is made already."""
+        if self.config.moe_router_pre_softmax:
+            weights = logits.softmax(-1, dtype=torch.float32).gather(1, choice)
+        else:
+            weights = logits.gather(1, choice).softmax(-1, dtype=torch.float32)
+        nothing = torch.zeros_like(logits)
+        return nothing.scatter(1, choice, weights.to(logits.dtype)), nothing.bool().scatter(1, choice, True)
 
     def _balance(self, logits: Tensor, chosen: Tensor, of_token: Tensor, lengths: Tensor, weights: Tensor) -> Tensor:
         """This rank's part of sum_s W_s * E / k * sum_e f_se P_se.

@@ -71,6 +71,7 @@ class RowParams(PackedSeqParams):
     max_query_run: int = 0
     max_key_run: int = 0
     sequences: Sequences | None = None
+    routes: dict[int, Tensor] | None = None  # by layer [T_local / shards, chosen] int16; see PackedBatch
 
     def with_angles(self) -> RowParams:
         """A copy with the rotary tables of this row.
@@ -120,6 +121,7 @@ def local_row(batch: PackedBatch, topology: Topology, inverse_frequencies: Tenso
         positions=positions.to(device, torch.int32),
         inverse_frequencies=inverse_frequencies,
         sequences=_sequences(batch, local_source, device),
+        routes=batch.routes,
         key_order=torch.from_numpy(zigzag_order(bounds, cp)).to(device) if cp > 1 else None,
         **_runs(_pieces(bounds, cp, rank), device, gathered=cp > 1),
     )

@@ -164,6 +164,8 @@ class Step:
 
     def _with_logprobs(self, batches: list[PackedBatch]) -> list[PackedBatch]:
         algorithm, temperature = self.config.algorithm, self._temperature()
+        if algorithm.router_replay == "old":
+            batches = [dataclasses.replace(batch, routes={}) for batch in batches]
         if algorithm.old_logprobs == "recompute":
             old = self.engine.logprobs(batches, temperature=temperature)
         else:

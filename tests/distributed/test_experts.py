@@ -1,6 +1,7 @@
 """The router's losses and metrics against transformers' own router, and state of experts through changes of layout."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,10 +9,18 @@ import pytest
 import torch
 from test_hf_parity import packed_row
 
-from megatron_klear.config.base import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_klear.config.base import (
+    CheckpointConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RecomputeConfig,
+    RunConfig,
+)
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.mcore.checkpoints.compare import compare_checkpoints
 from megatron_klear.mcore.engine import Engine
+from megatron_klear.mcore.rows import empty_batch
 from megatron_klear.mcore.topology import world
 from megatron_klear.rl.losses import NLL
 from megatron_klear.types import PackedBatch, StepStats
@@ -19,6 +28,12 @@ from megatron_klear.types import PackedBatch, StepStats
 LENGTHS = (1, 2, 33, 20)
 AUX_LOSS, Z_LOSS = 0.1, 0.03
 STEPS = 2
+REPLAYED = {
+    "one": (ParallelConfig(device="cpu"), "none"),
+    "one, full recompute": (ParallelConfig(device="cpu"), "full"),
+    "TP2 SP EP2": (ParallelConfig(tensor=2, expert=2, device="cpu"), "selective"),
+    "PP2 VPP2": (ParallelConfig(pipeline=2, virtual_pipeline=2, device="cpu"), "full"),
+}
 RESHARDED = {
     "EP2": ParallelConfig(expert=2, device="cpu"),
     "TP2 SP EP4": ParallelConfig(tensor=2, expert=4, device="cpu"),
@@ -131,3 +146,42 @@ def test_state_of_experts_survives_changes_of_layout_exactly(tmp_path, ranks):
         assert difference.num_optimizer_tensors > 0
         assert found[0] == pytest.approx(norms, rel=1e-5)
         path = target
+
+
+def replay(run: RunConfig, batch: PackedBatch, replayed: bool) -> tuple[list[StepStats], torch.Tensor]:
+    """Log-probs, then steps whose updates move the router; also the log-probs after them."""
+    with world(run.parallel) as topology:
+        engine = Engine(run, topology)
+        if replayed:
+            batch = replace(batch, routes={})
+        engine.logprobs([batch])
+        # A row of another length goes by between the passes of the first.
+        batches = [batch, replace(empty_batch(batch), routes={} if replayed else None)]
+        stats = [engine.train_step(batches, NLL()) for _ in range(4)]
+        return stats, engine.logprobs([batch])[0]
+
+
+def test_replayed_tokens_go_through_the_experts_of_the_first_pass(tmp_path, ranks):
+    folder = write_tiny_model(tmp_path / "model", "qwen3_moe", TinyShape(initializer_range=0.1))
+    batch = row()
+    real = torch.ones(batch.num_tokens, dtype=torch.bool)
+    real[batch.cu_seqlens[1:].long() - 1] = False
+
+    def run(name: str, replayed: bool = True) -> list[tuple[list[StepStats], torch.Tensor]]:
+        parallel, granularity = REPLAYED[name]
+        config = run_config(folder, parallel)
+        fast = OptimizerConfig(learning_rate=1e-2, decay="constant")
+        config = config.model_copy(update={"optimizer": fast, "recompute": RecomputeConfig(granularity=granularity)})
+        return ranks(parallel.smallest_world, replay, config, batch, replayed)
+
+    stats, logprobs = run("one")[0]
+    free_stats, free_logprobs = run("one", replayed=False)[0]
+    assert {step.metrics["moe_load_max"] for step in stats} == {stats[0].metrics["moe_load_max"]}
+    assert free_stats[0].grad_norm == pytest.approx(stats[0].grad_norm, rel=1e-5)
+    assert free_stats[-1].metrics["moe_load_max"] != stats[0].metrics["moe_load_max"], "the router never changed"
+    assert (free_logprobs - logprobs)[real].abs().max() > 1e-3
+    for name in list(REPLAYED)[1:]:
+        found, found_logprobs = run(name)[0]
+        assert [step.grad_norm for step in found] == pytest.approx([step.grad_norm for step in stats], rel=1e-4), name
+        assert (found_logprobs - logprobs)[real].abs().max() < 1e-3, name
+        assert found[-1].metrics["moe_load_max"] == stats[0].metrics["moe_load_max"]

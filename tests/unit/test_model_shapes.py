@@ -10,9 +10,11 @@ from megatron_klear.models.architecture import ArchitectureError
 from megatron_klear.models.shapes import SHAPES, planned_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-# Published parameter counts: Qwen3's model cards (8.2 B, 6.95 B without embeddings), SmolLM2's (134.5 M).
+# Published parameter counts: Qwen3's model cards (8.2 B, 6.95 B without embeddings; 30.5 B, 3.3 B of them met by a
+# token), SmolLM2's (134.5 M).
 PARAMETERS = {
     "Qwen3-8B": 8_190_735_360,
+    "Qwen3-30B-A3B": 30_532_122_624,
     "Qwen3-8B-Base": 8_190_735_360,
     "SmolLM2-135M-Instruct": 134_515_008,
 }
@@ -26,7 +28,12 @@ def test_every_shipped_shape_has_the_published_number_of_parameters():
 
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [("Qwen3-8B-Base", "Qwen3-8B-Base"), ("Qwen3-8B", "Qwen3-8B"), ("Qwen3-8B-SFT", "Qwen3-8B")],
+    [
+        ("Qwen3-8B-Base", "Qwen3-8B-Base"),
+        ("Qwen3-8B", "Qwen3-8B"),
+        ("Qwen3-8B-SFT", "Qwen3-8B"),
+        ("Qwen3-30B-A3B-Base", "Qwen3-30B-A3B"),
+    ],
 )
 def test_a_missing_folder_is_planned_by_its_name_and_says_so(tmp_path: Path, folder: str, name: str):
     note = planned_model(tmp_path / folder).note
@@ -68,6 +75,20 @@ def test_the_recipes_are_planned_without_their_models(start, toml, processes, tm
     with pytest.raises(SystemExit) as caught:
         start(["--config", str(EXAMPLES / toml), f"--dry-run={processes}", "--parallel.tensor", "3"])
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(("processes", "total"), [(16, "47.6"), (64, "31.6")])
+def test_the_recipe_with_experts_takes_what_it_says(processes: int, total: str, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        start_sft(["--config", str(EXAMPLES / "sft_30b_a3b_32k.toml"), f"--dry-run={processes}"])
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "30,532,122,624, 3,353,032,704 met by a token" in shown
+    found = next(line.split()[1] for line in shown.splitlines() if line.strip().startswith("total"))
+    assert f"{float(found):.1f}" == total
+    rows = (EXAMPLES / "sft_30b_a3b_32k.toml").read_text().splitlines()
+    assert any(row.startswith(f"#      {processes}") and f"{total}   these settings" in row for row in rows)
 
 
 def test_a_run_itself_never_takes_a_shipped_shape(tmp_path: Path, monkeypatch, capsys):

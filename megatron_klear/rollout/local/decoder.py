@@ -43,7 +43,7 @@ class _Mixture:
         if self.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
         out = torch.zeros_like(hidden)
-        for number in chosen.unique().tolist():
+        for number in torch.unique(chosen).tolist():  # type: ignore[no-untyped-call]
             tokens, place = (chosen == number).nonzero(as_tuple=True)
             own = self.experts[number](hidden[tokens]) * weights[tokens, place, None]
             out.index_add_(0, tokens, own.to(hidden.dtype))
