@@ -245,7 +245,7 @@ class AlgorithmConfig(Settings):
     """Recomputed by the trainer at the start of a step, or taken from the sampler."""
     router_replay: Literal["none", "old"] = "none"
     """With `old`, a token goes in every update through the experts that it went through when its old log-prob was
-    computed, so that ratios speak of the same experts (R2); needs `old_logprobs = "recompute"` and a model with
+    computed, so that ratios speak of the same experts; needs `old_logprobs = "recompute"` and a model with
     experts."""
     correction: Literal["none", "truncated", "masked"] = "truncated"
     """Correction of what another policy drew, by the ratio r of trainer to sampler: weights min(r, cap), or r within
