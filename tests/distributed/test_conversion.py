@@ -37,7 +37,6 @@ OTHER_LAYOUTS = {
 EP2 = ParallelConfig(expert=2, device="cpu")
 EXPERT_LAYOUTS = {
     "one": ParallelConfig(device="cpu"),
-    "tp2": ParallelConfig(tensor=2, device="cpu"),
     "tp2-ep4": ParallelConfig(tensor=2, expert=4, device="cpu"),
     "pp2-vpp2-ep2": ParallelConfig(pipeline=2, virtual_pipeline=2, expert=2, device="cpu"),
 }

@@ -30,14 +30,12 @@ AUX_LOSS, Z_LOSS = 0.1, 0.03
 STEPS = 2
 REPLAYED = {
     "one": (ParallelConfig(device="cpu"), "none"),
-    "one, full recompute": (ParallelConfig(device="cpu"), "full"),
     "TP2 SP EP2": (ParallelConfig(tensor=2, expert=2, device="cpu"), "selective"),
     "PP2 VPP2": (ParallelConfig(pipeline=2, virtual_pipeline=2, device="cpu"), "full"),
 }
 RESHARDED = {
     "EP2": ParallelConfig(expert=2, device="cpu"),
     "TP2 SP EP4": ParallelConfig(tensor=2, expert=4, device="cpu"),
-    "TP2 SP": ParallelConfig(tensor=2, device="cpu"),
     "one": ParallelConfig(device="cpu"),
 }
 
@@ -94,9 +92,9 @@ def transformers_step(folder: Path, batch: PackedBatch) -> tuple[float, float, d
     metrics = {
         "moe_aux_loss": aux.item() / layers,
         "moe_z_loss": z.item() / layers,
-        "moe_router_entropy": float(torch.cat(entropies).mean()),
-        "moe_load_max": float((loads.amax(1) / loads.mean(1)).mean()),
-        "moe_load_min": float((loads.amin(1) / loads.mean(1)).mean()),
+        "moe_router_entropy": torch.cat(entropies).mean().item(),
+        "moe_load_max": (loads.amax(1) / loads.mean(1)).mean().item(),
+        "moe_load_min": (loads.amin(1) / loads.mean(1)).mean().item(),
     }
     return policy.item(), norm.item(), metrics
 

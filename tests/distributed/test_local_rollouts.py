@@ -29,7 +29,7 @@ LAYOUTS = {
     "CP2": ParallelConfig(context=2),
     "TP2 PP2": ParallelConfig(tensor=2, pipeline=2),
 }
-SHARED_OUT = {"1": ParallelConfig(), "TP2 SP EP2": ParallelConfig(tensor=2, expert=2)}
+SHARED_OUT = {"TP2 SP EP2": ParallelConfig(tensor=2, expert=2)}
 CASES = [(family, name, parallel) for family in FAMILIES for name, parallel in LAYOUTS.items()]
 CASES += [(family, name, parallel) for family in EXPERTS for name, parallel in SHARED_OUT.items()]
 
@@ -83,6 +83,7 @@ def test_logprobs_are_those_of_transformers(model: Path):
             assert sample.finish == ("stop" if sample.tokens[-1] == 3 else "length")
 
 
+@pytest.mark.parametrize("model", list(FAMILIES), indirect=True)
 def test_samples_do_not_depend_on_the_batch(model: Path):
     sampling = SamplingConfig(samples_per_prompt=3, max_tokens=16, temperature=0.8, top_p=0.9, top_k=50)
     alone, together = engine_for(model, max_sequences=1), engine_for(model, max_sequences=64)
