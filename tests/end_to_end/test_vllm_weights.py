@@ -4,10 +4,11 @@ Faults are planted between the trainer and the server, in the client.
 """
 
 import itertools
+import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_rl_run import TOML, start
+from vllm_server import SHAPE, running_server
 
 from megatron_klear.config.base import (
     CheckpointConfig,
@@ -28,6 +30,7 @@ from megatron_klear.config.base import (
 from megatron_klear.config.rl import SamplingConfig
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.data.pack import num_predicted, pack
+from megatron_klear.data.tiny import write_tiny_model
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
 from megatron_klear.orchestrator.trainer import TrainersWeights, send_weights
@@ -307,6 +310,20 @@ def test_the_server_samples_with_the_trainers_weights_before_and_after_every_upd
     assert min(story.changes) > 1e-2
     assert story.versions == [{version} for version in range(6)]
     assert story.left == []
+
+
+@pytest.mark.skipif(
+    os.environ.get("KLEAR_VLLM_EXPERTS") != "1", reason="with KLEAR_VLLM_EXPERTS=1, as it starts a server of its own"
+)
+def test_experts_arrive_in_every_update(ranks, tmp_path):
+    shape = replace(SHAPE, expert_ffn_hidden_size=64, initializer_range=0.05)
+    model = write_tiny_model(tmp_path / "model", "qwen3_moe", shape)
+    with running_server(tmp_path, shape, model=model) as server:
+        rollout = settings_in(server, tmp_path / "transfer")
+        (story,) = ranks(1, update_and_compare, model, server.address, rollout, 2, timeout_seconds=300.0)
+    assert max(story.differences) < 1e-4
+    assert min(story.changes) > 1e-2
+    assert story.versions == [{version} for version in range(3)]
 
 
 FAULTS = {

@@ -84,6 +84,7 @@ class _NotesChecksums(WeightTransferEngine):
         """Put the weights to use."""
         super().finish_weight_update()
         refresh_tied_head(self.model, self.model_config)
+        repack_experts(self.model)
 
 
 def refresh_tied_head(model: Any, model_config: Any) -> None:
@@ -95,6 +96,20 @@ def refresh_tied_head(model: Any, model_config: Any) -> None:
     head = getattr(model, "lm_head", None)
     if current_platform.is_cpu() and model_config.hf_text_config.tie_word_embeddings and head is not None:
         head.quant_method.process_weights_after_loading(head)
+
+
+def repack_experts(model: Any) -> None:
+    """Pack experts anew on the CPU.
+
+    vLLM packs them for its kernel when a model is first loaded, and leaves them as they come when they are replaced: it
+    would go on computing with matrices that are read in the wrong order.
+    """
+    if not current_platform.is_cpu():
+        return
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
 
 
 @dataclass
