@@ -7,20 +7,17 @@ no chunk. Tokens whose gradient is zero (advantage 0 and no other term) only go 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from megatron_klear.kernels import gemm, rows
-from megatron_klear.kernels.inputs import Selection, Terms, Tokens
-from megatron_klear.kernels.reference import weighted_rows
+from megatron_klear.kernels.inputs import Terms, Tokens
 from megatron_klear.kernels.rows import RowOutputs
+from megatron_klear.kernels.selection import Chosen, Group, Selection
 from megatron_klear.kernels.vocab_parallel import VocabShard, gather_sequence, gather_shards, reduce_hidden_gradient
-from megatron_klear.types import LossKind
-
-SILENT = 1  # the group of tokens that have a weight but no gradient
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,23 +30,19 @@ class Head:
     logits_dtype: torch.dtype
     chunk_tokens: int | None = None
 
-    def chunks(self, *groups: Tensor) -> Iterator[tuple[int, Selection, Tensor]]:
-        """Chunk by chunk the tokens of each group of indices: the group, the tokens, and room for their logits.
+    def chunks(self, groups: Iterable[Group]) -> Iterator[tuple[Group, Selection, Tensor]]:
+        """Chunk by chunk the tokens of each group: the group, the tokens, and room for their logits.
 
         One buffer serves all chunks.
         """
+        groups = tuple(groups)
         columns, device = self.weight.shape[0], self.weight.device
-        longest = max(1, *map(len, groups))
+        longest = max(1, *(len(group.index) for group in groups))
         size = self.chunk_tokens or gemm.chunk_size(longest, columns, self.logits_dtype, device)
         buffer = gemm.logits_buffer(min(size, longest), columns, self.logits_dtype, device)
-        for group, index in enumerate(groups):
-            count = len(index)
-            first, last = index[[0, -1]].tolist() if count else (0, -1)
-            adjacent = last - first + 1 == count
-            for start in range(0, count, size):
-                stop = min(start + size, count)
-                selection = slice(first + start, first + stop) if adjacent else index[start:stop]
-                yield group, selection, buffer[: stop - start]
+        for group in groups:
+            for selection, count in group.pieces(size):
+                yield group, selection, buffer[:count]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,22 +51,6 @@ class Gradients:
 
     outputs: RowOutputs
     hidden: Tensor | None
-
-
-def _split(tokens: Tokens, terms: Terms, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Indices of the tokens with a gradient, and of those that have a weight but no gradient."""
-    assert tokens.policy_weights is not None
-    weighted = tokens.policy_weights != 0
-    active = weighted
-    if terms.coefficients.kind != LossKind.NLL and not terms.entropy_coefficient and not terms.kl_coefficient:
-        assert tokens.advantages is not None
-        active = weighted & (tokens.advantages != 0)
-    if tokens.nll_weights is not None:
-        weighted = weighted | (tokens.nll_weights != 0)
-        active = active | (tokens.nll_weights != 0)
-    return weighted_rows(active, tokens.targets, vocab_size), weighted_rows(
-        weighted & ~active, tokens.targets, vocab_size
-    )
 
 
 def _zeros(num_tokens: int, device: torch.device) -> RowOutputs:
@@ -103,6 +80,7 @@ def policy_loss_chunks(
     hidden: Tensor,
     head: Head,
     tokens: Tokens,
+    chosen: Chosen,
     terms: Terms,
     *,
     sequence_parallel: bool,
@@ -117,17 +95,14 @@ def policy_loss_chunks(
     shard = head.shard
     if sequence_parallel:
         hidden = gather_sequence(hidden, shard)
-    active, silent = _split(tokens, terms, head.vocab_size)
-    if not hidden_gradient and weight_gradient is None:
-        active, silent = active[:0], torch.cat((active, silent)).sort().values
     outputs = _zeros(len(tokens.targets), hidden.device)
     total = torch.zeros_like(hidden) if hidden_gradient else None
-    for group, selection, logits in head.chunks(active, silent):
+    for group, selection, logits in head.chunks(chosen):
         chunk = hidden[selection]
         gemm.logits_into(logits, chunk, head.weight)
         gradient = gemm.gradient_memory(logits, head.weight)
         _store(outputs, selection, _row_losses(head, logits, tokens.take(selection), terms, gradient))
-        if group == SILENT:
+        if group is chosen.silent:
             continue
         if total is not None and isinstance(selection, slice):
             torch.mm(gradient, head.weight, out=total[selection])
@@ -144,18 +119,16 @@ def logprob_chunks(
     hidden: Tensor,
     head: Head,
     tokens: Tokens,
-    wanted: Tensor | None,
+    wanted: Group,
     *,
     sequence_parallel: bool,
 ) -> RowOutputs:
-    """Log-prob, entropy and log-sum-exp of the `wanted` [T] tokens, 0 for the others: one product a chunk."""
+    """Log-prob, entropy and log-sum-exp of the `wanted` tokens, 0 for the others: one product a chunk."""
     shard, targets = head.shard, tokens.targets
     if sequence_parallel:
         hidden = gather_sequence(hidden, shard)
-    mask = torch.ones_like(targets, dtype=torch.bool) if wanted is None else wanted
-    index = weighted_rows(mask, targets, head.vocab_size)
     outputs = _zeros(len(targets), hidden.device)
-    for _, selection, logits in head.chunks(index):
+    for _, selection, logits in head.chunks([wanted]):
         gemm.logits_into(logits, hidden[selection], head.weight)
         taken = tokens.take(selection)
         if shard.group is None:

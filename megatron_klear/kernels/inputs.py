@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_klear.kernels.selection import Chosen, Selection
 from megatron_klear.types import KLEstimator, LossCoefficients, TokenLoss
 
 WeightGrad = Literal["autograd", "main_grad", "main_grad_tied"]
-Selection = slice | Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,9 @@ class PolicyLossInputs:
     """Rounding of logits: float32, or bfloat16, which is faster."""
     chunk_tokens: int | None = None
     """Tokens whose logits exist at a time; None fits them to the device."""
+    chosen: Chosen | None = None
+    """What `choose_tokens` says of this call, on the device of `hidden`; None finds it there, and waits for it. It is
+    not checked: other tokens than it says are silently left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
 `klear::policy_loss` returns the gradients it made in the forward pass and hands them on in the backward one.
 `klear::policy_loss_into` adds the head's gradient to `main_grad` at once. `klear::logprobs` is forward only.
-Loss coefficients travel as a list of numbers, process groups by name.
+Loss coefficients travel as a list of numbers, process groups by name, groups of tokens as indices and where they start.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megatron_klear.kernels.chunks import Head, logprob_chunks, policy_loss_chun
 from megatron_klear.kernels.inputs import Terms, Tokens, WeightGrad
 from megatron_klear.kernels.reference import head_gradient_stub
 from megatron_klear.kernels.rows import RowOutputs
+from megatron_klear.kernels.selection import Chosen, Group, choose_all, choose_tokens
 from megatron_klear.kernels.vocab_parallel import VocabShard, group_of
 from megatron_klear.types import KLEstimator, LossCoefficients, LossKind
 
@@ -61,6 +62,30 @@ def _head(weight: Tensor, group: str, vocab_size: int, logits_dtype: torch.dtype
     )
 
 
+def _chosen(
+    tokens: Tokens,
+    terms: Sequence[float],
+    vocab_size: int,
+    active: Tensor | None,
+    silent: Tensor | None,
+    firsts: Sequence[int],
+) -> Chosen:
+    """The tokens given, or those found here: in the operator, so that a compiled graph is not broken by it."""
+    if active is not None and silent is not None:
+        return Chosen(active=Group(index=active, first=firsts[0]), silent=Group(index=silent, first=firsts[1]))
+    unpacked = unpack_terms(terms)
+    assert tokens.policy_weights is not None
+    return choose_tokens(
+        tokens.targets,
+        tokens.policy_weights,
+        vocab_size=vocab_size,
+        coefficients=unpacked.coefficients,
+        advantages=tokens.advantages,
+        nll_weights=tokens.nll_weights,
+        other_terms=bool(unpacked.entropy_coefficient or unpacked.kl_coefficient),
+    )
+
+
 def _per_token(outputs: RowOutputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return outputs.logprobs, outputs.entropy, outputs.lse, outputs.ratio, outputs.region
 
@@ -70,6 +95,9 @@ def policy_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    active: Tensor | None,
+    silent: Tensor | None,
+    firsts: Sequence[int],
     policy_weights: Tensor,
     nll_weights: Tensor | None,
     old_logprobs: Tensor | None,
@@ -101,6 +129,7 @@ def policy_loss(
         hidden,
         _head(weight, group, vocab_size, logits_dtype, chunk_tokens),
         tokens,
+        _chosen(tokens, terms, vocab_size, active, silent, firsts),
         unpack_terms(terms),
         sequence_parallel=sequence_parallel,
         hidden_gradient=hidden_gradient,
@@ -155,6 +184,9 @@ def policy_loss_into(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    active: Tensor | None,
+    silent: Tensor | None,
+    firsts: Sequence[int],
     policy_weights: Tensor,
     nll_weights: Tensor | None,
     old_logprobs: Tensor | None,
@@ -184,6 +216,7 @@ def policy_loss_into(
         hidden,
         _head(weight, group, vocab_size, logits_dtype, chunk_tokens),
         tokens,
+        _chosen(tokens, terms, vocab_size, active, silent, firsts),
         unpack_terms(terms),
         sequence_parallel=sequence_parallel,
         hidden_gradient=hidden_gradient,
@@ -248,6 +281,8 @@ def logprobs(
     weight: Tensor,
     targets: Tensor,
     trained: Tensor | None,
+    wanted: Tensor | None,
+    first: int,
     temperatures: Tensor | None,
     temperature: float,
     group: str,
@@ -257,11 +292,12 @@ def logprobs(
     chunk_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob, entropy and log-sum-exp of each token, without gradient."""
+    given = None if wanted is None else Group(index=wanted, first=first)
     outputs = logprob_chunks(
         hidden,
         _head(weight, group, vocab_size, logits_dtype, chunk_tokens),
         Tokens(targets=targets, temperature=temperature if temperatures is None else temperatures),
-        trained,
+        given or choose_all(targets, vocab_size, trained),
         sequence_parallel=sequence_parallel,
     )
     return outputs.logprobs, outputs.entropy, outputs.lse

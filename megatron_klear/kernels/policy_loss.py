@@ -28,8 +28,8 @@ from megatron_klear.kernels.reference import (
     fused_policy_loss_ref,
     mark_head,
     vocab_parallel_logprobs_ref,
-    weighted_rows,
 )
+from megatron_klear.kernels.selection import Chosen, Group, choose_tokens
 from megatron_klear.kernels.vocab_parallel import VocabShard, group_name
 from megatron_klear.types import KLEstimator, LossCoefficients, LossKind
 
@@ -62,7 +62,7 @@ def fused_policy_loss(inputs: PolicyLossInputs) -> PolicyLossOutput:
         raise ValueError(f"{name} needs advantages, and the batch carries none")
     if coefficients.kind not in (LossKind.NLL, LossKind.REINFORCE) and inputs.old_logprobs is None:
         raise ValueError(f"{name} needs old_logprobs, and the batch carries none: run the log-prob pass first")
-    return _output(inputs, coefficients, inputs.advantages, inputs.nll_weights)
+    return _output(inputs, coefficients, inputs.advantages, inputs.nll_weights, inputs.chosen)
 
 
 def _check(inputs: PolicyLossInputs) -> None:
@@ -84,7 +84,11 @@ def _check(inputs: PolicyLossInputs) -> None:
 
 
 def _output(
-    inputs: PolicyLossInputs, coefficients: LossCoefficients, advantages: Tensor | None, nll_weights: Tensor | None
+    inputs: PolicyLossInputs,
+    coefficients: LossCoefficients,
+    advantages: Tensor | None,
+    nll_weights: Tensor | None,
+    chosen: Chosen | None,
 ) -> PolicyLossOutput:
     scale = 1.0 if inputs.main_grad is None else inputs.loss_scale
     terms = Terms(
@@ -95,6 +99,7 @@ def _output(
     )
     shared = (
         inputs.targets,
+        *_indices(chosen),
         _float(inputs.policy_weights, scale),
         _float(nll_weights, scale),
         _float(inputs.old_logprobs),
@@ -120,18 +125,28 @@ def _output(
     return PolicyLossOutput(loss=results[0], **dict(zip(ops.PER_TOKEN, results[1:6], strict=True)))
 
 
+def _indices(chosen: Chosen | None) -> tuple[Tensor | None, Tensor | None, list[int]]:
+    if chosen is None:
+        return None, None, []
+    return chosen.active.index, chosen.silent.index, [chosen.active.first, chosen.silent.first]
+
+
 def _two_phases(inputs: PolicyLossInputs) -> PolicyLossOutput:
     """Log-probs, then the loss and its slopes in torch, then the gradients of -slope * logp: four products."""
     vocab_size = whole_vocabulary(inputs.weight, inputs.group, inputs.vocab_size)
-    weighted = inputs.policy_weights != 0
-    if inputs.nll_weights is not None:
-        weighted = weighted | (inputs.nll_weights != 0)
-    rows = weighted_rows(weighted, inputs.targets, vocab_size)
+    chosen = inputs.chosen or choose_tokens(
+        inputs.targets,
+        inputs.policy_weights,
+        vocab_size=vocab_size,
+        coefficients=None,
+        nll_weights=inputs.nll_weights,
+    )
+    rows = chosen.active.index
     first = fused_logprobs(
         inputs.hidden.detach(),
         inputs.weight.detach(),
         inputs.targets,
-        trained=weighted,
+        chosen=chosen.active,
         temperature=inputs.temperature,
         group=inputs.group,
         vocab_size=vocab_size,
@@ -147,7 +162,7 @@ def _two_phases(inputs: PolicyLossInputs) -> PolicyLossOutput:
     slopes = torch.zeros_like(first.logprobs).index_copy_(0, rows, slope)
     minus = -slopes if inputs.nll_weights is None else inputs.nll_weights - slopes
     linear = LossCoefficients(kind=LossKind.REINFORCE)
-    output = _output(inputs, linear, torch.zeros_like(first.logprobs), minus)
+    output = _output(inputs, linear, torch.zeros_like(first.logprobs), minus, chosen)
     correction = value.detach() - (slope * logprobs.detach()).sum()
     return PolicyLossOutput(
         loss=output.loss + correction,
@@ -161,6 +176,7 @@ def fused_logprobs(
     targets: Tensor,
     *,
     trained: Tensor | None = None,
+    chosen: Group | None = None,
     temperature: float | Tensor = 1.0,
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
@@ -170,7 +186,8 @@ def fused_logprobs(
 ) -> LogprobOutput:
     """Log-prob of each target, entropy and log-sum-exp, without gradient: one matrix product, no logits kept.
 
-    `trained` [T] bool picks the tokens to compute, the others get 0. Other arguments as in `PolicyLossInputs`.
+    `trained` [T] bool picks the tokens to compute, the others get 0; or `chosen` does, found on the host by
+    `choose_all`, and nothing waits for the device. Other arguments as in `PolicyLossInputs`.
     """
     check_head(hidden, weight, targets, group, sequence_parallel, logits_dtype)
     check_per_token(targets, temperature)
@@ -190,6 +207,8 @@ def fused_logprobs(
                 logits_dtype=logits_dtype,
             )
         mask = torch.ones_like(targets, dtype=torch.bool) if trained is None else trained
+        if chosen is not None:
+            mask = torch.zeros_like(mask).index_fill_(0, chosen.index, True)
         values = (torch.where(mask, value.float(), 0.0) for value in (logprobs, entropy, lse))
         return LogprobOutput(**dict(zip(("logprobs", "entropy", "lse"), values, strict=True)))
     values = ops.logprobs(
@@ -197,6 +216,8 @@ def fused_logprobs(
         weight.detach(),
         targets,
         trained,
+        None if chosen is None else chosen.index,
+        -1 if chosen is None else chosen.first,
         *_temperatures(temperature),
         group_name(group),
         total,

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_klear.kernels.inputs import PolicyLossInputs, WeightGrad
+from megatron_klear.kernels.selection import indices_of
 from megatron_klear.kernels.vocab_parallel import VocabShard, enter_shards, gather_shards, sum_shards
 from megatron_klear.types import KLEstimator, LossCoefficients, LossKind
 
@@ -188,20 +189,6 @@ def kl_term(logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor, estimator: KL
     return cast(Tensor, _KL.apply(logprobs, value.clamp(max=MAX_KL), slope))  # type: ignore[no-untyped-call]
 
 
-def weighted_rows(weighted: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Indices where `weighted` [T] is true; ValueError where one of them has a target outside the vocabulary."""
-    index = weighted.nonzero().squeeze(-1)
-    chosen = targets[index]
-    outside = (chosen < 0) | (chosen >= vocab_size)
-    if bool(outside.any()):
-        bad = int(index[outside][0])
-        raise ValueError(
-            f"target {int(targets[bad])} of token {bad} lies outside the vocabulary of {vocab_size}: "
-            "give untrained tokens weight 0, and check that tokenizer and model belong together"
-        )
-    return index
-
-
 def _rows_of(value: Any, rows: Tensor) -> Any:
     return value[rows] if isinstance(value, Tensor) and value.dim() else value
 
@@ -219,7 +206,7 @@ def fused_policy_loss_ref(inputs: PolicyLossInputs) -> PolicyLossOutput:
     check_weight_grad(weight, inputs.main_grad, inputs.weight_grad)
     shard = VocabShard.of(weight, inputs.group, inputs.vocab_size)
     hidden = enter_shards(inputs.hidden, shard, inputs.sequence_parallel)
-    rows = weighted_rows(_weighted(inputs), targets, inputs.vocab_size or weight.shape[0] * shard.size)
+    rows = indices_of(_weighted(inputs), targets, inputs.vocab_size or weight.shape[0] * shard.size)
     head = cast(
         Tensor,
         _HeadWeight.apply(weight, inputs.main_grad, inputs.weight_grad, inputs.logits_dtype),  # type: ignore[no-untyped-call]

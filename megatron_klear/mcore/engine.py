@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from megatron_klear.config.base import RunConfig
 from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
+from megatron_klear.kernels import send
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore import weights as hf
 from megatron_klear.mcore.checkpoints import save as checkpoint
@@ -287,7 +289,7 @@ class Engine:
                     f"vocab_size {self.architecture.vocab_size}: tokenizer and model do not belong together"
                 )
         padded += [empty_batch(batches[0] if batches else None)] * (count - len(batches))
-        return [local_row(batch, topology, self.inverse_frequencies) for batch in padded]
+        return [local_row(batch, topology) for batch in padded]
 
     def _run(self, rows: list[LocalRow], compute: Any, *, forward_only: bool = False) -> list[Any]:
         """Megatron's schedule over the rows; what `compute` returned for each, on the last stage only."""
@@ -295,11 +297,14 @@ class Engine:
         def forward(iterator: Iterator[LocalRow], chunk: Any) -> tuple[Tensor, Any]:
             row = next(iterator)
             model: PolicyModel = chunk.module
-            output = chunk(row.tokens, None, None, packed_seq_params=row.params.with_angles())
+            output = chunk(row.tokens, None, None, packed_seq_params=row.params)
             self._await_head(chunk)
             return output, partial(compute, model, row)
 
-        iterators = [iter(rows) for _ in self.chunks]
+        def sent() -> Iterator[LocalRow]:
+            return (row.on(self.topology.device, self.inverse_frequencies) for row in rows)
+
+        iterators = [sent() for _ in self.chunks]
         single = len(self.chunks) == 1
         results: list[Any] = get_forward_backward_func()(
             forward_step_func=forward,
@@ -328,21 +333,22 @@ class Engine:
         return dict(zip(names, sums.tolist(), strict=True))
 
     def _all_whole(self, rows: list[LocalRow], results: list[Tensor]) -> list[Tensor]:
-        """`_whole` of every row; only the last stage has results."""
-        return [self._whole(row, results[index] if results else None) for index, row in enumerate(rows)]
-
-    def _whole(self, row: LocalRow, local: Tensor | None) -> Tensor:
-        """The last stage's per-token values [T_local] of a row, in unpadded order [T], on every rank."""
+        """The last stage's per-token values [T_local] of all rows, each in unpadded order [T], on every rank's host."""
         topology = self.topology
-        values = torch.zeros(row.num_tokens, dtype=torch.float32, device=topology.device)
-        if local is not None:
-            kept = row.source >= 0
-            values[row.source[kept].to(topology.device)] = local.float()[kept.to(topology.device)]
+        starts = np.cumsum([0, *(row.num_tokens for row in rows)])
+        values = torch.zeros(int(starts[-1]), dtype=torch.float32, device=topology.device)
+        if results:
+            places = [(row.source >= 0).nonzero().squeeze(-1) for row in rows]
+            of_values = torch.cat(
+                [row.source[place] + int(at) for row, place, at in zip(rows, places, starts, strict=False)]
+            )
+            taken = [local.float()[send(place, topology.device)] for local, place in zip(results, places, strict=True)]
+            values[send(of_values, topology.device)] = torch.cat(taken)
             if topology.context.size > 1:
                 dist.all_reduce(values, group=topology.context.group)
         if topology.pipeline.size > 1:
             dist.broadcast(values, src=topology.last_stage_rank, group=topology.pipeline.group)
-        return values.cpu()
+        return list(torch.split(values.cpu(), [row.num_tokens for row in rows]))
 
     def _await_head(self, chunk: Any) -> None:
         """Wait for the gathering of the head's weight: its module's forward, whose hook would, is never called."""

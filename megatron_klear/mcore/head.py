@@ -5,6 +5,7 @@ The methods are what Megatron's schedule calls with the output of a micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,6 +67,9 @@ class Head:
             entropy_coefficient=entropy_coefficient,
             kl_coefficient=kl_coefficient,
             kl_estimator=kl_estimator,
+            chosen=self._choose(row.host, loss, bool(entropy_coefficient or kl_coefficient)).to(hidden.device)
+            if self._fused
+            else None,
             main_grad=weight.main_grad,  # type: ignore[attr-defined]  # Megatron's DDP puts it there
             # A head that is also this chunk's embedding gets a second gradient through autograd.
             weight_grad="main_grad_tied" if model.head_is_embedding else "main_grad",
@@ -90,5 +94,18 @@ class Head:
         """Log-probs [T_local] of the row's targets."""
         inputs = hidden.squeeze(1), model.head_weight, row.per_token["targets"]
         if self._fused:
-            return kernels.fused_logprobs(*inputs, temperature=temperature, **self._layout).logprobs
+            chosen = kernels.choose_all(row.host["targets"], self._layout["vocab_size"]).to(hidden.device)
+            return kernels.fused_logprobs(*inputs, chosen=chosen, temperature=temperature, **self._layout).logprobs
         return kernels.vocab_parallel_logprobs_ref(*inputs, temperature=temperature, **self._layout)[0]
+
+    def _choose(self, host: Mapping[str, Tensor], loss: TokenLoss, other_terms: bool) -> kernels.Chosen:
+        """The tokens that take part, from the row's numbers on the host: the device is not waited for."""
+        return kernels.choose_tokens(
+            host["targets"],
+            host["weights"],
+            vocab_size=self._layout["vocab_size"],
+            coefficients=loss.coefficients(),
+            advantages=host.get("advantages"),
+            nll_weights=host.get("nll_weights"),
+            other_terms=other_terms,
+        )

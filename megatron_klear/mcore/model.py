@@ -46,8 +46,8 @@ class PolicyModel(GPTModel):
         return hidden_states
 
     def run(self, row: LocalRow) -> Tensor:
-        """One micro-batch through this chunk's layers."""
-        out: Tensor = self(row.tokens, None, None, packed_seq_params=row.params.with_angles())
+        """One micro-batch, on the device, through this chunk's layers."""
+        out: Tensor = self(row.tokens, None, None, packed_seq_params=row.params)
         return out
 
     @property

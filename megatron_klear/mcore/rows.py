@@ -1,5 +1,7 @@
 """A packed row in this rank's layout: padded, sliced for context parallelism, with what attention must know of it.
 
+Rows are laid out on the host and sent as the schedule asks for them, without waiting for the device.
+
 `PackedBatch` is layout-free. Here every segment is padded to two zig-zag chunks per context rank and the row to whole
 sequence-parallel shards (by a last segment of padding); padding has weight 0 and attends only to itself. Segment bounds
 travel with the row, so every pipeline stage has them.
@@ -8,13 +10,14 @@ travel with the row, so every pipeline stage has them.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from megatron_klear.kernels import send
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore.zigzag import zigzag_indices, zigzag_order
 from megatron_klear.types import PackedBatch
@@ -45,6 +48,10 @@ class Sequences:
     lengths: Tensor  # [S + 1] float32, unpadded; 1 for padding
     weights: Tensor  # [S + 1] float32, the sums of their tokens' weights; 0 for padding
 
+    def on(self, device: torch.device) -> Sequences:
+        """The same on the device, on its way there when this returns."""
+        return Sequences(*(send(one, device) for one in (self.of_token, self.lengths, self.weights)))
+
     def shard(self, rank: int, size: int) -> Sequences:
         """The tokens of one sequence-parallel shard."""
         return Sequences(self.of_token.chunk(size)[rank], self.lengths, self.weights)
@@ -60,8 +67,7 @@ class RowParams(PackedSeqParams):
     """
 
     positions: Tensor | None = None  # [T_local] int32, of each token in its sequence
-    inverse_frequencies: Tensor | None = None  # [head_dim / 2] of the rotary embedding, scaling included
-    cosine: Tensor | None = None  # [T_local, head_dim] float32; only in what `with_angles` returns
+    cosine: Tensor | None = None  # [T_local, head_dim] float32; only in what `on` returns
     sine: Tensor | None = None
     pieces: tuple[tuple[int, int, int, int], ...] = ()
     key_order: Tensor | None = None  # [T] place of each document position in the rank-major gather; None for cp 1
@@ -73,17 +79,21 @@ class RowParams(PackedSeqParams):
     sequences: Sequences | None = None
     routes: dict[int, Tensor] | None = None  # by layer [T_local / shards, chosen] int16; see PackedBatch
 
-    def with_angles(self) -> RowParams:
-        """A copy with the rotary tables of this row.
+    def on(self, device: torch.device, inverse_frequencies: Tensor) -> RowParams:
+        """A copy on the device, with the rotary tables of this row.
 
-        They take 30 times the rest of a row, so they live with the micro-batch that is under way and not with the row:
-        all rows of a rollout step lie on the card at once.
+        `inverse_frequencies` [head_dim / 2] are those of the rotary embedding, scaling included, on the device. The
+        tables take 30 times the rest of a row, so they live with the micro-batch that is under way and not with the
+        row: all rows of a rollout step are laid out at once.
         """
-        assert self.positions is not None
-        assert self.inverse_frequencies is not None
-        angles = self.positions.float()[:, None] * self.inverse_frequencies[None]
-        angles = torch.cat([angles, angles], dim=-1)
         params = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(params, name, send(value, device))
+        assert params.positions is not None
+        params.sequences = None if self.sequences is None else self.sequences.on(device)
+        angles = params.positions.float()[:, None] * inverse_frequencies[None]
+        angles = torch.cat([angles, angles], dim=-1)
         params.cosine, params.sine = angles.cos(), angles.sin()
         return params
 
@@ -95,22 +105,28 @@ class LocalRow:
     tokens: Tensor  # [1, T_local]
     params: RowParams
     per_token: dict[str, Tensor]  # each [T_local]
-    source: Tensor  # [T_local] position in the unpadded row, -1 on padding; on the CPU
+    host: dict[str, Tensor]  # the same on the host, where they are looked at without waiting for the device
+    source: Tensor  # [T_local] position in the unpadded row, -1 on padding; on the host
     num_tokens: int  # T, unpadded
 
+    def on(self, device: torch.device, inverse_frequencies: Tensor) -> LocalRow:
+        """This row on the device, on its way there when this returns; `inverse_frequencies` as in `RowParams.on`."""
+        return replace(
+            self,
+            tokens=send(self.tokens, device),
+            params=self.params.on(device, inverse_frequencies),
+            per_token={name: send(values, device) for name, values in self.host.items()},
+        )
 
-def local_row(batch: PackedBatch, topology: Topology, inverse_frequencies: Tensor) -> LocalRow:
-    """Pad a row, take this context rank's slice and move it to the device.
 
-    `inverse_frequencies` [head_dim / 2] are those of the rotary embedding, scaling included.
-    """
+def local_row(batch: PackedBatch, topology: Topology) -> LocalRow:
+    """Pad a row and take this context rank's slice, on the host."""
     cp, rank = topology.context.size, topology.context.rank
     source, bounds = _pad(batch.cu_seqlens.tolist(), topology.parallel.segment_multiple, topology.parallel.row_multiple)
     mine = torch.from_numpy(zigzag_indices(bounds, cp, rank)) if cp > 1 else torch.arange(bounds[-1])
     positions = _positions(bounds)[mine]
     local_source = source[mine]
-    device = topology.device
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     longest = max(b - a for a, b in pairwise(bounds))
     params = RowParams(
         qkv_format="thd",
@@ -118,22 +134,20 @@ def local_row(batch: PackedBatch, topology: Topology, inverse_frequencies: Tenso
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        positions=positions.to(device, torch.int32),
-        inverse_frequencies=inverse_frequencies,
-        sequences=_sequences(batch, local_source, device),
+        positions=positions.to(torch.int32),
+        sequences=_sequences(batch, local_source),
         routes=batch.routes,
-        key_order=torch.from_numpy(zigzag_order(bounds, cp)).to(device) if cp > 1 else None,
-        **_runs(_pieces(bounds, cp, rank), device, gathered=cp > 1),
+        key_order=torch.from_numpy(zigzag_order(bounds, cp)) if cp > 1 else None,
+        **_runs(_pieces(bounds, cp, rank), gathered=cp > 1),
     )
     per_token = {
-        name: _take(getattr(batch, name), local_source).to(device)
-        for name in PER_TOKEN
-        if getattr(batch, name) is not None
+        name: _take(getattr(batch, name), local_source) for name in PER_TOKEN if getattr(batch, name) is not None
     }
     return LocalRow(
-        tokens=_take(batch.tokens, local_source).to(device)[None],
+        tokens=_take(batch.tokens, local_source)[None],
         params=params,
         per_token=per_token,
+        host=per_token,
         source=local_source,
         num_tokens=batch.num_tokens,
     )
@@ -172,16 +186,16 @@ def _pad(bounds: list[int], segment_multiple: int, row_multiple: int) -> tuple[T
     return torch.cat(source), padded
 
 
-def _sequences(batch: PackedBatch, local_source: Tensor, device: torch.device) -> Sequences:
+def _sequences(batch: PackedBatch, local_source: Tensor) -> Sequences:
     bounds = batch.cu_seqlens.long()
     lengths = bounds.diff()
     of_token = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     weights = torch.zeros(len(lengths) + 1, dtype=torch.float64).index_add_(0, of_token, batch.weights.cpu().double())
     local = torch.where(local_source >= 0, of_token[local_source.clamp(min=0)], len(lengths))
     return Sequences(
-        of_token=local.to(device),
-        lengths=torch.nn.functional.pad(lengths, (0, 1), value=1).to(device, torch.float32),
-        weights=weights.to(device, torch.float32),
+        of_token=local,
+        lengths=torch.nn.functional.pad(lengths, (0, 1), value=1).float(),
+        weights=weights.float(),
     )
 
 
@@ -209,16 +223,16 @@ def _pieces(bounds: list[int], cp: int, rank: int) -> tuple[tuple[int, int, int,
     return tuple(pieces)
 
 
-def _runs(pieces: tuple[tuple[int, int, int, int], ...], device: torch.device, gathered: bool) -> dict[str, Any]:
+def _runs(pieces: tuple[tuple[int, int, int, int], ...], gathered: bool) -> dict[str, Any]:
     """The run fields of RowParams."""
     query_lengths = torch.tensor([piece[1] - piece[0] for piece in pieces], dtype=torch.int32)
     key_lengths = torch.tensor([piece[3] - piece[2] for piece in pieces], dtype=torch.int32)
-    key_runs = torch.cat([torch.arange(piece[2], piece[3]) for piece in pieces]).to(device) if gathered else None
+    key_runs = torch.cat([torch.arange(piece[2], piece[3]) for piece in pieces]) if gathered else None
     return {
         "pieces": pieces,
         "key_runs": key_runs,
-        "cu_query_runs": _cumulative(query_lengths).to(device),
-        "cu_key_runs": _cumulative(key_lengths).to(device),
+        "cu_query_runs": _cumulative(query_lengths),
+        "cu_key_runs": _cumulative(key_lengths),
         "max_query_run": int(query_lengths.max()),
         "max_key_run": int(key_lengths.max()),
     }

@@ -307,21 +307,39 @@ def test_without_the_kernels_the_reference_runs_and_says_so_once(monkeypatch, ca
     assert "plain torch" in caplog.text
 
 
-def op_arguments(requires_grad):
+def op_arguments(requires_grad, chosen=False):
     arguments = problem(tokens=20, vocab=64)
     leaves = [arguments[name].requires_grad_(requires_grad) for name in ("hidden", "weight")]
-    tokens = [arguments[name] for name in ("targets", "policy_weights", "nll_weights", "old_logprobs", "advantages")]
+    names = ("policy_weights", "nll_weights", "old_logprobs", "advantages")
     terms = ops.pack_terms(Terms(coefficients=GPPO().coefficients()))
-    return [*leaves, *tokens, None, None, 1.0, terms, "", 64, False, torch.float32, 8]
+    groups = [torch.arange(12), torch.tensor([13, 17]), [0, -1]] if chosen else [None, None, []]
+    return [
+        *leaves,
+        arguments["targets"],
+        *groups,
+        *(arguments[name] for name in names),
+        None,
+        None,
+        1.0,
+        terms,
+        "",
+        64,
+        False,
+        torch.float32,
+        8,
+    ]
 
 
 def test_operators_pass_opcheck():
     for requires_grad in (True, False):
         torch.library.opcheck(ops.policy_loss, (*op_arguments(requires_grad), True, True))
+        torch.library.opcheck(ops.policy_loss, (*op_arguments(requires_grad, chosen=True), True, True))
     plain = op_arguments(False)
     torch.library.opcheck(ops.policy_loss, (*plain, False, False))
     torch.library.opcheck(ops.policy_loss_into, (torch.zeros(64, 24), *plain, True))
-    torch.library.opcheck(ops.logprobs, (*plain[:3], None, None, 1.0, "", 64, False, torch.float32, 8))
+    for index, first in ((None, -1), (torch.arange(3, 9), 3)):
+        inputs = (*plain[:3], None, index, first, None, 1.0, "", 64, False, torch.float32, 8)
+        torch.library.opcheck(ops.logprobs, inputs)
 
 
 @pytest.mark.parametrize("mode", ["autograd", "main_grad", "main_grad_tied"])

@@ -27,7 +27,7 @@ def dense(query, key, value, pieces, scale):
 @pytest.mark.parametrize(("context_size", "rank"), [(1, 0), (2, 0), (2, 1)])
 def test_sdpa_over_the_pieces_of_a_row_is_the_plain_formula(context_size, rank):
     pieces = _pieces(BOUNDS, context_size, rank)
-    row = RowParams(**_runs(pieces, torch.device("cpu"), gathered=context_size > 1))
+    row = RowParams(**_runs(pieces, gathered=context_size > 1))
     generator = torch.Generator().manual_seed(0)
     counts = ((BOUNDS[-1] // context_size, HEADS), (BOUNDS[-1], KV_HEADS), (BOUNDS[-1], KV_HEADS))
     leaves = [torch.randn(*count, SIZE, generator=generator, requires_grad=True) for count in counts]
@@ -42,7 +42,7 @@ def test_sdpa_over_the_pieces_of_a_row_is_the_plain_formula(context_size, rank):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_runs_say_the_same_as_pieces(rank):
     pieces = _pieces(BOUNDS, 2, rank)
-    runs = _runs(pieces, torch.device("cpu"), gathered=True)
+    runs = _runs(pieces, gathered=True)
     for index, (q_start, q_end, k_start, k_end) in enumerate(pieces):
         assert runs["cu_query_runs"][index : index + 2].tolist() == [q_start, q_end]
         first, last = runs["cu_key_runs"][index : index + 2].tolist()
@@ -110,8 +110,8 @@ def test_rotary_tables_live_with_a_micro_batch_and_not_with_its_row():
     """The row keeps 4 bytes a token for them; what attention gets is made of positions, bit by bit."""
     positions = torch.cat([torch.arange(7), torch.arange(5)])
     frequencies = 1e4 ** -(torch.arange(4) / 4)
-    row = RowParams(positions=positions.int(), inverse_frequencies=frequencies)
-    made = row.with_angles()
+    row = RowParams(positions=positions.int())
+    made = row.on(torch.device("cpu"), frequencies)
     angles = torch.cat([positions.float()[:, None] * frequencies[None]] * 2, dim=-1)
     assert torch.equal(made.cosine, angles.cos())
     assert torch.equal(made.sine, angles.sin())

@@ -268,7 +268,8 @@ def _logit_difference(
 ) -> float:
     batch = _check_batch(architecture)
     model = chunks[0].float().eval()
-    row = local_row(batch, topology, inverse_frequencies(architecture)[0])
+    frequencies = inverse_frequencies(architecture)[0].to(topology.device)
+    row = local_row(batch, topology).on(topology.device, frequencies)
     hidden = model.run(row).squeeze(1)
     ours = torch.nn.functional.linear(hidden, model.head_weight[: architecture.vocab_size])
     reference = transformers_logits(model_folder, batch, dtype)
