@@ -316,5 +316,5 @@ def memory(model: Model, layout: Layout, stage: int = 0) -> Memory:
         gradients=FP32 * (dense + experts),
         optimizer=math.ceil(state * dense / shards[0]) + math.ceil(state * experts / shards[1]),
         activations=plain.activations,
-        loss=plain.loss,
+        working=plain.working,
     )

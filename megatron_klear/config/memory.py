@@ -1,7 +1,7 @@
 """Parameters and bytes of one rank in training, by what they hold: pure arithmetic on settings and the model's shape.
 
-The terms are held against the built model and against what autograd keeps, in `tests/unit/test_estimate.py` and
-`tests/unit/test_cost.py`. CUDA, NCCL and fragmentation come on top.
+Held against the built model in `tests/unit/test_estimate.py` and against the peaks of real steps on the CPU in
+`tests/distributed/test_memory.py`. CUDA, NCCL and fragmentation come on top.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_klear.config.activations import kept_bytes, number_bytes, working_bytes
 from megatron_klear.config.base import RunConfig
 from megatron_klear.models.architecture import Architecture
-
-LOSS_CHUNK_TOKENS = 4096
-"""Tokens whose logits the fused loss holds at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,15 +22,17 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
-    loss: int
-    """Buffers of the head and loss: a chunk of logits, or whole logits where the fused loss is off."""
+    """Kept between forward and backward, of all layers and micro-batches that are under way at once."""
+    working: int
+    """What comes and goes on top: the head's and the loss's buffers, or what the backward pass of a layer (of a
+    recomputed block) holds at once, whichever is more."""
     host: int = 0
     """In host memory, for the offloaded share of the optimizer."""
 
     @property
     def total(self) -> int:
         """Sum of all parts on the card, in bytes."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.loss
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.working
 
 
 def stage_experts(config: RunConfig, architecture: Architecture, stage: int) -> int:
@@ -76,7 +76,7 @@ def stage_memory(
     config: RunConfig, architecture: Architecture, stage: int, data_parallel: int, row_tokens: int, microbatches: int
 ) -> Memory:
     """Bytes on one rank of a pipeline stage while it trains on rows of `row_tokens` tokens."""
-    width = _width(config)
+    width = number_bytes(config)
     parameters = stage_parameters(config, architecture, stage)
     experts = stage_experts(config, architecture, stage)
     copies = _replicas(config, data_parallel) if config.optimizer.distributed else (1, 1)
@@ -90,8 +90,8 @@ def stage_memory(
         gradients=4 * parameters,
         # Whole parameters are offloaded until the share is reached, so that this is the most that stays.
         optimizer=round(state * (1.0 - offloaded)),
-        activations=_activations(config, architecture, stage, row_tokens, microbatches),
-        loss=_loss_bytes(config, architecture, row_tokens) if stage == config.parallel.pipeline - 1 else 0,
+        activations=kept_bytes(config, architecture, stage, row_tokens, microbatches),
+        working=working_bytes(config, architecture, stage, row_tokens),
         # Master, two moments, and a copy of the gradient, all fp32 (mcore.host_optimizer).
         host=round(16 * sum(math.ceil(count / ranks) for count, ranks in parts) * offloaded),
     )
@@ -102,101 +102,3 @@ def _replicas(config: RunConfig, data_parallel: int) -> tuple[int, int]:
     parallel = config.parallel
     ranks = data_parallel * parallel.context
     return ranks, ranks * parallel.tensor // (parallel.expert * parallel.expert_tensor_size)
-
-
-def layer_activation_bytes(config: RunConfig, architecture: Architecture, row_tokens: int) -> int:
-    """Bytes that one layer keeps for its backward pass of one row, nothing recomputed, on one rank.
-
-    Korthikanti et al. (arXiv 2205.05198, section 4) adapted: RMSNorm and no dropout (inputs only), grouped
-    query attention, SwiGLU (gate, up, silu(gate), product; of experts those of the chosen ones, all equally liked, with
-    the copies of their inputs and outputs that they are sent), and attention that keeps its inputs, output and
-    log-sum-exp, never the scores. Under context parallelism keys and values are gathered over the row.
-    """
-    kept = _kept_by_layer(config, architecture, row_tokens)
-    return kept.residual + kept.attention + kept.mlp
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    residual: int
-    attention: int
-    mlp: int
-
-
-def _width(config: RunConfig) -> int:
-    return 2 if config.model.dtype == "bf16" else 4
-
-
-def _residual_bytes(config: RunConfig, architecture: Architecture, row_tokens: int) -> int:
-    """One hidden-state tensor of a row as this rank keeps it."""
-    parallel = config.parallel
-    shards = parallel.context * (parallel.tensor if parallel.sequence else 1)
-    return math.ceil(row_tokens / shards) * architecture.hidden_size * _width(config)
-
-
-def _kept_by_layer(config: RunConfig, architecture: Architecture, row_tokens: int) -> _Kept:
-    parallel, width = config.parallel, _width(config)
-    tokens = math.ceil(row_tokens / parallel.context)
-    heads, kv_heads = architecture.num_heads / parallel.tensor, max(architecture.num_kv_heads / parallel.tensor, 1.0)
-    query, kv = heads * architecture.head_dim, kv_heads * architecture.head_dim
-    attention = tokens * (2 * query * width + 4 * heads) + row_tokens * 2 * kv * width
-    if architecture.qk_norm:
-        attention += tokens * (query + kv) * width
-    return _Kept(
-        # Inputs of two norms and, as their outputs, of the QKV and first MLP matrices.
-        residual=4 * _residual_bytes(config, architecture, row_tokens),
-        attention=round(attention),
-        mlp=round(tokens * _kept_by_mlp(architecture) / parallel.tensor * width),
-    )
-
-
-def _kept_by_mlp(architecture: Architecture) -> int:
-    """Numbers that a token leaves for the backward pass of an MLP or of its experts."""
-    experts = architecture.experts
-    if experts is None:
-        return 4 * architecture.ffn_hidden_size
-    return experts.chosen * (4 * experts.ffn_hidden_size + 2 * architecture.hidden_size)
-
-
-def _activations(config: RunConfig, architecture: Architecture, stage: int, row_tokens: int, microbatches: int) -> int:
-    """Bytes kept for all layers and micro-batches that are under way at a stage at once."""
-    kept = _kept_by_layer(config, architecture, row_tokens)
-    residual = _residual_bytes(config, architecture, row_tokens)
-    layers = layers_in_flight(config, architecture, stage, microbatches)
-    whole = kept.residual + kept.attention + kept.mlp
-    recompute = config.recompute
-    if recompute.granularity == "none":
-        total = layers * whole
-    elif recompute.granularity == "selective":
-        total = layers * (kept.residual + kept.attention) + kept.mlp
-    else:
-        block = min(recompute.layers, architecture.num_layers // config.parallel.pipeline)
-        total = math.ceil(layers / block) * residual + block * whole
-    return total
-
-
-def layers_in_flight(config: RunConfig, architecture: Architecture, stage: int, microbatches: int) -> int:
-    """Layers times micro-batches whose activations a stage holds at the worst moment.
-
-    1F1B holds pipeline - stage micro-batches; the interleaved schedule 2 * (pipeline - stage - 1) +
-    (chunks - 1) * pipeline + 1 chunks, which on the first stage is the paper's factor 1 + (p - 1) / (p * chunks).
-    """
-    parallel = config.parallel
-    chunks = parallel.virtual_pipeline
-    chunk_layers = architecture.num_layers // (parallel.pipeline * chunks)
-    if chunks == 1:
-        return chunk_layers * min(microbatches, parallel.pipeline - stage)
-    warmup = 2 * (parallel.pipeline - stage - 1) + (chunks - 1) * parallel.pipeline
-    return chunk_layers * min(microbatches * chunks, warmup + 1)
-
-
-def _loss_bytes(config: RunConfig, architecture: Architecture, row_tokens: int) -> int:
-    parallel, width = config.parallel, _width(config)
-    tokens = math.ceil(row_tokens / parallel.context)
-    vocabulary = architecture.padded_vocab_size(parallel.tensor) // parallel.tensor
-    hidden = 2 * tokens * architecture.hidden_size * width  # the gathered hidden states and their gradient
-    logits_width = 4 if config.model.logits_dtype == "fp32" else width
-    if config.model.fused_loss:
-        return hidden + min(tokens, LOSS_CHUNK_TOKENS) * vocabulary * (logits_width + width)
-    # Logits, their fp32 form in the loss, and the gradient.
-    return hidden + tokens * vocabulary * (logits_width + 8)
