@@ -108,7 +108,7 @@ def test_state_is_sharded_over_data_and_context_ranks():
     assert (offloaded.optimizer, offloaded.host, bf16.host) == (0, 16 * n, 0)
     half = stage_memory(config(optimizer={"cpu_offload": 0.5}), architecture, 0, 4, 64, 1)
     assert (half.optimizer, half.host) == (round(12 * n / 8), 2 * n)
-    assert half.total == sum((half.parameters, half.gradients, half.optimizer, half.activations, half.loss))
+    assert half.total == sum((half.parameters, half.gradients, half.optimizer, half.activations, half.working))
 
 
 def test_batch_arithmetic():
@@ -122,7 +122,7 @@ def test_batch_arithmetic():
 def test_description_says_all_parts_and_whether_it_fits():
     run = config(parallel={"pipeline": 2})
     shown = describe_plan(run, shape(), 4, num_rows=100, device_memory_bytes=2**20)
-    for part in ("gradients", "optimizer state", "activations", "loss", "total", "steps per epoch", "DOES NOT FIT"):
+    for part in ("gradients", "optimizer state", "activations", "at work", "total", "steps per epoch", "DOES NOT FIT"):
         assert part in shown
     assert "recompute.granularity" in shown
     assert "DOES NOT FIT" not in describe_plan(run, shape(), 4, device_memory_bytes=2**40)
