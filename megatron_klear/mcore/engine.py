@@ -21,6 +21,7 @@ from megatron_klear.config.base import RunConfig
 from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.mcore import device as device_shim
+from megatron_klear.mcore import lora, lora_weights
 from megatron_klear.mcore import weights as hf
 from megatron_klear.mcore.checkpoints import save as checkpoint
 from megatron_klear.mcore.head import Head
@@ -29,6 +30,7 @@ from megatron_klear.mcore.model import PolicyModel, build_chunks, inverse_freque
 from megatron_klear.mcore.offload import TrainingMemory
 from megatron_klear.mcore.optimizer import build_optimizer, guarded_step, learning_rate, set_rates
 from megatron_klear.mcore.reading import check_frequencies
+from megatron_klear.mcore.reference import Reference
 from megatron_klear.mcore.rows import LocalRow, empty_batch, local_row
 from megatron_klear.mcore.topology import Topology
 from megatron_klear.models.architecture import Architecture, read_architecture
@@ -75,13 +77,14 @@ class Engine:
         check_frequencies(self.architecture, run.model.path)
         self.models = build_chunks(self.architecture, run, topology)
         self._load_initial_weights()
+        lora.freeze(self.models, recompute=run.recompute.granularity != "none")
         self.overlap = run.optimizer.overlap and topology.data_context.size > 1
         self.chunks = _wrap(self.models, run, self.overlap)
         self.optimizer = build_optimizer(run, self.chunks, self.overlap)
         self._memory = TrainingMemory(self.chunks, self.optimizer, topology.device)
         self.head = Head(run.model, self.architecture, topology)
         self.inverse_frequencies = inverse_frequencies(self.architecture)[0].to(topology.device)
-        self._reference: list[Tensor] | None = None
+        self._reference: Reference | None = None
         self._saver = checkpoint.Saver(asynchronous=run.checkpoint.asynchronous)
         config = self.models[0].config
         config.grad_scale_func = self.optimizer.scale_loss
@@ -175,29 +178,24 @@ class Engine:
         return self._all_whole(rows, results)[: len(batches)]
 
     def keep_reference(self, folder: Path | None = None) -> None:
-        """Keep a frozen copy of the model in host memory: of the weights in `folder`, or of the present ones.
+        """Keep a frozen model to measure the KL against: the weights in `folder`, or the present ones.
 
-        To be called before the first step and before a checkpoint is loaded.
+        A copy in host memory, but for adapters that start at zero: their base is there. To be called before the first
+        step and before a checkpoint is loaded.
         """
-        present = [parameter.detach().clone() for model in self.models for parameter in model.parameters()]
+        load = None
         if folder is not None:
-            hf.load_hf_weights(self.models, self.architecture, folder, self.topology)
-        self._reference = [  # a copy on the CPU as well, where .cpu() would be the very weights in training
-            parameter.detach().to("cpu", copy=True) for model in self.models for parameter in model.parameters()
-        ]
-        self._put(present)
+            load = partial(hf.load_hf_weights, self.models, self.architecture, folder, self.topology)
+        starts_at_base = self.run.lora is not None and self.run.lora.adapter is None
+        self._reference = Reference.keep(self.models, load, is_base=starts_at_base and folder is None)
 
     def reference_logprobs(self, batches: Sequence[PackedBatch], *, temperature: float = 1.0) -> list[Tensor]:
         """`logprobs` under the reference that `keep_reference` kept."""
         if self._reference is None:
             raise RuntimeError("there is no reference model: call keep_reference first")
         self._gather_parameters()
-        present = [parameter.detach().clone() for model in self.models for parameter in model.parameters()]
-        self._put(self._reference)
-        try:
+        with self._reference.in_place():
             return self.logprobs(batches, temperature=temperature)
-        finally:
-            self._put(present)
 
     def evaluate(self, batches: Sequence[PackedBatch], loss: TokenLoss) -> float:
         """The weighted loss over the batches of all data ranks, without a gradient."""
@@ -209,9 +207,15 @@ class Engine:
         return self.topology.all_reduce([total], self.topology.data)[0]
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The model under its Hugging Face names, one whole tensor at a time, on every rank."""
+        """The model under its Hugging Face names, one whole tensor at a time, on every rank; adapters merged in."""
         self._gather_parameters()
-        yield from hf.iter_hf_weights(self.models, self.architecture, self.topology)
+        merged = lora.merging(self.models)
+        yield from hf.iter_hf_weights(self.models, self.architecture, self.topology, value_of=merged)
+
+    def adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapters under PEFT's names, one whole tensor at a time, on every rank."""
+        self._gather_parameters()
+        yield from lora_weights.iter_adapters(self.models, self.topology)
 
     def save(self, path: Path, extra: dict[str, Any] | None = None, files: Mapping[str, bytes] | None = None) -> None:
         """Write a checkpoint at `path`; it appears whole or not at all.
@@ -251,12 +255,6 @@ class Engine:
         """Wait for background writing to end."""
         self._saver.close()
 
-    @torch.no_grad()
-    def _put(self, weights: list[Tensor]) -> None:
-        parameters = [parameter for model in self.models for parameter in model.parameters()]
-        for parameter, weight in zip(parameters, weights, strict=True):
-            parameter.copy_(weight)
-
     def _load_initial_weights(self) -> None:
         model = self.run.model
         if model.checkpoint is not None:
@@ -265,6 +263,8 @@ class Engine:
             hf.load_random_weights(self.models, self.architecture, self.run.seed, self.topology)
         else:
             hf.load_hf_weights(self.models, self.architecture, model.path, self.topology)
+        if self.run.lora is not None:
+            lora_weights.start_adapters(self.models, self.run.lora, self.run.seed, self.topology)
 
     def _rows(self, batches: Sequence[PackedBatch]) -> list[LocalRow]:
         """Rows in this rank's layout; with virtual stages a whole number of pipeline rounds of them."""
@@ -338,7 +338,8 @@ class Engine:
 
     def _await_head(self, chunk: Any) -> None:
         """Wait for the gathering of the head's weight: its module's forward, whose hook would, is never called."""
-        if self.overlap and self.run.optimizer.distributed and chunk.module.post_process:
+        trained = chunk.module.post_process and chunk.module.head_weight.requires_grad
+        if self.overlap and self.run.optimizer.distributed and trained:
             chunk.param_to_bucket_group[chunk.module.head_weight].finish_param_sync()
 
     def _gather_parameters(self) -> None:

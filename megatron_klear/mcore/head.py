@@ -66,9 +66,7 @@ class Head:
             entropy_coefficient=entropy_coefficient,
             kl_coefficient=kl_coefficient,
             kl_estimator=kl_estimator,
-            main_grad=weight.main_grad,  # type: ignore[attr-defined]  # Megatron's DDP puts it there
-            # A head that is also this chunk's embedding gets a second gradient through autograd.
-            weight_grad="main_grad_tied" if model.head_is_embedding else "main_grad",
+            **_way_of_gradient(model),
             **self._layout,
         )
         result = self._policy_loss(inputs)
@@ -92,3 +90,13 @@ class Head:
         if self._fused:
             return kernels.fused_logprobs(*inputs, temperature=temperature, **self._layout).logprobs
         return kernels.vocab_parallel_logprobs_ref(*inputs, temperature=temperature, **self._layout)[0]
+
+
+def _way_of_gradient(model: PolicyModel) -> dict[str, Any]:
+    """Where the head's gradient goes; a frozen head has none, and none is computed."""
+    weight = model.head_weight
+    if not weight.requires_grad:
+        return {"main_grad": None, "weight_grad": "autograd"}
+    # A head that is also this chunk's embedding gets a second gradient through autograd.
+    mode = "main_grad_tied" if model.head_is_embedding else "main_grad"
+    return {"main_grad": weight.main_grad, "weight_grad": mode}  # type: ignore[attr-defined]  # Megatron's DDP puts it there
