@@ -233,7 +233,8 @@ class CheckpointConfig(Settings):
     asynchronous: bool = True
     """Write in the background while training goes on."""
     export_hf: bool = False
-    """Also write the final weights as a Hugging Face folder, `output/hf`."""
+    """Also write the final weights as a Hugging Face folder, `output/hf`; adapters are merged, and in `output/adapter`
+    as PEFT reads them."""
 
 
 class LoggingConfig(Settings):

@@ -9,7 +9,7 @@ and micro-batching change speed and never the numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_klear.config.base import RunConfig
+from megatron_klear.config.checks_lora import adapted_matrices
 from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore import lora, lora_weights
 from megatron_klear.mcore import weights as hf
 from megatron_klear.mcore.checkpoints import save as checkpoint
+from megatron_klear.mcore.checkpoints.adapters import Base
 from megatron_klear.mcore.head import Head
 from megatron_klear.mcore.host_optimizer import check_offload
 from megatron_klear.mcore.model import PolicyModel, build_chunks, inverse_frequencies
@@ -217,6 +219,14 @@ class Engine:
         self._gather_parameters()
         yield from lora_weights.iter_adapters(self.models, self.topology)
 
+    @cached_property
+    def base(self) -> Base | None:
+        """The frozen model under adapters, None where all weights are trained. Collective where first asked for."""
+        if self.run.lora is None:
+            return None
+        sha256 = lora_weights.base_checksum(self.models, self.architecture, self.topology)
+        return Base.of(self.run, sha256, adapted_matrices(self.run.lora, self.architecture))
+
     def save(self, path: Path, extra: dict[str, Any] | None = None, files: Mapping[str, bytes] | None = None) -> None:
         """Write a checkpoint at `path`; it appears whole or not at all.
 
@@ -234,6 +244,7 @@ class Engine:
                 extra=extra or {},
                 files=files or {},
                 turns=self.turns,
+                base=self.base,
             ),
             self.topology,
             model_folder=self.run.model.path,
@@ -246,7 +257,7 @@ class Engine:
     def load(self, path: Path) -> dict[str, Any]:
         """Continue from a checkpoint written in any layout; returns the `extra` it was saved with."""
         self.wake()
-        state = checkpoint.TrainingState(models=self.models, optimizer=self.optimizer, step=0, extra={})
+        state = checkpoint.TrainingState(models=self.models, optimizer=self.optimizer, step=0, extra={}, base=self.base)
         loaded = checkpoint.load(path, state, self.topology)
         self.step = loaded.step
         return loaded.extra

@@ -106,13 +106,13 @@ class Adapters(torch.nn.Module):
 
     def add(self, output: Tensor, low: Tensor, up: Tensor) -> Tensor:
         """`output` [..., out] + scale * up low, with low [..., n * rank]."""
-        rows: Tensor = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=self.form.scale)
+        rows = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=self.form.scale)
         return rows.view(output.shape)
 
     def delta(self) -> Tensor:
         """This tensor rank's update of the fused weight, fp32."""
         down, up = self()
-        return self.form.scale * (up.float() @ down.float())
+        return torch.mul(up.float() @ down.float(), self.form.scale)
 
     def shard_axes(self) -> dict[str, int]:
         """The axis along which tensor ranks cut each factor that they do."""

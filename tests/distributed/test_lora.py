@@ -185,12 +185,19 @@ def drawn(config: SFTConfig, layout: Layout) -> dict[str, torch.Tensor]:
         return found
 
 
-def test_the_start_is_that_of_the_seed_in_every_layout(case, ranks):
-    config = case[0]
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TP2 PP2 SP", "PP2 VPP2"])
+def test_the_start_is_that_of_the_seed_in_every_layout(case, ranks, name):
+    config, layout = case[0], layouts_named([name])[0]
     one = ranks(1, drawn, config, ONE_PROCESS)[0]
-    for found in ranks(4, drawn, config, layouts_named(["TP2 PP2 SP"])[0]):
+    for found in ranks(layout.processes, drawn, config, layout):
         assert list(found) == list(one)
         assert all(torch.equal(found[name], one[name]) for name in one)
+
+
+def test_the_start_is_an_update_of_zero_drawn_from_the_seed(case, ranks):
+    config = case[0]
+    one = ranks(1, drawn, config, ONE_PROCESS)[0]
     a = {name: tensor for name, tensor in one.items() if "lora_A" in name}
     assert all(0.9 < float(t.abs().max()) * t.shape[1] ** 0.5 <= 1 for t in a.values())
     assert all(not t.any() for name, t in one.items() if name not in a)
