@@ -10,7 +10,9 @@ import math
 from dataclasses import dataclass
 
 from megatron_klear.config.base import RunConfig
+from megatron_klear.config.checks_lora import adapted_matrices
 from megatron_klear.models.architecture import Architecture
+from megatron_klear.models.projections import projections
 
 LOSS_CHUNK_TOKENS = 4096
 """Tokens whose logits the fused loss holds at once."""
@@ -56,25 +58,39 @@ def stage_parameters(config: RunConfig, architecture: Architecture, stage: int) 
     return count
 
 
+def adapter_parameters(config: RunConfig, architecture: Architecture) -> int:
+    """Parameters of the adapters that one tensor rank of a pipeline stage holds, 0 where all weights are trained."""
+    if config.lora is None:
+        return 0
+    every = projections(architecture)
+    tensor = config.parallel.tensor
+    layer = sum(
+        every[name].adapter_parameters(config.lora.rank, tensor) for name in adapted_matrices(config.lora, architecture)
+    )
+    return layer * (architecture.num_layers // config.parallel.pipeline)
+
+
 def stage_memory(
     config: RunConfig, architecture: Architecture, stage: int, data_parallel: int, row_tokens: int, microbatches: int
 ) -> Memory:
     """Bytes on one rank of a pipeline stage while it trains on rows of `row_tokens` tokens."""
     width = _width(config)
     parameters = stage_parameters(config, architecture, stage)
+    adapters = adapter_parameters(config, architecture)
+    trained = parameters if config.lora is None else adapters
     shards = data_parallel * config.parallel.context if config.optimizer.distributed else 1
     # bf16 weights have fp32 masters; fp32 weights are their own. Both have two fp32 moments.
-    state = math.ceil(4 * parameters * (3 if width == 2 else 2) / shards)
+    state = math.ceil(4 * trained * (3 if width == 2 else 2) / shards)
     offloaded = config.optimizer.cpu_offload
     return Memory(
-        parameters=width * parameters,
-        gradients=4 * parameters,
+        parameters=width * (parameters + adapters),
+        gradients=4 * trained,
         # Whole parameters are offloaded until the share is reached, so that this is the most that stays.
         optimizer=round(state * (1.0 - offloaded)),
         activations=_activations(config, architecture, stage, row_tokens, microbatches),
         loss=_loss_bytes(config, architecture, row_tokens) if stage == config.parallel.pipeline - 1 else 0,
         # Master, two moments, and a copy of the gradient, all fp32 (mcore.host_optimizer).
-        host=round(16 * math.ceil(parameters / shards) * offloaded),
+        host=round(16 * math.ceil(trained / shards) * offloaded),
     )
 
 
