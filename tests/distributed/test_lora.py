@@ -139,6 +139,25 @@ def test_a_frozen_head_costs_no_product_of_its_own(case, ranks):
     assert ranks(1, head_products, config.model_copy(update={"lora": None}))[0] > 0
 
 
+def norms_with(config: SFTConfig, ways: list[str]) -> list[float]:
+    """The first gradient norm with each way of recomputation."""
+    found = []
+    with world(config.parallel, config.seed) as topology:
+        for way in ways:
+            engine = Engine(config.model_copy(update={"recompute": RecomputeConfig(granularity=way)}), topology)
+            found.append(engine.train_step(batches_of(engine), NLL()).grad_norm)
+            engine.close()
+    return found
+
+
+def test_adapters_in_recomputed_blocks_alone_get_their_gradient(case, ranks):
+    """The first layer's block has no trained input: without one that asks for a gradient torch would make none."""
+    config = case[0].model_copy(update={"lora": LoraConfig(rank=4, targets=("down_proj",))})
+    plain, *recomputed = ranks(1, norms_with, config, ["none", "selective", "full"])[0]
+    assert plain > 0
+    assert recomputed == pytest.approx([plain, plain], rel=1e-6)
+
+
 def train_and_export(config: SFTConfig, folder) -> tuple[torch.Tensor, float]:
     """Log-probs of a row after a few steps, and by how much the steps moved them; the merged model is in `folder`."""
     with world(config.parallel, config.seed) as topology:

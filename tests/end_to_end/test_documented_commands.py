@@ -194,7 +194,6 @@ INLINE: dict[str, Runs | Refused | Exempt] = {
     "python tools/benchmark/code_reward.py": Exempt("most of an hour; says what its results hold"),
     "klear ablate examples/ablations/lora.toml": Exempt("half an hour; docs/ablations.md has what came out"),
     "python tools/benchmark/lora.py": Exempt("minutes; says what its results hold"),
-    "bash examples/gppo_lora_tiny_cpu.sh": Exempt("minutes; tests/end_to_end/test_lora_runs.py runs shorter"),
     "python tools/benchmark/interval_coverage.py": Runs("--repeats 2 --out runs/coverage.json", shows="30, 64, 0.67"),
     "bash examples/data_math.sh": Exempt(
         "the build is run above; tests/end_to_end/test_curation_build.py trains on its sets"
