@@ -39,7 +39,7 @@ def inspect_checkpoint(folder: Path, *, hashes: bool) -> dict[str, Any]:
     report: dict[str, Any] = {"kind": "megatron", "tensors": [], "problems": damage(folder, hashes=hashes)}
     try:
         training = read_training(folder)
-        names = ("step", "has_optimizer", "layout", "world_size", "versions", "extra")
+        names = ("step", "has_optimizer", "layout", "world_size", "versions", "extra", "base")
         report |= {name: training.get(name) for name in names}
         report["tensors"] = [_row(spec) for spec in checkpoint_tensors(folder)]
     except CheckpointError as error:
@@ -83,6 +83,9 @@ def show(report: dict[str, Any]) -> None:
     if report.get("step") is not None:
         optimizer = "with" if report["has_optimizer"] else "without"
         print(f"step {report['step']}, {optimizer} optimizer state, written by {report['world_size']} processes")
+    if base := report.get("base"):
+        print(f"adapters of rank {base['rank']}, alpha {base['alpha']:g} on {', '.join(base['targets'])}")
+        print(f"of the model {base['model']}, SHA-256 {base['sha256']}")
     for problem in report["problems"]:
         print(f"PROBLEM: {problem}")
     if not report["problems"]:

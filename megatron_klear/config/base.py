@@ -140,6 +140,34 @@ class OptimizerConfig(Settings):
         return self
 
 
+LoraTarget = Literal["all", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoraConfig(Settings):
+    """`[lora]`: train low-rank adapters of the model's matrices (arXiv 2106.09685) and leave its weights as they are.
+
+    Without the table all weights are trained.
+    """
+
+    rank: PositiveInt = 32
+    """Rows of A and columns of B in W + (alpha / rank) B A."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The update is scaled by alpha / rank, so that a learning rate serves several ranks."""
+    targets: tuple[LoraTarget, ...] = Field(default=("all",), min_length=1)
+    """Matrices with an adapter, in every layer, by their Hugging Face names. Embedding and head never have one."""
+    adapter: Path | None = None
+    """Start from this adapter, a folder that PEFT or an export wrote, instead of from an update of zero. It must have
+    this rank, alpha and targets."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LoraConfig:
+        if "all" in self.targets and len(self.targets) > 1:
+            raise ValueError(f"lora.targets {list(self.targets)}: all has the others in it; give it alone")
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"lora.targets {list(self.targets)} names a matrix twice")
+        return self
+
+
 class RecomputeConfig(Settings):
     """`[recompute]`: activations recomputed in the backward pass instead of kept."""
 
@@ -224,7 +252,8 @@ class CheckpointConfig(Settings):
     asynchronous: bool = True
     """Write in the background while training goes on."""
     export_hf: bool = False
-    """Also write the final weights as a Hugging Face folder, `output/hf`."""
+    """Also write the final weights as a Hugging Face folder, `output/hf`; adapters are merged, and in `output/adapter`
+    as PEFT reads them."""
 
 
 class LoggingConfig(Settings):
@@ -246,6 +275,7 @@ class RunConfig(Settings):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig | None = None
     recompute: RecomputeConfig = RecomputeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_klear.config.base import RunConfig, SFTConfig
 from megatron_klear.config.checks_experts import check_experts, divisors
+from megatron_klear.config.checks_lora import adapter_problems, lora_problems
 from megatron_klear.config.read import differences
 from megatron_klear.data.sources import file_problem, find_files, nothing_found
 from megatron_klear.errors import UserError
@@ -182,7 +183,12 @@ def check_layout(config: RunConfig, architecture: Architecture, world_size: int)
             f"{parallel.pipeline} x parallel.virtual_pipeline {parallel.virtual_pipeline}; every chunk holds equally "
             f"many layers, so their product must be one of {divisors(architecture.num_layers, chunks)}"
         )
-    return [*errors, *check_experts(config, architecture, world_size), *offload_problems(config)]
+    return [
+        *errors,
+        *check_experts(config, architecture, world_size),
+        *offload_problems(config),
+        *lora_problems(config, architecture),
+    ]
 
 
 def _check_batch(config: SFTConfig, world_size: int) -> list[str]:
@@ -306,7 +312,7 @@ def _check_model_folder(config: RunConfig) -> list[str]:
         )
     if model.weights == "random" and model.checkpoint is not None:
         errors.append("model.weights = random and model.checkpoint exclude each other; keep one")
-    return errors
+    return errors + adapter_problems(config)
 
 
 def check_output(output: Path) -> list[str]:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from megatron_klear.config.activations import kept_bytes, number_bytes, working_bytes
 from megatron_klear.config.base import RunConfig
+from megatron_klear.config.checks_lora import adapted_matrices
 from megatron_klear.models.architecture import Architecture
+from megatron_klear.models.projections import projections
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,22 +74,36 @@ def _dense_parameters(config: RunConfig, architecture: Architecture, stage: int)
     return count
 
 
+def adapter_parameters(config: RunConfig, architecture: Architecture) -> int:
+    """Parameters of the adapters that one tensor rank of a pipeline stage holds, 0 where all weights are trained."""
+    if config.lora is None:
+        return 0
+    every = projections(architecture)
+    tensor = config.parallel.tensor
+    layer = sum(
+        every[name].adapter_parameters(config.lora.rank, tensor) for name in adapted_matrices(config.lora, architecture)
+    )
+    return layer * (architecture.num_layers // config.parallel.pipeline)
+
+
 def stage_memory(
     config: RunConfig, architecture: Architecture, stage: int, data_parallel: int, row_tokens: int, microbatches: int
 ) -> Memory:
     """Bytes on one rank of a pipeline stage while it trains on rows of `row_tokens` tokens."""
     width = number_bytes(config)
     parameters = stage_parameters(config, architecture, stage)
-    experts = stage_experts(config, architecture, stage)
+    adapters = adapter_parameters(config, architecture)
+    trained = parameters if config.lora is None else adapters
+    experts = stage_experts(config, architecture, stage) if config.lora is None else 0
     copies = _replicas(config, data_parallel) if config.optimizer.distributed else (1, 1)
-    parts = list(zip((parameters - experts, experts), copies, strict=True))
+    parts = list(zip((trained - experts, experts), copies, strict=True))
     # bf16 weights have fp32 masters; fp32 weights are their own. Both have two fp32 moments.
     each = 12 if width == 2 else 8
     state = sum(math.ceil(each * count / ranks) for count, ranks in parts)
     offloaded = config.optimizer.cpu_offload
     return Memory(
-        parameters=width * parameters,
-        gradients=4 * parameters,
+        parameters=width * (parameters + adapters),
+        gradients=4 * trained,
         # Whole parameters are offloaded until the share is reached, so that this is the most that stays.
         optimizer=round(state * (1.0 - offloaded)),
         activations=kept_bytes(config, architecture, stage, row_tokens, microbatches),

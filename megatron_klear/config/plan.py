@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_klear.config.base import RunConfig, SFTConfig
-from megatron_klear.config.memory import Memory, stage_memory, stage_parameters
+from megatron_klear.config.memory import Memory, adapter_parameters, stage_memory, stage_parameters
 from megatron_klear.models.architecture import Architecture
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ def _model_lines(config: RunConfig, architecture: Architecture, plan: Plan) -> l
         layout += f", {parallel.virtual_pipeline} chunks a stage"
     if architecture.experts is not None:
         layout += f"; experts over {parallel.expert} x tensor {parallel.expert_tensor_size}"
+    adapters = adapter_parameters(config, architecture)
     padded = architecture.padded_vocab_size(parallel.tensor)
     met = plan.model_parameters - architecture.unused_parameters
     parameters = f"{plan.model_parameters:,}" + (f", {met:,} met by a token" if architecture.experts else "")
@@ -213,6 +214,7 @@ def _model_lines(config: RunConfig, architecture: Architecture, plan: Plan) -> l
         _row("vocabulary (padded)", f"{architecture.vocab_size:,} ({padded:,})"),
         _row("layout", layout),
         _row("parameters of the largest rank", f"{max(plan.stage_parameters):,}"),
+        *([] if config.lora is None else [_row("trained, in adapters", f"{adapters:,} a rank")]),
     ]
 
 

@@ -183,6 +183,8 @@ RESUME_BREAKING = (
     "model.checkpoint",
     "model.weights",
     "model.dtype",
+    "lora",
+    "lora.*",
     "data.*",
     "train.rows_per_step",
     "train.aggregation",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_klear.config.base import RunConfig
+from megatron_klear.config.checks_lora import adapted_matrices
 from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.kernels import send
 from megatron_klear.mcore import device as device_shim
+from megatron_klear.mcore import lora, lora_weights
 from megatron_klear.mcore import weights as hf
 from megatron_klear.mcore.checkpoints import save as checkpoint
+from megatron_klear.mcore.checkpoints.adapters import Base
 from megatron_klear.mcore.experts import routing_metrics
+from megatron_klear.mcore.gradients import sum_gradients, wrap
 from megatron_klear.mcore.head import Head
 from megatron_klear.mcore.host_optimizer import check_offload
 from megatron_klear.mcore.model import PolicyModel, build_chunks, inverse_frequencies
 from megatron_klear.mcore.offload import TrainingMemory
 from megatron_klear.mcore.optimizer import build_optimizer, guarded_step, learning_rate, set_rates
 from megatron_klear.mcore.reading import check_frequencies
+from megatron_klear.mcore.reference import Reference
 from megatron_klear.mcore.rows import LocalRow, empty_batch, local_row
 from megatron_klear.mcore.topology import Topology
 from megatron_klear.models.architecture import Architecture, read_architecture
@@ -41,12 +46,7 @@ from megatron_klear.types import KLEstimator, PackedBatch, StepStats, TokenLoss
 
 device_shim.install()
 
-from megatron.core.distributed import (  # noqa: E402  (the shim must come first)
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402  (the shim must come first)
 
 
 class Engine:
@@ -78,17 +78,18 @@ class Engine:
         check_frequencies(self.architecture, run.model.path)
         self.models = build_chunks(self.architecture, run, topology)
         self._load_initial_weights()
+        lora.freeze(self.models, recompute=run.recompute.granularity != "none")
         self.overlap = run.optimizer.overlap and topology.data_context.size > 1
-        self.chunks = _wrap(self.models, run, topology, self.overlap)
+        self.chunks = wrap(self.models, run, topology, self.overlap)
         self.optimizer = build_optimizer(run, self.chunks, self.overlap)
         self._memory = TrainingMemory(self.chunks, self.optimizer, topology.device)
         self.head = Head(run.model, self.architecture, topology)
         self.inverse_frequencies = inverse_frequencies(self.architecture)[0].to(topology.device)
-        self._reference: list[Tensor] | None = None
+        self._reference: Reference | None = None
         self._saver = checkpoint.Saver(asynchronous=run.checkpoint.asynchronous)
         config = self.models[0].config
         config.grad_scale_func = self.optimizer.scale_loss
-        config.finalize_model_grads_func = _sum_gradients
+        config.finalize_model_grads_func = sum_gradients
         if self.overlap:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -178,30 +179,25 @@ class Engine:
         return self._all_whole(rows, results)[: len(batches)]
 
     def keep_reference(self, folder: Path | None = None) -> None:
-        """Keep a frozen copy of the model in host memory: of the weights in `folder`, or of the present ones.
+        """Keep a frozen model to measure the KL against: the weights in `folder`, or the present ones.
 
-        To be called before the first step and before a checkpoint is loaded.
+        A copy in host memory, but for adapters that start at zero: their base is there. To be called before the first
+        step and before a checkpoint is loaded.
         """
-        present = [parameter.detach().clone() for model in self.models for parameter in model.parameters()]
+        load = None
         if folder is not None:
-            hf.load_hf_weights(self.models, self.architecture, folder, self.topology)
-        self._reference = [  # a copy on the CPU as well, where .cpu() would be the very weights in training
-            parameter.detach().to("cpu", copy=True) for model in self.models for parameter in model.parameters()
-        ]
-        self._put(present)
+            load = partial(hf.load_hf_weights, self.models, self.architecture, folder, self.topology)
+        starts_at_base = self.run.lora is not None and self.run.lora.adapter is None
+        self._reference = Reference.keep(self.models, load, is_base=starts_at_base and folder is None)
 
     def reference_logprobs(self, batches: Sequence[PackedBatch], *, temperature: float = 1.0) -> list[Tensor]:
         """`logprobs` under the reference that `keep_reference` kept, which chooses its experts itself."""
         if self._reference is None:
             raise RuntimeError("there is no reference model: call keep_reference first")
         self._gather_parameters()
-        present = [parameter.detach().clone() for model in self.models for parameter in model.parameters()]
-        self._put(self._reference)
-        try:
-            own = [replace(batch, routes=None) for batch in batches]
+        own = [replace(batch, routes=None) for batch in batches]
+        with self._reference.in_place():
             return self.logprobs(own, temperature=temperature)
-        finally:
-            self._put(present)
 
     def evaluate(self, batches: Sequence[PackedBatch], loss: TokenLoss) -> float:
         """The weighted loss over the batches of all data ranks, without a gradient."""
@@ -213,9 +209,23 @@ class Engine:
         return self.topology.all_reduce([total], self.topology.data)[0]
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The model under its Hugging Face names, one whole tensor at a time, on every rank."""
+        """The model under its Hugging Face names, one whole tensor at a time, on every rank; adapters merged in."""
         self._gather_parameters()
-        yield from hf.iter_hf_weights(self.models, self.architecture, self.topology)
+        merged = lora.merging(self.models)
+        yield from hf.iter_hf_weights(self.models, self.architecture, self.topology, value_of=merged)
+
+    def adapter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapters under PEFT's names, one whole tensor at a time, on every rank."""
+        self._gather_parameters()
+        yield from lora_weights.iter_adapters(self.models, self.topology)
+
+    @cached_property
+    def base(self) -> Base | None:
+        """The frozen model under adapters, None where all weights are trained. Collective where first asked for."""
+        if self.run.lora is None:
+            return None
+        sha256 = lora_weights.base_checksum(self.models, self.architecture, self.topology)
+        return Base.of(self.run, sha256, adapted_matrices(self.run.lora, self.architecture))
 
     def save(self, path: Path, extra: dict[str, Any] | None = None, files: Mapping[str, bytes] | None = None) -> None:
         """Write a checkpoint at `path`; it appears whole or not at all.
@@ -234,6 +244,7 @@ class Engine:
                 extra=extra or {},
                 files=files or {},
                 turns=self.turns,
+                base=self.base,
             ),
             self.topology,
             model_folder=self.run.model.path,
@@ -246,7 +257,7 @@ class Engine:
     def load(self, path: Path) -> dict[str, Any]:
         """Continue from a checkpoint written in any layout; returns the `extra` it was saved with."""
         self.wake()
-        state = checkpoint.TrainingState(models=self.models, optimizer=self.optimizer, step=0, extra={})
+        state = checkpoint.TrainingState(models=self.models, optimizer=self.optimizer, step=0, extra={}, base=self.base)
         loaded = checkpoint.load(path, state, self.topology)
         self.step = loaded.step
         return loaded.extra
@@ -254,12 +265,6 @@ class Engine:
     def close(self) -> None:
         """Wait for background writing to end."""
         self._saver.close()
-
-    @torch.no_grad()
-    def _put(self, weights: list[Tensor]) -> None:
-        parameters = [parameter for model in self.models for parameter in model.parameters()]
-        for parameter, weight in zip(parameters, weights, strict=True):
-            parameter.copy_(weight)
 
     def _load_initial_weights(self) -> None:
         model = self.run.model
@@ -269,6 +274,8 @@ class Engine:
             hf.load_random_weights(self.models, self.architecture, self.run.seed, self.topology)
         else:
             hf.load_hf_weights(self.models, self.architecture, model.path, self.topology)
+        if self.run.lora is not None:
+            lora_weights.start_adapters(self.models, self.run.lora, self.run.seed, self.topology)
 
     def _rows(self, batches: Sequence[PackedBatch]) -> list[LocalRow]:
         """Rows in this rank's layout, and rows of nothing where ranks have to keep in step.
@@ -352,7 +359,8 @@ class Engine:
 
     def _await_head(self, chunk: Any) -> None:
         """Wait for the gathering of the head's weight: its module's forward, whose hook would, is never called."""
-        if self.overlap and self.run.optimizer.distributed and chunk.module.post_process:
+        trained = chunk.module.post_process and chunk.module.head_weight.requires_grad
+        if self.overlap and self.run.optimizer.distributed and trained:
             chunk.param_to_bucket_group[chunk.module.head_weight].finish_param_sync()
 
     def _gather_parameters(self) -> None:
@@ -361,41 +369,3 @@ class Engine:
             for chunk in self.chunks:
                 chunk.disable_forward_pre_hook(param_sync=True)
                 chunk.enable_forward_pre_hook()
-
-
-def _wrap(
-    models: list[PolicyModel], run: RunConfig, topology: Topology, overlap: bool
-) -> list[DistributedDataParallel]:
-    settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=overlap,
-        use_distributed_optimizer=run.optimizer.distributed,
-        overlap_param_gather=overlap and run.optimizer.distributed,
-        average_in_collective=False,
-        check_for_nan_in_grad=False,  # guarded_step judges the whole step, on every rank alike
-    )
-    config = models[0].config
-    chunks = [
-        DistributedDataParallel(config, settings, model, disable_bucketing=index > 0)
-        for index, model in enumerate(models)
-    ]
-    for chunk in chunks:
-        chunk.broadcast_params()
-        # Nobody to sum with or gather from; gloo would copy all gradients twice and all parameters once a step.
-        alone = [] if topology.data_context.size > 1 else list(chunk.bucket_groups)
-        if topology.expert_data.size == 1:
-            alone += chunk.expert_parallel_bucket_groups
-        for group in alone:
-            group.start_grad_sync = group.start_param_sync = _nothing
-            # Of experts also where the rest overlaps: 0.19.2 would wait for what it never sent to itself.
-            group.register_grad_ready = group.finish_grad_sync = group.finish_param_sync = _nothing
-    return chunks
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
-
-
-def _sum_gradients(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
-    """Megatron's gradient reductions without its division by a token count: the weights have normalised already."""
-    finalize_model_grads(model, None, **options)

@@ -70,9 +70,7 @@ class Head:
             chosen=self._choose(row.host, loss, bool(entropy_coefficient or kl_coefficient)).to(hidden.device)
             if self._fused
             else None,
-            main_grad=weight.main_grad,  # type: ignore[attr-defined]  # Megatron's DDP puts it there
-            # A head that is also this chunk's embedding gets a second gradient through autograd.
-            weight_grad="main_grad_tied" if model.head_is_embedding else "main_grad",
+            **_way_of_gradient(model),
             **self._layout,
         )
         result = self._policy_loss(inputs)
@@ -109,3 +107,13 @@ class Head:
             nll_weights=host.get("nll_weights"),
             other_terms=other_terms,
         )
+
+
+def _way_of_gradient(model: PolicyModel) -> dict[str, Any]:
+    """Where the head's gradient goes; a frozen head has none, and none is computed."""
+    weight = model.head_weight
+    if not weight.requires_grad:
+        return {"main_grad": None, "weight_grad": "autograd"}
+    # A head that is also this chunk's embedding gets a second gradient through autograd.
+    mode = "main_grad_tied" if model.head_is_embedding else "main_grad"
+    return {"main_grad": weight.main_grad, "weight_grad": mode}  # type: ignore[attr-defined]  # Megatron's DDP puts it there

@@ -19,6 +19,7 @@ from megatron_klear.config.base import ModelConfig, RunConfig
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore import experts
 from megatron_klear.mcore.layers import PackedAttention, RMSNorm
+from megatron_klear.mcore.lora import adapt_layers
 from megatron_klear.mcore.rows import LocalRow
 from megatron_klear.mcore.topology import Topology
 from megatron_klear.models.architecture import Architecture
@@ -65,8 +66,12 @@ class PolicyModel(GPTModel):
         return bool(self.share_embeddings_and_output_weights and self.pre_process)
 
 
-def use_transformer_engine(model: ModelConfig) -> bool:
-    """Whether transformer-engine's layers are built. Raises RuntimeError when asked for and impossible."""
+def use_transformer_engine(run: RunConfig) -> bool:
+    """Whether transformer-engine's layers are built. Raises RuntimeError when asked for and impossible.
+
+    Adapters are on Megatron's own layers: transformer-engine's hide the input of their matrices behind the norm.
+    """
+    model = run.model
     importable = importlib.util.find_spec("transformer_engine") is not None
     if model.transformer_engine == "on" or model.fp8 != "off":
         wish = 'model.transformer_engine = "on"' if model.transformer_engine == "on" else f'model.fp8 = "{model.fp8}"'
@@ -75,7 +80,7 @@ def use_transformer_engine(model: ModelConfig) -> bool:
         if not torch.cuda.is_available():
             raise RuntimeError(f"{wish} needs a CUDA device")
         return True
-    return model.transformer_engine == "auto" and importable and torch.cuda.is_available()
+    return model.transformer_engine == "auto" and run.lora is None and importable and torch.cuda.is_available()
 
 
 def transformer_config(architecture: Architecture, run: RunConfig, topology: Topology) -> TransformerConfig:
@@ -135,7 +140,7 @@ def transformer_config(architecture: Architecture, run: RunConfig, topology: Top
         apply_rope_fusion=False,
         cross_entropy_loss_fusion=False,
         attention_softmax_in_fp32=True,
-        transformer_impl="transformer_engine" if use_transformer_engine(run.model) else "local",
+        transformer_impl="transformer_engine" if use_transformer_engine(run) else "local",
         **(_chosen_options(run) | experts.expert_options(architecture, topology)),
     )
 
@@ -162,15 +167,18 @@ def _leave(tensor: Tensor) -> Tensor:
 def build_chunks(architecture: Architecture, run: RunConfig, topology: Topology) -> list[PolicyModel]:
     """This rank's chunks (one, or one per virtual stage) on the device, parameters uninitialised."""
     config = transformer_config(architecture, run, topology)
-    engine = use_transformer_engine(run.model)
+    engine = use_transformer_engine(run)
     count = topology.parallel.virtual_pipeline
     chunks = []
     for stage in range(count):
         first = topology.pipeline.first and stage == 0
         last = topology.pipeline.last and stage == count - 1
+        block = _block_spec(architecture, run.model, config, engine, stage if count > 1 else None)
+        if run.lora is not None:
+            adapt_layers(block, architecture, run.lora, topology.tensor.size)
         chunk = PolicyModel(
             config,
-            _block_spec(architecture, run.model, config, engine, stage if count > 1 else None),
+            block,
             vocab_size=architecture.padded_vocab_size(topology.tensor.size),
             max_sequence_length=architecture.max_positions,
             pre_process=first,

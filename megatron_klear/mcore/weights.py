@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_klear.config.base import ParallelConfig
 from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
+from megatron_klear.mcore.lora import is_adapter
 from megatron_klear.models.architecture import Architecture
 from megatron_klear.models.names import EMBEDDING, HEAD, Entry, Placed, expected_tensors, name_table, placed_entries
 from megatron_klear.models.safetensors_io import SafetensorsFolder
@@ -138,12 +139,16 @@ def load_random_weights(chunks: Sequence[Any], architecture: Architecture, seed:
             return torch.ones(shapes[name])
         if name.endswith(".bias"):
             return torch.zeros(shapes[name])
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         scale = (2 * architecture.num_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-        return torch.empty(shapes[name]).normal_(std=0.02 * scale, generator=generator)
+        return torch.empty(shapes[name]).normal_(std=0.02 * scale, generator=generator_of(seed, name))
 
     _fill(_local_parameters(chunks, architecture), architecture, topology, draw)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """A generator on the CPU for one tensor, the same in every layout and on every rank."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _fill(
@@ -166,19 +171,26 @@ def _fill(
 
 @torch.no_grad()
 def iter_hf_weights(
-    chunks: Sequence[Any], architecture: Architecture, topology: Topology
+    chunks: Sequence[Any],
+    architecture: Architecture,
+    topology: Topology,
+    *,
+    value_of: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its Hugging Face name, whole, on every rank, in the parameters' dtype and device.
 
     Collective over the tensor, expert and pipeline axes: all ranks must draw the iterator to its end. One parameter is
-    whole at a time. A tied head is not yielded.
+    whole at a time. A tied head is not yielded. `value_of` says what a rank's parameter is taken to be, of its dtype
+    and shape (`lora.merging`); adapters by themselves are not yielded.
     """
     local = {placed.key: parameter for placed, parameter in _local_parameters(chunks, architecture).items()}
     owners = _owners({key: parameter.dtype for key, parameter in local.items()}, topology)
     for placed in placed_entries(architecture):
         owner, dtype = owners[placed.key]
         if topology.pipeline.rank == owner:
-            tensors = _whole_of_stage(placed, local.get(placed.key), dtype, architecture, topology)
+            parameter = local.get(placed.key)
+            value = None if parameter is None else value_of(parameter)
+            tensors = _whole_of_stage(placed, value, dtype, architecture, topology)
         else:
             tensors = [torch.empty(shape, dtype=dtype, device=topology.device) for shape in placed.entry.shapes]
         for name, tensor in zip(placed.hf, tensors, strict=True):
@@ -240,7 +252,7 @@ def _owners(
 
 
 def _local_parameters(chunks: Sequence[Any], architecture: Architecture) -> dict[Placed, Tensor]:
-    """This rank's parameters by table entry and the model's own layer number.
+    """This rank's parameters, those of adapters left out, by table entry and the model's own layer number.
 
     Raises ConversionError on a parameter that the table does not know.
     """
@@ -249,6 +261,8 @@ def _local_parameters(chunks: Sequence[Any], architecture: Architecture) -> dict
     for chunk in chunks:
         module = unwrap(chunk)
         for name, parameter in module.named_parameters():
+            if is_adapter(name):
+                continue
             match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
             held = module.decoder.layers[int(match[1])] if match else None
             entry = spelled.get(f"decoder.layers.{{layer}}.{_in_model(match[2], held)}" if match else name)

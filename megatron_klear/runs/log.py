@@ -56,18 +56,32 @@ class Throughput:
     architecture: Architecture
     num_devices: int
     peak_tflops: float | None
+    frozen: bool = False
+    """Whether adapters alone are trained."""
 
     @classmethod
     def of(cls, config: RunConfig, architecture: Architecture, num_devices: int, device_name: str | None) -> Throughput:
         """From the settings, with the table's peak for bf16 on the GPU named `device_name` (None: no GPU)."""
         known = peak_tflops(device_name) if config.model.dtype == "bf16" else None
-        return cls(architecture=architecture, num_devices=num_devices, peak_tflops=config.logging.peak_tflops or known)
+        return cls(
+            architecture=architecture,
+            num_devices=num_devices,
+            peak_tflops=config.logging.peak_tflops or known,
+            frozen=config.lora is not None,
+        )
 
     def mfu(self, tokens_per_second: float, mean_context: float) -> float | None:
         """Share of the devices' peak, None where it is not known."""
         if self.peak_tflops is None:
             return None
-        return utilisation(self.architecture, tokens_per_second, mean_context, self.peak_tflops, self.num_devices)
+        return utilisation(
+            self.architecture,
+            tokens_per_second,
+            mean_context,
+            self.peak_tflops,
+            self.num_devices,
+            frozen=self.frozen,
+        )
 
 
 class RunLog:

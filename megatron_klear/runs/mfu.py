@@ -39,11 +39,22 @@ def peak_tflops(device_name: str | None) -> float | None:
 
 
 def utilisation(
-    architecture: Architecture, tokens_per_second: float, mean_context: float, peak_tflops: float, num_devices: int
+    architecture: Architecture,
+    tokens_per_second: float,
+    mean_context: float,
+    peak_tflops: float,
+    num_devices: int,
+    *,
+    frozen: bool = False,
 ) -> float:
     """MFU of a run, 0 to 1.
 
-    `mean_context` is what a token attends to on average, over a step: sum(length * (length + 1) / 2) / tokens.
+    `mean_context` is what a token attends to on average, over a step: sum(length * (length + 1) / 2) / tokens. The
+    matrices of a `frozen` model take two products a token and not three: they have no gradient; its adapters, some per
+    cent, are not counted.
     """
-    achieved = architecture.flops_per_token(mean_context) * tokens_per_second
+    flops = architecture.flops_per_token(mean_context)
+    if frozen:
+        flops -= architecture.flops_per_token(0.0) / 3
+    achieved = flops * tokens_per_second
     return achieved / (peak_tflops * 1e12 * num_devices)

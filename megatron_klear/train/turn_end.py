@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_klear.data.tokenizer import ChatTokenizer
+from megatron_klear.mcore.checkpoints.adapters import export_adapter
 from megatron_klear.mcore.checkpoints.convert import export_hf
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.models.stop_tokens import StopTokens, Turns, read_stop_tokens
@@ -35,7 +36,13 @@ def training_notes(tokenizer: ChatTokenizer, stop: StopTokens) -> Iterator[str]:
 
 
 def export_folder(engine: Engine, out: Path) -> None:
-    """Write the trained model as a Hugging Face folder that chats as it was trained. Collective."""
+    """Write the trained model as a Hugging Face folder that chats as it was trained. Collective.
+
+    Adapters are merged into it, and are in `adapter` beside it as PEFT reads them.
+    """
+    if engine.base is not None:
+        writer = engine.topology.rank == 0
+        export_adapter(engine.adapter_weights(), engine.base, out.with_name("adapter"), writer=writer)
     export_hf(
         engine.hf_weights(),
         engine.architecture,

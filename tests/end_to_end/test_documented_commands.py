@@ -95,6 +95,10 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
     "bash examples/gppo_code_tiny_cpu.sh --train.steps 20 --output runs/code": Exempt(
         "minutes; tests/end_to_end/test_code_stage.py runs its stages shorter"
     ),
+    "bash examples/sft_lora_tiny_cpu.sh": Exempt("a minute and more; tests/end_to_end/test_lora_runs.py runs shorter"),
+    "bash examples/gppo_lora_tiny_cpu.sh": Exempt("minutes; tests/end_to_end/test_lora_runs.py runs shorter"),
+    "python pretrain_sft.py --config examples/sft_32k.toml --lora.rank 32 --optimizer.learning_rate 8e-4 "
+    "--dry-run=8": Runs(shows="trained, in adapters"),
     # evaluation
     "python evaluate.py --config examples/evaluate_gsm8k.toml --model.path runs/quickstart/hf": Runs(
         few("gsm8k", "examples/data/gsm8k_test_100.jsonl", 1, 2),
@@ -127,6 +131,11 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
     "python tools/convert_hf_to_mcore.py --hf runs/quickstart_sft/hf --out data/tiny-mcore --tensor 2": Runs(),
     "python tools/inspect_checkpoint.py data/tiny-mcore": Runs(shows="every file as its manifest says"),
     "python tools/convert_mcore_to_hf.py --mcore data/tiny-mcore --out data/tiny-hf": Runs(),
+    "klear convert --mcore runs/gppo_lora_tiny_cpu/checkpoints/step-00000040 --out runs/adapter": Exempt(
+        "needs the run; tests/distributed/test_lora_checkpoint.py converts one"
+    ),
+    "klear convert --mcore runs/gppo_lora_tiny_cpu/checkpoints/step-00000040 --base runs/quickstart_sft/hf "
+    "--out runs/merged": Exempt("likewise"),
     "python tools/prepare_data.py arithmetic --count 500 --digits 3 --output runs/data/arithmetic.jsonl": Runs(),
     "klear curate deduplicate --input examples/data/gsm8k_train_300.jsonl examples/data/arithmetic_600.jsonl "
     "--output runs/curated/distinct/rows.jsonl": Runs(swap=KLEAR, shows="rows kept"),
@@ -183,6 +192,8 @@ INLINE: dict[str, Runs | Refused | Exempt] = {
         "bash examples/gppo_code_tiny_cpu.sh --train.steps 20 --output runs/code"
     ],
     "python tools/benchmark/code_reward.py": Exempt("most of an hour; says what its results hold"),
+    "klear ablate examples/ablations/lora.toml": Exempt("half an hour; docs/ablations.md has what came out"),
+    "python tools/benchmark/lora.py": Exempt("minutes; says what its results hold"),
     "python tools/benchmark/interval_coverage.py": Runs("--repeats 2 --out runs/coverage.json", shows="30, 64, 0.67"),
     "bash examples/data_math.sh": Exempt(
         "the build is run above; tests/end_to_end/test_curation_build.py trains on its sets"

@@ -22,6 +22,7 @@ from vllm_server import SHAPE, running_server
 from megatron_klear.config.base import (
     CheckpointConfig,
     DataConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -137,12 +138,19 @@ class Run:
     """Trainer and rollout engine of one process."""
 
     def __init__(
-        self, model: Path, address: str, rollout: VLLMRolloutConfig, topology: Any, stop_token_ids=(3,)
+        self,
+        model: Path,
+        address: str,
+        rollout: VLLMRolloutConfig,
+        topology: Any,
+        stop_token_ids=(3,),
+        lora: LoraConfig | None = None,
     ) -> None:
         config = SFTConfig(
             output=model.parent / "run",
             model=ModelConfig(path=model, dtype="fp32"),
-            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=0),
+            optimizer=OptimizerConfig(learning_rate=3e-3 if lora is None else 3e-2, warmup_steps=0),
+            lora=lora,
             data=DataConfig(train=("unused",)),
             checkpoint=CheckpointConfig(asynchronous=False),
         )
@@ -189,11 +197,13 @@ class Run:
         self.engine.close()
 
 
-def update_and_compare(model: Path, address: str, rollout: VLLMRolloutConfig, updates: int) -> Story:
+def update_and_compare(
+    model: Path, address: str, rollout: VLLMRolloutConfig, updates: int, lora: LoraConfig | None = None
+) -> Story:
     """Send, draw and compare, before and after each update."""
     story = Story()
     with world(ParallelConfig()) as topology:
-        run = Run(model, address, rollout, topology)
+        run = Run(model, address, rollout, topology, lora=lora)
         for _ in range(updates + 1):
             story.seconds.append(run.send())
             samples = run.draw()
@@ -324,6 +334,13 @@ def test_experts_arrive_in_every_update(ranks, tmp_path):
     assert max(story.differences) < 1e-4
     assert min(story.changes) > 1e-2
     assert story.versions == [{version} for version in range(3)]
+
+
+def test_the_server_samples_with_adapters_merged_into_the_weights(tied_vllm_server, ranks, tmp_path):
+    rollout, lora = settings_in(tied_vllm_server, tmp_path / "transfer"), LoraConfig(rank=8)
+    (story,) = ranks(1, update_and_compare, tied_vllm_server.model, tied_vllm_server.address, rollout, 2, lora)
+    assert max(story.differences) < 1e-4
+    assert min(story.changes) > 1e-2
 
 
 FAULTS = {

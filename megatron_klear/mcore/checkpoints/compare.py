@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,14 @@ def _pairs(
                 both = tuple(slice(0, min(pair)) for pair in zip(a[key].shape, b[key].shape, strict=True))
                 yield key, a[key][both], b[key][both]
             pending, size = [], 0
+
+
+def read_tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names are wanted, whole, by Megatron's names.
+
+    Raises CheckpointError where it is none.
+    """
+    return _read(path, {name: entry for name, entry in _tensors(path).items() if wanted(name)})
 
 
 def _read(path: Path, entries: dict[str, TensorStorageMetadata]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,9 @@ from megatron_klear.distributed import exchange
 from megatron_klear.mcore import weights as hf
 from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.mcore.checkpoints import save as checkpoint
+from megatron_klear.mcore.checkpoints.adapters import Base
+from megatron_klear.mcore.lora import fold
+from megatron_klear.mcore.lora_weights import base_checksum
 from megatron_klear.mcore.model import DTYPES, PolicyModel, build_chunks, inverse_frequencies
 from megatron_klear.mcore.processes import run_processes
 from megatron_klear.mcore.rows import local_row
@@ -111,14 +114,16 @@ def megatron_to_hf(
     source: Path,
     out: Path,
     *,
+    base: Path | None = None,
     max_shard_bytes: int = safetensors_io.DEFAULT_SHARD_BYTES,
     force: bool = False,
     forward_check: bool = True,
 ) -> Verdict:
     """Convert the checkpoint `source` (of training, or of `hf_to_megatron`) into a Hugging Face folder at `out`.
 
-    Weights keep their precision. Raises CheckpointError when `source` is damaged, ConversionError when the result does
-    not prove equal; `out` is then as it was.
+    Weights keep their precision. Adapters are merged into `base`, the model they were trained on, a Hugging Face folder
+    or a checkpoint. Raises CheckpointError when `source` is damaged or of another base, ConversionError when the result
+    does not prove equal; `out` is then as it was.
     """
     safetensors_io.check_writable(Path(out), force)
     manifest.read_training(source)
@@ -131,9 +136,14 @@ def megatron_to_hf(
     plan = expected_tensors(architecture, DTYPES[name])
     difference = None
     run = _run_config(source / "hf", name, ParallelConfig(sequence=False, device="cpu"))
+    adapted = Base.read(source) if base is not None else None
+    run = run if adapted is None else run.model_copy(update={"lora": adapted.settings()})
     with safetensors_io.staged_folder(out, force) as staging, world(run.parallel) as topology:
         chunks = build_chunks(architecture, run, topology)
-        checkpoint.load_weights(source, chunks, topology)
+        if base is None or adapted is None:
+            checkpoint.load_weights(source, chunks, topology)
+        else:
+            _load_merged(source, base, adapted, chunks, architecture, topology)
         weights = hf.iter_hf_weights(chunks, architecture, topology)
         _write_folder(staging, weights, plan, source / "hf", max_shard_bytes)
         written = hf.open_weights(architecture, staging)
@@ -142,6 +152,19 @@ def megatron_to_hf(
         if forward_check:
             difference = _logit_difference(chunks, architecture, topology, staging)
     return Verdict(tensors=len(plan), parameters=architecture.num_parameters, dtype=name, logit_difference=difference)
+
+
+def _load_merged(
+    source: Path, base: Path, adapted: Base, chunks: list[PolicyModel], architecture: Architecture, topology: Topology
+) -> None:
+    """Read `base`, prove that it is the one under the adapters of `source`, and merge these into it."""
+    if (base / manifest.TRAINING).is_file():
+        checkpoint.load_weights(base, chunks, topology)
+    else:
+        hf.load_hf_weights(chunks, architecture, base, topology)
+    found = replace(adapted, model=str(base), sha256=base_checksum(chunks, architecture, topology))
+    checkpoint.load_adapters(source, chunks, found, topology)
+    fold(chunks)
 
 
 def export_hf(

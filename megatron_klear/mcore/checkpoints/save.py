@@ -2,10 +2,12 @@
 
     step-00000010/
         *.distcp .metadata ...    Megatron's files: weights, optimizer state, RNG state
-        training.json             step, the caller's `extra`, layout and versions
+        training.json             step, the caller's `extra`, layout and versions; of adapters, their base
         rollouts.npz ...          the caller's files, such as groups drawn and not trained on yet
         hf/                       the model's config.json and tokenizer files
         manifest.json             size and SHA-256 of every file above
+
+Where adapters are trained the weights and the optimizer state are theirs alone, and `base` names the model under them.
 
 A save writes into a hidden sibling folder and renames it once the manifest is on disk: a kill at any instant leaves the
 previous checkpoint as it was. `manifest.py` holds what needs no Megatron: discovery, verification, retention.
@@ -34,7 +36,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_klear.distributed import exchange
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore.checkpoints import manifest
+from megatron_klear.mcore.checkpoints.adapters import BASE, Base, check_base
 from megatron_klear.mcore.checkpoints.manifest import CheckpointError
+from megatron_klear.mcore.lora import is_adapter
 from megatron_klear.mcore.model import PolicyModel
 from megatron_klear.mcore.topology import Topology
 from megatron_klear.models.stop_tokens import Turns
@@ -70,6 +74,12 @@ class TrainingState:
     """The caller's, by name, to lie beside Megatron's."""
     turns: Turns = field(default_factory=Turns)
     """What the model files kept with it are to say of chats."""
+    base: Base | None = None
+    """Of adapters, which are then all that is held of the models."""
+
+    def holds(self, name: str) -> bool:
+        """Whether a parameter is part of it: an adapter, or in a whole model everything else."""
+        return is_adapter(name) == (self.base is not None)
 
 
 class Saver:
@@ -129,13 +139,14 @@ class Loaded:
 def load(path: Path, state: TrainingState, topology: Topology) -> Loaded:
     """Read weights, optimizer and RNG state of `path` into this layout.
 
-    Raises CheckpointError when the folder is not a checkpoint or holds another model.
+    Raises CheckpointError when the folder is not a checkpoint or holds another model, or adapters of another.
     """
     training = manifest.read_training(path)
+    check_base(path, state.base)
     if not training["has_optimizer"]:
         raise CheckpointError(f"{path} holds weights alone; start from it with model.checkpoint instead of resuming")
     loaded = _read(path, _sharded_state(state, topology, loading=True), topology)
-    _set_weights(state.models, loaded)
+    _set_weights(state, loaded)
     assert state.optimizer is not None
     state.optimizer.load_state_dict(loaded["optimizer"])
     _set_rng(loaded["rng"], topology)
@@ -143,10 +154,17 @@ def load(path: Path, state: TrainingState, topology: Topology) -> Loaded:
 
 
 def load_weights(path: Path, models: list[PolicyModel], topology: Topology) -> None:
-    """Read the weights alone of `path` into the chunks, before an optimizer is built over them."""
-    manifest.read_training(path)
+    """Read the weights alone of `path` into the chunks, before an optimizer is built over them; adapters stay."""
+    check_base(path, None)
     state = TrainingState(models=models, optimizer=None, step=0, extra={})
-    _set_weights(models, _read(path, _sharded_state(state, topology, loading=True), topology))
+    _set_weights(state, _read(path, _sharded_state(state, topology, loading=True), topology))
+
+
+def load_adapters(path: Path, models: list[PolicyModel], base: Base, topology: Topology) -> None:
+    """Read the adapters alone of `path` into the chunks. Raises CheckpointError where they are not of `base`."""
+    check_base(path, base)
+    state = TrainingState(models=models, optimizer=None, step=0, extra={}, base=base)
+    _set_weights(state, _read(path, _sharded_state(state, topology, loading=True), topology))
 
 
 def latest_valid(checkpoints: Path, topology: Topology) -> Path | None:
@@ -188,7 +206,9 @@ def _sharded_state(state: TrainingState, topology: Topology, *, loading: bool) -
     }
     single = len(state.models) == 1
     sharded: dict[str, Any] = {
-        "model" if single else f"model{index}": model.sharded_state_dict(metadata=metadata)
+        "model" if single else f"model{index}": {
+            name: entry for name, entry in model.sharded_state_dict(metadata=metadata).items() if state.holds(name)
+        }
         for index, model in enumerate(state.models)
     }
     if state.optimizer is not None:
@@ -215,6 +235,7 @@ def _write(hidden: Path, state: TrainingState, topology: Topology, model_folder:
             "has_optimizer": state.optimizer is not None,
             "layout": topology.parallel.model_dump(mode="json"),
             "world_size": topology.size,
+            **({} if state.base is None else {BASE: state.base.to_json()}),
             "versions": {"torch": torch.__version__, "megatron-core": megatron.core.__version__},
         }
         hidden.joinpath("training.json").write_text(json.dumps(training, indent=1))
@@ -238,9 +259,11 @@ def _read(path: Path, sharded: dict[str, Any], topology: Topology) -> dict[str, 
     return loaded
 
 
-def _set_weights(models: list[PolicyModel], loaded: dict[str, Any]) -> None:
-    for index, model in enumerate(models):
-        model.load_state_dict(loaded["model" if len(models) == 1 else f"model{index}"], strict=True)
+def _set_weights(state: TrainingState, loaded: dict[str, Any]) -> None:
+    for index, model in enumerate(state.models):
+        part = loaded["model" if len(state.models) == 1 else f"model{index}"]
+        others = {name: value for name, value in model.state_dict().items() if not state.holds(name)}
+        model.load_state_dict(others | part, strict=True)
 
 
 def _publish(hidden: Path, path: Path, topology: Topology) -> None:
