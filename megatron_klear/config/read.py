@@ -183,7 +183,6 @@ RESUME_BREAKING = (
     "model.checkpoint",
     "model.weights",
     "model.dtype",
-    "lora",
     "lora.*",
     "data.*",
     "train.rows_per_step",
