@@ -280,7 +280,7 @@ def _check_matrix(name: str, matrix: Tensor) -> None:
         raise ValueError(f"{name} must have contiguous columns; their stride is {matrix.stride(1)}")
     if rows > 1 and matrix.stride(0) < columns:
         raise ValueError(f"{name} has overlapping rows: stride {matrix.stride(0)} for {columns} columns")
-    if matrix.device.type != "cuda" or rows == 0:
+    if matrix.device.type != "cuda" or matrix.numel() == 0:
         return
     if matrix.data_ptr() % 16 or (rows > 1 and matrix.stride(0) * matrix.element_size() % 16):
         raise ValueError(f"rows of {name} must start at multiples of 16 bytes: pad the row stride to 8 elements")
