@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from emulator.device import EmulatedDevice
 from emulator.product import instead_of_the_twin
-from row_formula import Rows, policy_loss_rows
+from row_formula import Rows, expected, policy_loss_rows, relative_error
 from torch import Tensor
 
 from megatron_klear.kernels.rows import RowOutputs
@@ -65,3 +65,27 @@ def run_cpu(chunk: Rows) -> tuple[RowOutputs, Tensor]:
     """What the CPU twin gives."""
     logits = chunk.logits.clone()
     return policy_loss_rows(logits, **chunk.arguments()), logits
+
+
+def check_accuracy(device: RowDevice, chunk: Rows) -> None:
+    """One pass in place gives what float64 and the CPU twin give, as near as float32 does in torch."""
+    out, gradient = device.run(chunk)
+    check_results(chunk, out, gradient)
+
+
+def check_results(chunk: Rows, out: RowOutputs, gradient: Tensor) -> None:
+    """Outputs and gradient [C, V] against float64 and the CPU twin; the gradient may be narrower than the logits."""
+    exact, plain = expected(chunk, torch.float64), expected(chunk, torch.float32)
+    twin, _ = run_cpu(chunk)
+    for name in ("logprobs", "entropy", "lse"):
+        value = getattr(out, name).cpu()
+        assert (value - getattr(exact, name)).abs().max() < 1e-5, name
+        torch.testing.assert_close(value, getattr(twin, name), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.loss.cpu(), twin.loss, atol=1e-6, rtol=4e-5)
+    torch.testing.assert_close(out.ratio.cpu(), twin.ratio, atol=0, rtol=4e-5)
+    assert torch.equal(out.region.cpu(), twin.region)
+    assert torch.equal(out.status.cpu(), twin.status)
+    own, torchs = relative_error(gradient.cpu(), exact.gradient), relative_error(plain.gradient, exact.gradient)
+    rounding = 2.0**-8 if gradient.dtype == torch.bfloat16 else 0.0
+    assert own <= max(2 * torchs, 1e-6, rounding), f"gradient error {own:.2e}, torch's own {torchs:.2e}"
+    assert not gradient[:, chunk.vocab_size :].any()

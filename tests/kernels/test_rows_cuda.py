@@ -6,8 +6,8 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from row_devices import RowDevice, cuda_device, emulated_device, run_cpu
-from row_formula import KINDS, Rows, expected, policy_loss_rows, random_rows, relative_error, take_inputs
+from row_devices import RowDevice, check_accuracy, cuda_device, emulated_device, run_cpu
+from row_formula import KINDS, policy_loss_rows, random_rows, relative_error, take_inputs
 
 from megatron_klear.kernels import available, rows
 from megatron_klear.kernels.inputs import Tokens
@@ -36,23 +36,6 @@ def kernel(request: pytest.FixtureRequest, device: RowDevice, monkeypatch: pytes
         pytest.skip("the one-read kernel needs clusters (compute capability 9 or 10)")
     monkeypatch.setenv("KLEAR_CUDA_ROW_KERNEL", request.param)
     return str(request.param)
-
-
-def check_accuracy(device: RowDevice, chunk: Rows) -> None:
-    exact, plain = expected(chunk, torch.float64), expected(chunk, torch.float32)
-    out, gradient = device.run(chunk)
-    twin, _ = run_cpu(chunk)
-    for name in ("logprobs", "entropy", "lse"):
-        value = getattr(out, name).cpu()
-        assert (value - getattr(exact, name)).abs().max() < 1e-5, name
-        torch.testing.assert_close(value, getattr(twin, name), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out.loss.cpu(), twin.loss, atol=1e-6, rtol=4e-5)
-    torch.testing.assert_close(out.ratio.cpu(), twin.ratio, atol=0, rtol=4e-5)
-    assert torch.equal(out.region.cpu(), twin.region)
-    assert torch.equal(out.status.cpu(), twin.status)
-    own, torchs = relative_error(gradient.cpu(), exact.gradient), relative_error(plain.gradient, exact.gradient)
-    assert own <= max(2 * torchs, 1e-6), f"gradient error {own:.2e}, torch's own {torchs:.2e}"
-    assert not gradient[:, chunk.vocab_size :].any()
 
 
 @DTYPES

@@ -185,20 +185,47 @@ class EmulatedDevice:
 
     def _declare_rows(self, logits: Any, tokens: Any) -> None:
         """The matrices, watched in granules of what one thread stores at a time. Rows without weight are not read."""
-        lib, rows, width = self.lib, logits.rows, -(-logits.columns // 8) * 8
+        width = -(-logits.columns // 8) * 8
         size, gradient_size = (2 if kind else 4 for kind in (logits.logits_type, logits.gradient_type))
-        pitch, gradient_pitch = logits.logits_stride * size, logits.gradient_stride * gradient_size
-        shift = 3 if gradient_size < size else 4
-        in_place = logits.gradient == logits.logits
-        closed = _without_weight(tokens, rows)
-        lib.emulated_array(b"logits", logits.logits, (rows - 1) * pitch + width * size, shift, in_place, 1, 0)
-        lib.emulated_window(logits.logits, pitch, width * size, rows, READ, closed.ctypes.data)
-        if not logits.gradient:
-            return
-        if not in_place:
-            extent = (rows - 1) * gradient_pitch + width * gradient_size
-            lib.emulated_array(b"gradient", logits.gradient, extent, shift, 1, 0, 1)
-        lib.emulated_window(logits.gradient, gradient_pitch, width * gradient_size, rows, WRITE, None)
+        source = _Matrix(logits.logits, logits.logits_stride * size, width * size, logits.rows)
+        target = _Matrix(logits.gradient, logits.gradient_stride * gradient_size, width * gradient_size, logits.rows)
+        in_place, shift = logits.gradient == logits.logits, 3 if gradient_size < size else 4
+        closed = _without_weight(tokens, logits.rows)
+        if in_place and source.pitch > 4 * source.width:  # too far apart to watch what lies between: row by row
+            for row in range(logits.rows):
+                self._declare_matrices(source.row(row), target.row(row), True, shift, closed[row : row + 1])
+        else:
+            self._declare_matrices(source, target, in_place, shift, closed)
+
+    def _declare_matrices(
+        self, source: _Matrix, target: _Matrix, in_place: bool, shift: int, closed: np.ndarray
+    ) -> None:
+        self.lib.emulated_array(b"logits", source.address, source.extent, shift, in_place, 1, 0)
+        self._window(source, READ, closed.ctypes.data)
+        if target.address and not in_place:
+            self.lib.emulated_array(b"gradient", target.address, target.extent, shift, 1, 0, 1)
+        if target.address:
+            self._window(target, WRITE, None)
+
+    def _window(self, matrix: _Matrix, mode: int, closed: int | None) -> None:
+        self.lib.emulated_window(matrix.address, matrix.pitch, matrix.width, matrix.rows, mode, closed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """Rows of `width` bytes that start `pitch` bytes apart."""
+
+    address: int | None
+    pitch: int
+    width: int
+    rows: int
+
+    @property
+    def extent(self) -> int:
+        return (self.rows - 1) * self.pitch + self.width
+
+    def row(self, index: int) -> _Matrix:
+        return _Matrix((self.address or 0) + index * self.pitch, self.width, self.width, 1)
 
 
 def _pointer(address: int | None) -> ctypes.c_void_p:

@@ -218,6 +218,13 @@ void emulated_check_complete() {
     }
 }
 
+// Of dynamic shared memory, over the kernels whose limit the last call set.
+int emulated_smallest_limit() {
+    int smallest = device.optin;
+    for (const auto& entry : device.dynamic_limits) smallest = std::min(smallest, entry.second);
+    return smallest;
+}
+
 int emulated_faults() { return static_cast<int>(device.faults.size()); }
 const char* emulated_fault(int i) { return device.faults[static_cast<size_t>(i)].c_str(); }
 int emulated_launches() { return static_cast<int>(device.launches.size()); }
