@@ -49,6 +49,27 @@ class RowDevice:
         with self.active():
             return policy_loss_rows(moved.logits, **moved.arguments()), moved.logits
 
+    def placed(self, chunk: Rows, placement: str, extra: int = 0) -> tuple[RowOutputs, Tensor, Tensor]:
+        """One pass whose gradient goes "in place", "apart", "narrow" (in place) or "narrow apart".
+
+        Returns outputs, gradient [C, V], and what is behind its valid columns in the memory of the rows. Rows lie
+        `extra` elements further apart than they must, and behind their columns is NaN.
+        """
+        count, columns = chunk.logits.shape
+        width = -(-columns // 8) * 8
+        buffer = torch.full((count, width + extra), float("nan"), dtype=chunk.logits.dtype, device=self.torch)
+        buffer[:, :columns] = chunk.logits
+        logits, whole = buffer[:, :columns], buffer[:, :width]
+        if placement == "narrow":
+            whole = buffer.view(torch.bfloat16)[:, :width]
+        elif placement != "in place":
+            dtype = torch.bfloat16 if "narrow" in placement else chunk.logits.dtype
+            whole = torch.full((count, width + 8), 77.0, dtype=dtype, device=self.torch)[:, :width]
+        with self.active():
+            out = policy_loss_rows(logits, **chunk.arguments(), gradient=whole[:, :columns])
+        valid = columns if chunk.vocab_size is None else chunk.vocab_size
+        return out, whole[:, :columns], whole[:, valid:]
+
 
 def cuda_device() -> RowDevice:
     """The first CUDA device."""

@@ -118,6 +118,10 @@ class EmulatedDevice:
         """
         self.lib.emulated_properties(major, most_cluster, refused_cluster)
 
+    def plant(self, number: int) -> None:
+        """Commit a fault of a library that was built from `planted.plant`; 0 for none."""
+        self.lib.emulated_plant(number)
+
     def cuda_rows(
         self, logits: Any, tokens: Any, loss: Any, out: Any, row_kernel: int, device: int, stream: int
     ) -> None:

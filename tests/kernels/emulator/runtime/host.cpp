@@ -100,7 +100,8 @@ cudaError_t run(const Launch& launch, dim3 grid, dim3 block, size_t dynamic_byte
     }
     describe(launch, grid, block);
     device.launch = nullptr;
-    return device.error = device.aborted ? cudaErrorIllegalAddress : cudaSuccess;
+    if (device.aborted) return device.error = cudaErrorIllegalAddress;
+    return cudaSuccess;  // an error of before stays until it is asked for
 }
 
 unsigned cluster_size(const cudaLaunchConfig_t& config) {
