@@ -79,7 +79,7 @@ def test_code_compiled_without_clusters_is_not_started_on_a_device_that_has_them
     emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a driver compiles the PTX of compute capability 8 for an H100: the one-read kernel has no body."""
-    old = EmulatedDevice(build(architecture=800))
+    old = EmulatedDevice(build(one_read_for=800))
     device = emulated_device(old)
     check_accuracy(device, two_rows(1031))
     assert launched(old) == [(TWO_READ, 1)]

@@ -45,7 +45,7 @@ def kernel(request: pytest.FixtureRequest, device: RowDevice, monkeypatch: pytes
 def test_small_kinds(
     device: RowDevice, kernel: str, dtype: torch.dtype, kind: str, temperature: float | str, terms: dict
 ) -> None:
-    count = device.count(64, emulated=9)
+    count = device.count(64, emulated=6)
     check_accuracy(device, random_rows(count, 997, kind, dtype=dtype, temperature=temperature, padding=3, **terms))
 
 
@@ -53,7 +53,7 @@ def test_small_kinds(
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 4096, 18992, 37984, 75968, 131072, 151936, 152064, 262144])
 @pytest.mark.parametrize("entropy", [0.0, 0.003])
 def test_widths(device: RowDevice, kernel: str, dtype: torch.dtype, columns: int, entropy: float) -> None:
-    count = device.count(12, emulated=3)
+    count = device.count(12, emulated=2)
     check_accuracy(device, random_rows(count, columns, "gppo", dtype=dtype, entropy_coefficient=entropy, seed=columns))
 
 
