@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -154,6 +155,8 @@ def estimate(kernel: str, size: int, to_size: int, found: list[Loop], gpu: Gpu) 
 def listing(cuda_bin: str) -> str:
     """cuobjdump's listing of both row kernels, compiled for sm_90a."""
     path = os.pathsep.join(filter(None, (cuda_bin, os.environ.get("PATH", ""))))
+    if missing := [tool for tool in ("nvcc", "cuobjdump", "nvdisasm") if not shutil.which(tool, path=path)]:
+        raise SystemExit(f"needs {' and '.join(missing)}: on the PATH, or name their folder in --cuda-bin (see --help)")
     texts = []
     for name in ("cuda_one_read", "cuda_two_read"):
         with tempfile.TemporaryDirectory() as folder:
