@@ -53,7 +53,7 @@ def rows_case(columns: int, dtype: torch.dtype, placement: str, count: int = 4) 
     logits[1, 500] = float("nan") if columns < 2000 else float("inf")
     targets = chunk.targets.clone()
     for row, mask in zip(range(2, count), (-2.1e9, -5e9), strict=False):
-        logits[row, columns // 2 :], targets[row] = mask, 5
+        logits[row, columns // 2 : -2], targets[row] = mask, 5
     return replace(chunk, logits=logits, targets=targets, old_logprobs=chunk.old_logprobs.clamp(min=-30)), placement
 
 
