@@ -66,8 +66,9 @@ def test_either_row_kernel(
 @DTYPES
 @pytest.mark.parametrize("vocab", [32_000, 128_256, 151_936, 262_144])
 def test_vocabularies_of_models(emulated: EmulatedDevice, vocab: int, dtype: torch.dtype) -> None:
-    arguments = problem(tokens=5, hidden=8, vocab=vocab, valid=vocab - 267, dtype=dtype, weighted=2.0)
-    check(emulated, arguments | {"chunk_tokens": 2, "loss": GPPO()} | TERMS)
+    arguments = problem(tokens=12, hidden=8, vocab=vocab, valid=vocab - 267, dtype=dtype, weighted=2.0)
+    # no chunk of a single row, of which BLAS adds up 150,000 terms one after the other and loses two digits
+    check(emulated, arguments | {"chunk_tokens": 4, "loss": GPPO()} | TERMS)
 
 
 @DTYPES
