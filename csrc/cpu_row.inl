@@ -113,7 +113,7 @@ KLEAR_INLINE void online_stats(const T* logits, int64_t columns, float scale, Ro
     for (int64_t start = 0; start < columns; start += kBlock) {
         const int64_t count = start + kBlock < columns ? kBlock : columns - start;
         const float largest = block_max(logits + start, count);
-        const float scaled = largest > kNoMax ? largest * scale : kNoMax;
+        const float scaled = largest * scale > kNoMax ? largest * scale : kNoMax;
         if (scaled > running) {
             const double shift = static_cast<double>(running) - scaled;
             const double factor = portable_exp2(static_cast<float>(shift));

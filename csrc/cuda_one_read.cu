@@ -57,6 +57,12 @@ __device__ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
+// Says that this block has started, and orders no memory: a release would hold up the copies until the device's memory
+// has seen what came before.
+__device__ __forceinline__ void cluster_arrive_started() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // This block's part of a row, in shared memory.
@@ -176,13 +182,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) one_read_rows(const Ro
     const int last = min(first + per_block, place.units);
     if (row_skipped(a.tokens, row)) {
         if (rank == 0 && threadIdx.x == 0) store_skipped(a.out, row);
-        zero_units<T, G>(place.gradient, first, last, kThreads);
+        fill_units<T, G>(place, first, last, kThreads, 0.0f);
         return;
     }
     const int count = max(last - first, 0);
     const Part<T> part = {units, first, count, (count + kPieces - 1) / kPieces};
     float target = 0.0f;
-    if constexpr (kCluster > 1) cluster_arrive();
+    if constexpr (kCluster > 1) cluster_arrive_started();
     if (threadIdx.x == 0) {
         start_copies<T>(part, place, barriers);
         if (place.target >= 0) target = Unit<T>::load(place.logits, place.target);
@@ -195,8 +201,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) one_read_rows(const Ro
     }
     __syncthreads();
     const RowGradient gradient = shared;
-    if (gradient.zero) {
-        zero_units<T, G>(place.gradient, first, last, kThreads);
+    if (constant_gradient(gradient)) {
+        fill_units<T, G>(place, first, last, kThreads, gradient.zero ? 0.0f : NAN);
         return;
     }
 #pragma unroll 2
@@ -205,11 +211,32 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) one_read_rows(const Ro
 #endif
 }
 
+template <class Kernel>
+cudaError_t prepare(Kernel* kernel, int64_t most) {
+    cudaFuncAttributes made;
+    cudaError_t error = cudaFuncGetAttributes(&made, kernel);
+    if (error != cudaSuccess) return error;
+    if (made.ptxVersion < 90) return cudaErrorNotSupported;  // the driver compiled PTX in which the body is left out
+    // The device's most at every launch: another thread may be launching this kernel for another width.
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
+    if (error != cudaSuccess) return error;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
+
+// False where the device says that no cluster can ever run, as on a small MIG slice; an error is left to the launch.
+template <class Kernel>
+bool has_room(Kernel* kernel, const cudaLaunchConfig_t& config) {
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters > 0;
+    cudaGetLastError();
+    return true;
+}
+
 template <class T, class G, int kCluster>
-cudaError_t launch(const RowArguments& a, int64_t bytes, cudaStream_t stream) {
+cudaError_t launch(const RowArguments& a, int64_t bytes, int64_t most, cudaStream_t stream) {
     auto kernel = one_read_rows<T, G, kCluster>;
     const int shared_bytes = static_cast<int>((bytes + kCluster - 1) / kCluster + 15) / 16 * 16;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error = prepare(kernel, most);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
@@ -223,15 +250,19 @@ cudaError_t launch(const RowArguments& a, int64_t bytes, cudaStream_t stream) {
     config.stream = stream;
     config.attrs = &cluster;
     config.numAttrs = kCluster > 1 ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, a);
+    if (kCluster > 1 && !has_room(kernel, config)) return cudaErrorNotSupported;
+    const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, a);
+    if (launched != cudaErrorInvalidClusterSize && launched != cudaErrorLaunchOutOfResources) return launched;
+    cudaGetLastError();  // else the launch that takes this one's place would report it as its own
+    return cudaErrorNotSupported;
 }
 
 template <class T, class G>
 cudaError_t launch_cluster(const RowArguments& a, int64_t bytes, int64_t most, cudaStream_t stream) {
-    if (bytes <= kComfortable) return launch<T, G, 1>(a, bytes, stream);
-    if (bytes <= 2 * kComfortable) return launch<T, G, 2>(a, bytes, stream);
-    if (bytes <= 4 * kComfortable) return launch<T, G, 4>(a, bytes, stream);
-    if (bytes <= 8 * most) return launch<T, G, 8>(a, bytes, stream);
+    if (bytes <= kComfortable) return launch<T, G, 1>(a, bytes, most, stream);
+    if (bytes <= 2 * kComfortable) return launch<T, G, 2>(a, bytes, most, stream);
+    if (bytes <= 4 * kComfortable) return launch<T, G, 4>(a, bytes, most, stream);
+    if (bytes <= 8 * most) return launch<T, G, 8>(a, bytes, most, stream);
     return cudaErrorNotSupported;
 }
 

@@ -147,7 +147,7 @@ __device__ __forceinline__ float unit_max<bf16>(const uint4& raw) {
 }
 
 __device__ __forceinline__ float scaled_max(float largest, float scale) {
-    return largest > kNoMax ? largest * scale : kNoMax;
+    return largest * scale > kNoMax ? largest * scale : kNoMax;
 }
 
 template <class T>
@@ -189,11 +189,20 @@ __device__ __forceinline__ RowPlace<T> place_row(const RowArguments& a, int64_t 
     return place;
 }
 
+// A gradient that needs no logits: `value` in the valid columns of units [first, last), 0 behind them.
 template <class T, class G>
-__device__ __forceinline__ void zero_units(char* gradient, int first, int last, int threads) {
-    const float zeros[Unit<T>::kSize] = {};
-    for (int unit = first + threadIdx.x; unit < last; unit += threads) store_unit<T, G>(gradient, unit, zeros);
+__device__ __forceinline__ void fill_units(const RowPlace<T>& place, int first, int last, int threads, float value) {
+    constexpr int kSize = Unit<T>::kSize;
+    for (int unit = first + threadIdx.x; unit < last; unit += threads) {
+        float y[kSize];
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) y[i] = unit * kSize + i < place.valid ? value : 0.0f;
+        store_unit<T, G>(place.gradient, unit, y);
+    }
 }
+
+// A gradient that is one number: 0, or NaN in a row that means nothing.
+__device__ __forceinline__ bool constant_gradient(const RowGradient& g) { return g.zero || g.target != g.target; }
 
 // gradient = 2^a * (slope * a + offset), and `at_target` at the target.
 template <class T, class G>
@@ -212,7 +221,8 @@ __device__ __forceinline__ void gradient_unit(const uint4& raw, int unit, const 
 }
 
 cudaError_t launch_two_read(const RowArguments& arguments, int phase, cudaStream_t stream);
-// cudaErrorNotSupported where the device has no clusters or the row does not fit in eight blocks' shared memory.
+// cudaErrorNotSupported where the device or the code has no clusters, no cluster finds room, or the row does not fit in
+// eight blocks' shared memory. Needs a gradient to write.
 cudaError_t launch_one_read(const RowArguments& arguments, cudaStream_t stream);
 
 enum Phase { kOnePass = 0, kStats = 1, kFinish = 2 };

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) two_read_rows(const RowArgu
             return;
         }
         if (threadIdx.x == 0) store_skipped(a.out, row);
-        if (a.logits.gradient) zero_units<T, G>(place.gradient, 0, place.units, kThreads);
+        if (a.logits.gradient) fill_units<T, G>(place, 0, place.units, kThreads, 0.0f);
         return;
     }
     RowStats stats = {};
@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) two_read_rows(const RowArgu
     if (!a.logits.gradient) return;
     __syncthreads();
     const RowGradient gradient = shared;
-    if (gradient.zero)
-        zero_units<T, G>(place.gradient, 0, place.units, kThreads);
+    if (constant_gradient(gradient))
+        fill_units<T, G>(place, 0, place.units, kThreads, gradient.zero ? 0.0f : NAN);
     else
         write_gradient<T, G, kThreads>(a, place, gradient);
 }

@@ -40,7 +40,8 @@
 // Extremes. A logit of -inf has probability 0 and gradient 0. Rows whose policy and NLL weights are both 0 are never
 // read: their gradient and all their outputs are 0. A NaN or +inf logit, or a row without a finite logit, gives NaN
 // outputs and status 4. A target outside the valid vocabulary gives NaN and status 1; a target of logit -inf gives
-// logprob -inf, a finite gradient and status 2.
+// logprob -inf, a finite gradient and status 2. Logits / temperature below -2^31 ln 2 count as -inf; above 2^31 ln 2 they
+// are too large for fp32 and may give status 4. Where the outputs are NaN so is the gradient, in the valid columns.
 //
 // Determinism. A row's result depends on that row alone: not on the threads, the chunk it came in or its address.
 #pragma once
@@ -158,6 +159,8 @@ int klear_cpu_finish(const klear_logits*, const klear_tokens*, const klear_coeff
 const char* klear_cpu_isa(void);
 
 // The same on a CUDA device, which is made current, ordered on `stream` (a cudaStream_t); nothing synchronises.
+// KLEAR_AUTO takes one read where there is a gradient to write and the device can, else two. KLEAR_ONE_READ gives an
+// error where the device cannot; without a gradient it takes two as well.
 enum klear_row_kernel { KLEAR_AUTO = 0, KLEAR_TWO_READ = 1, KLEAR_ONE_READ = 2 };
 int klear_cuda_rows(const klear_logits*, const klear_tokens*, const klear_coefficients*, const klear_outputs*,
                     int row_kernel, int device, void* stream);

@@ -34,7 +34,7 @@ bool valid(const klear_logits& l) {
     const bool types = l.logits_type == KLEAR_F32 ? l.gradient_type == KLEAR_F32 || l.gradient_type == KLEAR_BF16
                                                   : l.logits_type == KLEAR_BF16 && l.gradient_type == KLEAR_BF16;
     const int64_t logit_size = l.logits_type == KLEAR_F32 ? 4 : 2, gradient_size = l.gradient_type == KLEAR_F32 ? 4 : 2;
-    const bool several = l.rows > 1;  // a single row has no stride to speak of
+    const bool several = l.rows > 1 && l.columns > 0;  // else there is no stride to speak of
     return types && l.rows >= 0 && l.rows < (int64_t{1} << 28) && l.columns >= 0 && l.columns < (int64_t{1} << 30) &&
            l.valid_columns >= 0 &&
            l.valid_columns <= l.columns && aligned(l.logits, several ? l.logits_stride : 0, logit_size) &&
@@ -52,7 +52,7 @@ int klear_cuda_rows(const klear_logits* logits, const klear_tokens* tokens, cons
     const cudaError_t error = cudaSetDevice(device);
     if (error != cudaSuccess || logits->rows == 0) return error;
     const RowArguments arguments = {*logits, *tokens, *loss, *out, nullptr};
-    if (row_kernel != KLEAR_TWO_READ) {
+    if (row_kernel != KLEAR_TWO_READ && logits->gradient) {
         const cudaError_t launched = launch_one_read(arguments, static_cast<cudaStream_t>(stream));
         if (launched != cudaErrorNotSupported || row_kernel == KLEAR_ONE_READ) return launched;
     }

@@ -19,8 +19,9 @@ constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kMaxLogRatio = 20.0f;
 constexpr float kMaxKl = 10.0f;
-// The maximum of no columns at all. Finite, so that differences of maxima never are inf - inf.
-constexpr float kNoMax = -1e38f;
+// The maximum of no columns at all, and what logits below it count as. Finite, so that differences of maxima never are
+// inf - inf; and not below -2^31, since a maximum is rounded by up to 2^-24 of itself and 2 to that must stay finite.
+constexpr float kNoMax = -2147483648.0f;
 // Exponents are clamped here: 2^-200 is 0 in fp32, and 0 * -200 is 0 where 0 * -inf would be NaN.
 constexpr float kMinExponent = -200.0f;
 
@@ -59,7 +60,7 @@ KLEAR_HD bool row_skipped(const klear_tokens& tokens, int64_t row) {
 
 // 2^x for x <= 0 by correctly rounded operations only: the same bits on every device.
 KLEAR_HD float portable_exp2(float x) {
-    if (x < -125.0f) return 0.0f;
+    if (!(x >= -125.0f)) return x < -125.0f ? 0.0f : x;  // a NaN is no number to be cast below
     const float coefficients[] = {KLEAR_EXP2_COEFFICIENTS};
     const float whole = rintf(x);
     const float fraction = x - whole;

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+_ROW_KERNELS = {"": 0, "two_read": 1, "one_read": 2}
 HOW_TO_BUILD = "build it with `python setup.py build_ext --inplace` (or `pip install -e .`)"
 
 
@@ -60,24 +63,59 @@ def usable(device: torch.device) -> bool:
     return device.type == "cuda" and bool(here.cuda_archs) and here.cuda_devices > 0
 
 
-def extension(device: torch.device) -> Any:
-    """The compiled module, for calls on `device`.
+@dataclass(frozen=True, slots=True)
+class CpuCore:
+    """The row kernels' C functions for tensors on the CPU."""
 
-    Raises KernelUnavailable where it is not built or knows no such device.
+    module: Any
+    threads: int
+    aligned: ClassVar[bool] = False
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Run `rows`, `stats`, `combine` or `finish` of csrc/policy_loss.h, with the GIL released."""
+        threads = () if name == "combine" else (self.threads,)
+        getattr(self.module, f"cpu_{name}")(*arguments, *threads)
+
+
+@dataclass(frozen=True, slots=True)
+class CudaCore:
+    """The row kernels' C functions for tensors on a CUDA device, ordered on its current stream."""
+
+    module: Any
+    device: torch.device
+    aligned: ClassVar[bool] = True
+    """Rows start at multiples of 16 bytes, and own the columns up to the next multiple of 8."""
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Run `rows`, `stats`, `combine` or `finish` of csrc/policy_loss.h, with the GIL released."""
+        kernel = (_row_kernel(),) if name == "rows" else ()
+        with self.launch_place() as place:
+            getattr(self.module, f"cuda_{name}")(*arguments, *kernel, *place)
+
+    @contextmanager
+    def launch_place(self) -> Iterator[tuple[int, int]]:
+        """Index of the device, made current meanwhile, and address of its current stream."""
+        with torch.cuda.device(self.device):
+            yield torch.cuda.current_device(), int(torch.cuda.current_stream(self.device).cuda_stream)
+
+
+def core(device: torch.device, threads: int | None = None) -> CpuCore | CudaCore:
+    """The row kernels for tensors on `device`; `threads` bounds the CPU's (None: torch's number).
+
+    Raises KernelUnavailable where they are not built or know no such device.
     """
     if _module is None:
         raise KernelUnavailable(_reason)
-    if device.type not in ("cpu", "cuda"):
+    if device.type == "cuda":
+        return CudaCore(_module, device)
+    if device.type != "cpu":
         raise KernelUnavailable(f"the row kernels run on cpu and cuda, not on {device}")
-    return _module
+    return CpuCore(_module, torch.get_num_threads() if threads is None else threads)
 
 
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make a CUDA device current for a launch; nothing to do on the CPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def launch_place(device: torch.device) -> tuple[int, int]:
-    """Index of a CUDA device and address of its current stream, on which launches are ordered."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return index, int(torch.cuda.current_stream(device).cuda_stream)
+def _row_kernel() -> int:
+    """Which CUDA kernel does the one pass; the best for the device unless KLEAR_CUDA_ROW_KERNEL names one."""
+    name = os.environ.get("KLEAR_CUDA_ROW_KERNEL", "")
+    if name not in _ROW_KERNELS:
+        raise ValueError(f"KLEAR_CUDA_ROW_KERNEL must be two_read or one_read, not {name!r}")
+    return _ROW_KERNELS[name]

@@ -10,19 +10,17 @@ One pass where the vocabulary is whole (`policy_loss_rows`, `logprob_rows`); thr
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from megatron_klear.kernels.extension import extension, launch_place, on_device
+from megatron_klear.kernels.extension import core
 from megatron_klear.kernels.inputs import Terms, Tokens
 from megatron_klear.types import KLEstimator, LossCoefficients, LossKind
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
-_ROW_KERNELS = {"": 0, "two_read": 1, "one_read": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +103,7 @@ def stats_rows(
     rows = _Rows(logits, None, vocab_start, vocab_size, threads)
     stats = torch.empty((4, rows.count), dtype=torch.float32, device=logits.device)
     if rows.count:
-        rows.call("stats", rows.struct, rows.tokens(tokens), stats.data_ptr())
+        rows.core.call("stats", rows.struct, rows.tokens(tokens), stats.data_ptr())
     return stats
 
 
@@ -116,16 +114,10 @@ def combine_stats(stats: Tensor) -> Tensor:
     """
     if stats.dim() != 3 or stats.shape[1] != 4 or stats.dtype != torch.float32 or not stats.is_contiguous():
         raise ValueError(f"stats must be contiguous float32 [ranks, 4, C], not {stats.dtype} {tuple(stats.shape)}")
-    module = extension(stats.device)
     ranks, _, count = stats.shape
     combined = torch.empty((4, count), dtype=torch.float32, device=stats.device)
-    if count == 0:
-        return combined
-    if stats.device.type == "cpu":
-        module.cpu_combine(stats.data_ptr(), ranks, count, combined.data_ptr())
-    else:
-        with on_device(stats.device):
-            module.cuda_combine(stats.data_ptr(), ranks, count, combined.data_ptr(), *launch_place(stats.device))
+    if count:
+        core(stats.device).call("combine", stats.data_ptr(), ranks, count, combined.data_ptr())
     return combined
 
 
@@ -181,13 +173,13 @@ class _Rows:
     def __init__(
         self, logits: Tensor, gradient: Tensor | None, vocab_start: int, vocab_size: int | None, threads: int | None
     ) -> None:
-        self.module = extension(logits.device)
         self.device = logits.device
-        self.threads = torch.get_num_threads() if threads is None else threads
-        _check_matrix("logits", logits)
+        self.core = core(self.device, threads)
+        self.module = self.core.module
+        _check_matrix("logits", logits, self.core.aligned)
         self.count, columns = logits.shape
         if gradient is not None and gradient is not logits:
-            _check_gradient(logits, gradient)
+            _check_gradient(logits, gradient, self.core.aligned)
         valid = columns if vocab_size is None else max(0, min(columns, vocab_size - vocab_start))
         self.struct = self.module.Logits(
             logits=logits.data_ptr(),
@@ -227,19 +219,10 @@ class _Rows:
         if self.count == 0:
             return result
         if stats is not None:
-            self.call("finish", self.struct, tokens, loss, stats.data_ptr(), outputs)
+            self.core.call("finish", self.struct, tokens, loss, stats.data_ptr(), outputs)
         else:
-            kernel = () if self.device.type == "cpu" else (_row_kernel(),)
-            self.call("rows", self.struct, tokens, loss, outputs, *kernel)
+            self.core.call("rows", self.struct, tokens, loss, outputs)
         return result
-
-    def call(self, name: str, *arguments: Any) -> None:
-        """Run a C function on the chunk's device, with the GIL released."""
-        if self.device.type == "cpu":
-            getattr(self.module, f"cpu_{name}")(*arguments, self.threads)
-            return
-        with on_device(self.device):
-            getattr(self.module, f"cuda_{name}")(*arguments, *launch_place(self.device))
 
     def _address(self, name: str, tensor: Tensor | None) -> int:
         if tensor is None:
@@ -272,7 +255,7 @@ def _loss(module: Any, terms: Terms, advantages: Tensor | None) -> Any:
     )
 
 
-def _check_matrix(name: str, matrix: Tensor) -> None:
+def _check_matrix(name: str, matrix: Tensor, aligned: bool) -> None:
     if matrix.dim() != 2 or matrix.dtype not in _TYPES:
         raise ValueError(f"{name} must be float32 or bfloat16 [C, V], not {matrix.dtype} {list(matrix.shape)}")
     rows, columns = matrix.shape
@@ -280,7 +263,7 @@ def _check_matrix(name: str, matrix: Tensor) -> None:
         raise ValueError(f"{name} must have contiguous columns; their stride is {matrix.stride(1)}")
     if rows > 1 and matrix.stride(0) < columns:
         raise ValueError(f"{name} has overlapping rows: stride {matrix.stride(0)} for {columns} columns")
-    if matrix.device.type != "cuda" or rows == 0:
+    if not aligned or matrix.numel() == 0:
         return
     if matrix.data_ptr() % 16 or (rows > 1 and matrix.stride(0) * matrix.element_size() % 16):
         raise ValueError(f"rows of {name} must start at multiples of 16 bytes: pad the row stride to 8 elements")
@@ -290,8 +273,8 @@ def _check_matrix(name: str, matrix: Tensor) -> None:
         raise ValueError(f"{name} needs room for {width} columns a row: allocate [C, {width}] and pass [:, :{columns}]")
 
 
-def _check_gradient(logits: Tensor, gradient: Tensor) -> None:
-    _check_matrix("gradient", gradient)
+def _check_gradient(logits: Tensor, gradient: Tensor, aligned: bool) -> None:
+    _check_matrix("gradient", gradient, aligned)
     if gradient.shape != logits.shape or gradient.device != logits.device:
         raise ValueError(f"gradient must be {list(logits.shape)} on {logits.device}, as the logits are")
     if gradient.dtype == torch.float32 and logits.dtype == torch.bfloat16:
@@ -307,11 +290,3 @@ def _check_gradient(logits: Tensor, gradient: Tensor) -> None:
     in_place = start == other_start and (pitch == other_pitch or logits.shape[0] == 1)
     if not in_place and start < other_stop and other_start < stop:
         raise ValueError("gradient overlaps the logits without being bf16_view(logits) or the logits themselves")
-
-
-def _row_kernel() -> int:
-    """Which CUDA kernel does the one pass; the best for the device unless KLEAR_CUDA_ROW_KERNEL names one."""
-    name = os.environ.get("KLEAR_CUDA_ROW_KERNEL", "")
-    if name not in _ROW_KERNELS:
-        raise ValueError(f"KLEAR_CUDA_ROW_KERNEL must be two_read or one_read, not {name!r}")
-    return _ROW_KERNELS[name]

@@ -170,12 +170,17 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
     "pytest tests/kernels/test_rows.py tests/kernels/test_rows_extremes.py": TESTS,
     "pytest tests/kernels/test_build.py": TESTS,
     "pytest -m gpu tests/kernels/test_rows_cuda.py": TESTS,
+    "pytest -k emulated tests/kernels/test_rows_cuda.py": TESTS,
+    "pytest tests/kernels/test_rows_emulated.py tests/kernels/test_rows_choice.py": TESTS,
+    "pytest tests/kernels/test_rows_planted.py": TESTS,
+    "pytest tests/kernels/test_fused_emulated.py": TESTS,
     "compute-sanitizer --tool memcheck --error-exitcode 9 python -m pytest -m gpu tests/kernels/test_rows_cuda.py "
     "-k small": Exempt("needs a CUDA device and its toolkit"),
     "bash tools/benchmark/gpu_suite.sh": Exempt("needs a CUDA device; says `torch sees no CUDA device` without"),
     "python tools/benchmark/cost.py --models 8B 32B 30B-A3B 235B-A22B --gpus 8 64 256 1024": Runs(
         swap=("8B 32B 30B-A3B 235B-A22B --gpus 8 64 256 1024", "8B --gpus 8"), shows="COMPUTED, not measured"
     ),
+    "python tools/benchmark/row_kernel_model.py": Exempt("needs nvcc; says so without, and test_benchmark.py counts"),
     "python tools/benchmark/policy_loss.py": Exempt("minutes; tests/kernels/test_benchmark.py runs it shorter"),
     "python tools/benchmark/sft.py --threads 1": Exempt(
         "minutes; tests/distributed/test_sft_benchmark.py runs it shorter"

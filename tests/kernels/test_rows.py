@@ -222,6 +222,6 @@ def test_import_and_help_without_the_extension(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_cuda_launch_without_a_device_says_why() -> None:
-    module = rows.extension(torch.device("cuda"))
+    module = rows.core(torch.device("cuda")).module
     with pytest.raises(RuntimeError, match=r"CUDA|driver|device"):
         module.cuda_combine(0, 1, 0, 0, 0, 0)

@@ -82,6 +82,24 @@ def test_minus_infinity_has_no_probability_and_no_gradient() -> None:
     assert relative_error(gradient[:, kept], exact.gradient) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("mask", [-1e4, -2.1e9, -3e9, -1e10, -1e20, -1e37, -3.3895314e38])
+def test_finite_masks_count_as_minus_infinity(dtype: torch.dtype, temperature: float, mask: float) -> None:
+    """Also where a block of columns, or the first ones, holds nothing else."""
+    chunk = random_rows(8, 9000, "gppo", dtype=dtype, temperature=temperature, entropy_coefficient=0.01)
+    chunk = replace(chunk, policy_weights=torch.ones(8), targets=torch.full((8,), 7001), old_logprobs=None)
+    logits = chunk.logits.clone()
+    logits[:4, :7000], logits[4:, 1::2] = mask, mask
+    logits[4:, 7001] = 1.0
+    out, gradient = run(replace(chunk, logits=logits))
+    exact = expected(replace(chunk, logits=logits), torch.float64)
+    assert not out.status.any()
+    assert (out.logprobs - exact.logprobs).abs().max() < 1e-5
+    assert (out.entropy - exact.entropy).abs().max() < 1e-5
+    assert relative_error(gradient, exact.gradient) < (1e-5 if dtype == torch.float32 else 4e-3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_masked_target_is_flagged_and_its_gradient_finite(kind: str) -> None:
     chunk = random_rows(8, 33, kind, entropy_coefficient=0.01)

@@ -1,0 +1,196 @@
+"""What bounds the CUDA row kernels, by counting their machine code: nothing is run, and no speed is measured.
+
+    python tools/benchmark/row_kernel_model.py [--cuda-bin FOLDER] [--columns 151936] [--out FILE]
+
+Compiles csrc/ for sm_90a with nvcc, takes the loops over a row from cuobjdump's listing and counts, for an element of
+the row, bytes of device memory, exponentials (MUFU) and issue slots. Of each loop that path is counted which full units
+of 16 bytes take: the masks of a row's last unit are jumped over. On machines without CUDA, pip's nvidia-cuda-nvcc,
+-runtime, -crt, -cccl, -cuobjdump, -nvdisasm and nvidia-nvvm bring what is needed.
+
+A multiprocessor issues the instructions of 4 warps and makes 16 exponentials in a clock. The share of copy bandwidth is
+that of a kernel that reads and writes the same bytes once, and is a range. At its low end all phases come after each
+other, and the second of two reads is from device memory; at its high end all that memory does not need is hidden behind
+it, and the second read is from cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ISSUE_LANES, MUFU_LANES = 128, 16  # a clock and multiprocessor
+COPY_EFFICIENCY = 0.92  # of the peak bandwidth that a copy reaches
+TYPES = {"f": ("fp32", 4), "NS_4bf16E": ("bf16", 2)}
+Code = list[tuple[int, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Peak bytes a second of device memory, multiprocessors, and their clock under load."""
+
+    name: str
+    bandwidth: float
+    multiprocessors: int
+    hertz: float
+
+    def clocks(self, size: float) -> float:
+        """Clocks in which one multiprocessor's part of the copy bandwidth moves `size` bytes."""
+        return size * self.multiprocessors * self.hertz / (COPY_EFFICIENCY * self.bandwidth)
+
+
+GPUS = (Gpu("H100 SXM", 3.35e12, 132, 1.755e9), Gpu("H200 SXM", 4.8e12, 132, 1.755e9))
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """One loop over a row, for an element of it."""
+
+    name: str
+    issue: float  # instructions of a thread
+    mufu: float
+
+    @property
+    def clocks(self) -> float:
+        """Clocks of a multiprocessor, by the unit that takes longest."""
+        return max(self.issue / ISSUE_LANES, self.mufu / MUFU_LANES)
+
+
+def functions(listing: str) -> Iterator[tuple[str, Code]]:
+    """Mangled name and instructions of each function in a listing of cuobjdump -sass."""
+    for part in listing.split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", body)
+        yield name.strip(), [(int(address, 16), text) for address, text in found]
+
+
+def loops(code: Code) -> list[list[str]]:
+    """Of each innermost loop the path that makes all its exponentials in the fewest instructions."""
+    index = {address: i for i, (address, _) in enumerate(code)}
+    jumps = {i: index[to] for i, (_, text) in enumerate(code) if (to := _target(text)) in index}
+    spans = [(to, i) for i, to in jumps.items() if to < i]
+    inner = [s for s in spans if not any(s != o and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    return [_path(code, jumps, first, last) for first, last in inner]
+
+
+def _target(text: str) -> int | None:
+    match = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+    return int(match[1], 16) if match else None
+
+
+def _path(code: Code, jumps: dict[int, int], first: int, last: int) -> list[str]:
+    best: dict[int, tuple[int, int]] = {first: (0, 0)}  # exponentials left out, instructions
+    came: dict[int, int] = {}
+    for i in range(first, last):
+        if i not in best:
+            continue
+        text = code[i][1]
+        cost = (best[i][0] - text.count("MUFU.EX2"), best[i][1] + 1)
+        falls = text.startswith("@") or not re.match(r"BRA|EXIT", text)
+        for following in ([i + 1] if falls else []) + ([jumps[i]] if jumps.get(i, 0) > i else []):
+            if following <= last and cost < best.get(following, (1, 0)):
+                best[following], came[following] = cost, i
+    path = [last]
+    while path[-1] in came:
+        path.append(came[path[-1]])
+    return [code[i][1] for i in reversed(path)]
+
+
+def row_loops(code: Code, size: int) -> list[Loop]:
+    """The loops that load a row of elements of `size` bytes: maximum and sums, or statistics, and gradient."""
+    found = []
+    for path in loops(code):
+        units = sum(bool(re.search(r"\b(LDS|LDG\.E)\.128\b", text)) for text in path)
+        exponentials = sum("MUFU.EX2" in text for text in path)
+        stores = any(re.search(r"\bSTG\b", text) for text in path)
+        largest = any(re.search(r"\b(FMNMX|HMNMX2)\b", text) for text in path)
+        if units == 0 or not largest:
+            continue
+        in_shared = any("LDS.128" in text for text in path)
+        name = "gradient" if stores else "maximum" if not exponentials else "sums" if in_shared else "statistics"
+        elements = units * 16 // size
+        found.append(Loop(name, len(path) / elements, exponentials / elements))
+    return sorted(found, key=lambda loop: ("maximum", "sums", "statistics", "gradient").index(loop.name))
+
+
+def kernels(listing: str, columns: int) -> Iterator[tuple[str, str, int, int, Code]]:
+    """Kernel, its types, their bytes, and code of those that make one pass over rows of `columns`."""
+    pattern = r"(one|two)_read_rowsI(f|NS_4bf16E)(f|NS_4bf16E|S\d_)Li(\d)E"
+    for name, code in functions(listing):
+        match = re.search(pattern, name)
+        if not match:
+            continue
+        kernel, source, target, number = match.groups()
+        target = source if target.startswith("S") else target
+        (from_name, size), (to_name, to_size) = TYPES[source], TYPES[target]
+        cluster = next((c for c in (1, 2, 4) if columns * size <= c * 76288), 8)
+        if int(number) == (cluster if kernel == "one" else 0):
+            yield f"{kernel} read{'s' * (kernel == 'two')}", f"{from_name} to {to_name}", size, to_size, code
+
+
+def estimate(kernel: str, size: int, to_size: int, found: list[Loop], gpu: Gpu) -> dict[str, object]:
+    """Clocks of an element in memory and arithmetic, what bounds it, and the share of copy bandwidth."""
+    copy = gpu.clocks(size + to_size)
+    memory = gpu.clocks(size * (2 if kernel == "two reads" else 1) + to_size)
+    arithmetic = sum(loop.clocks for loop in found)
+    heaviest = max(found, key=lambda loop: loop.clocks)
+    unit = "MUFU" if heaviest.mufu / MUFU_LANES >= heaviest.issue / ISSUE_LANES else "issue"
+    return {
+        "gpu": gpu.name,
+        "memory_clocks": round(memory, 3),
+        "arithmetic_clocks": round(arithmetic, 3),
+        "bound": "memory" if memory > arithmetic else f"{unit} of the {heaviest.name}",
+        "copy_share": [round(copy / (memory + arithmetic), 2), round(min(1.0, copy / max(copy, arithmetic)), 2)],
+    }
+
+
+def listing(cuda_bin: str) -> str:
+    """cuobjdump's listing of both row kernels, compiled for sm_90a."""
+    path = os.pathsep.join(filter(None, (cuda_bin, os.environ.get("PATH", ""))))
+    if missing := [tool for tool in ("nvcc", "cuobjdump", "nvdisasm") if not shutil.which(tool, path=path)]:
+        raise SystemExit(f"needs {' and '.join(missing)}: on the PATH, or name their folder in --cuda-bin (see --help)")
+    texts = []
+    for name in ("cuda_one_read", "cuda_two_read"):
+        with tempfile.TemporaryDirectory() as folder:
+            made = f"{folder}/{name}.cubin"
+            arch = ["-gencode", "arch=compute_90a,code=sm_90a"]
+            command = ["nvcc", "-O3", "-std=c++17", *arch, "-cubin", "-o", made, str(ROOT / "csrc" / f"{name}.cu")]
+            subprocess.run(command, check=True, env={**os.environ, "PATH": path})
+            done = ["cuobjdump", "-sass", made]
+            texts.append(subprocess.check_output(done, text=True, env={**os.environ, "PATH": path}))
+    return "".join(texts)
+
+
+def main() -> None:
+    """Count, print the table and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--cuda-bin", default="", help="folder of nvcc, cuobjdump and nvdisasm, before those on the PATH"
+    )
+    parser.add_argument("--columns", type=int, default=151_936, help="width of the rows")
+    parser.add_argument("--out", type=Path, default=ROOT / "tools/benchmark/results/row_kernel_model.json")
+    options = parser.parse_args()
+    rows = []
+    for kernel, types, size, to_size, code in kernels(listing(options.cuda_bin), options.columns):
+        found = row_loops(code, size)
+        estimates = [estimate(kernel, size, to_size, found, gpu) for gpu in GPUS]
+        rows.append(
+            {"kernel": kernel, "types": types, "loops": [asdict(loop) for loop in found], "estimates": estimates}
+        )
+        for answer in estimates:
+            counts = ", ".join(f"{loop.name} {loop.issue:.2f} / {loop.mufu:.2f}" for loop in found)
+            print(f"{kernel:9} {types:12} {answer} (issue / MUFU: {counts})")
+    report = {"computed": "from machine code; nothing was run", "columns": options.columns, "kernels": rows}
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
