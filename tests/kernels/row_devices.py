@@ -97,7 +97,7 @@ def check_accuracy(device: RowDevice, chunk: Rows) -> None:
 def check_results(chunk: Rows, out: RowOutputs, gradient: Tensor) -> None:
     """Outputs and gradient [C, V] against float64 and the CPU twin; the gradient may be narrower than the logits."""
     exact, plain = expected(chunk, torch.float64), expected(chunk, torch.float32)
-    twin, _ = run_cpu(chunk)
+    twin, of_twin = run_cpu(chunk)
     for name in ("logprobs", "entropy", "lse"):
         value = getattr(out, name).cpu()
         assert (value - getattr(exact, name)).abs().max() < 1e-5, name
@@ -108,5 +108,7 @@ def check_results(chunk: Rows, out: RowOutputs, gradient: Tensor) -> None:
     assert torch.equal(out.status.cpu(), twin.status)
     own, torchs = relative_error(gradient.cpu(), exact.gradient), relative_error(plain.gradient, exact.gradient)
     rounding = 2.0**-8 if gradient.dtype == torch.bfloat16 else 0.0
-    assert own <= max(2 * torchs, 1e-6, rounding), f"gradient error {own:.2e}, torch's own {torchs:.2e}"
+    # where the terms of a derivative cancel, its error grows; the twin's grows alike
+    twins = relative_error(of_twin, exact.gradient)
+    assert own <= max(2 * torchs, 1.5 * twins, 1e-6, rounding), f"error {own:.1e}, torch's {torchs:.1e}, {twins:.1e}"
     assert not gradient[:, chunk.vocab_size :].any()
