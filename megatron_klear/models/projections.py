@@ -25,14 +25,18 @@ class Projection:
 
 
 def projections(architecture: Architecture) -> dict[str, Projection]:
-    """The seven matrices of a dense layer, in the order of its forward pass."""
+    """The matrices of a layer in the order of its forward pass: seven, or the attention's four where it has experts."""
     a = architecture
     hidden, ffn, q, kv = a.hidden_size, a.ffn_hidden_size, a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-    return {
+    attention = {
         "q_proj": Projection(module="self_attn", out_features=q, in_features=hidden, cut="rows"),
         "k_proj": Projection(module="self_attn", out_features=kv, in_features=hidden, cut="rows"),
         "v_proj": Projection(module="self_attn", out_features=kv, in_features=hidden, cut="rows"),
         "o_proj": Projection(module="self_attn", out_features=hidden, in_features=q, cut="columns"),
+    }
+    if a.experts is not None:
+        return attention
+    return attention | {
         "gate_proj": Projection(module="mlp", out_features=ffn, in_features=hidden, cut="rows"),
         "up_proj": Projection(module="mlp", out_features=ffn, in_features=hidden, cut="rows"),
         "down_proj": Projection(module="mlp", out_features=hidden, in_features=ffn, cut="columns"),

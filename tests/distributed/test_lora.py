@@ -78,6 +78,16 @@ def test_layout_gives_the_numbers_of_one_process(case, ranks, layout: Layout):
         assert found.within(TOLERANCE), (loss, found)
 
 
+def test_attention_beside_experts_has_adapters_alike_in_every_layout(tmp_path, ranks):
+    write_tiny_model(tmp_path / "model", "qwen3_moe", SHAPE, weights=False)
+    config, samples = settings(tmp_path), ragged_samples(SHAPE.vocab_size, longest=64)
+    (reference,) = ranks(1, measure_losses, config, ONE_PROCESS, samples, STEPS, ["nll"])
+    for layout in layouts_named(["TP2 SP EP2", "EP2 overlap"]):
+        found, *_ = ranks(layout.processes, measure_losses, config, layout, samples, STEPS, ["nll"])
+        assert compare(found["nll"], reference["nll"], samples).within(TOLERANCE), layout.name
+    assert reference["nll"].losses[-1] < reference["nll"].losses[0] - 0.01
+
+
 def test_the_gate_sees_other_adapters(case, ranks):
     """The gate must fail where the update differs: here by its scale."""
     config, samples, references = case
