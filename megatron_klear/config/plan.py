@@ -242,7 +242,7 @@ def _memory_lines(config: RunConfig, plan: Plan) -> list[str]:
         "gradients (fp32)": memory.gradients,
         f"optimizer state (fp32, {sharded})": memory.optimizer,
         f"activations (recompute: {config.recompute.granularity})": memory.activations,
-        "at work: a chunk of logits, or one layer's backward pass": memory.working,
+        "at work (loss, or a backward pass)": memory.working,
         "total": memory.total,
     }
     if memory.host:
