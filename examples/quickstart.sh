@@ -28,4 +28,4 @@ if [ ! -d $DATA ]; then
     mv $DATA.partial $DATA
 fi
 
-python tools/quickstart.py --seed "$SEED" --seconds-before "$SECONDS"
+python tools/quickstart.py --seed "$SEED" --seconds-before "$SECONDS" "$@"

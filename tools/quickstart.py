@@ -72,9 +72,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds-before", type=float, default=0.0, help="spent before this was started")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="to train on, instead of the settings' CPU")
     options = parser.parse_args()
+    device = ("--parallel.device", options.device) if options.device else ()
     start = time.monotonic() - options.seconds_before
-    peak = max(run_stage([sys.executable, *stage, "--seed", str(options.seed)]) for stage in STAGES)
+    peak = max(run_stage([sys.executable, *stage, "--seed", str(options.seed), *device]) for stage in STAGES)
     for name, model in EVALUATED.items():
         flags = ("--output", str(EVALUATIONS / name), "--model.path", model, "--seed", str(options.seed))
         peak = max(peak, run_stage([sys.executable, "evaluate.py", "--config", EVALUATION, *flags]))

@@ -41,6 +41,7 @@ class Settings:
     recompute: Literal["none", "selective", "full"]
     tokens_per_row: int
     sequences_per_batch: int  # of the padded loop
+    cpu_offload: float = 0.0  # of the engine's optimizer state
 
     def run_config(self) -> SFTConfig:
         """The engine's settings; nothing is read from or written to `output` and `data`."""
@@ -54,6 +55,7 @@ class Settings:
                 beta1=BETAS[0],
                 beta2=BETAS[1],
                 clip_grad=CLIP_GRAD,
+                cpu_offload=self.cpu_offload,
             ),
             recompute=RecomputeConfig(granularity=self.recompute),
             data=DataConfig(
