@@ -1,4 +1,9 @@
-"""Adapters: the same numbers in every layout, a frozen base without gradients, the update that transformers sees."""
+"""Adapters: the same numbers in every layout, a frozen base without gradients, the update that transformers sees.
+
+KLEAR_LORA_LAYOUTS=1 runs them in all layouts of a dense model.
+"""
+
+import os
 
 import numpy as np
 import pytest
@@ -38,7 +43,8 @@ from megatron_klear.verify.layouts import (
 TOLERANCE = 1e-5
 STEPS = 4
 LOSSES = ("nll", "gppo")
-OFTEN = ("full recompute", "TP2 SP")
+ALWAYS = ("full recompute", "TP2 SP", "PP2 VPP2", "CP2", "DP2 overlap")
+EVERY_LAYOUT = os.environ.get("KLEAR_LORA_LAYOUTS") == "1"
 SHAPE = TinyShape(tied_embeddings=True)
 
 
@@ -66,8 +72,7 @@ def case(tmp_path_factory, ranks):
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [pytest.param(one, marks=() if one.name in OFTEN else pytest.mark.slow, id=one.name) for one in LAYOUTS[1:]],
+    "layout", LAYOUTS[1:] if EVERY_LAYOUT else layouts_named(ALWAYS), ids=lambda layout: layout.name
 )
 def test_layout_gives_the_numbers_of_one_process(case, ranks, layout: Layout):
     config, samples, references = case
