@@ -5,7 +5,8 @@ SwiGLU, attention that never keeps scores, rotary embedding applied after the no
 and SwiGLU are fused: a norm keeps its input, SwiGLU its input and output. On the CPU (`parallel.device = "cpu"`) torch
 composes them: a norm keeps its normalised input besides, SwiGLU both factors of its product, attention its output
 twice and, under context parallelism, its masks. `tests/distributed/test_memory.py` holds the CPU's form against the
-peaks of real steps; the GPU's has been held against none.
+peaks of real steps; the GPU's is held against what autograd keeps of such a layer (`tests/unit/test_estimate.py`), and
+has been against no peak.
 """
 
 from __future__ import annotations

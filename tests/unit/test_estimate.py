@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -63,6 +64,71 @@ def test_stages_sum_to_the_model(tied: bool, tensor: int, pipeline: int):
     heads = 2 if not tied or pipeline > 1 else 1
     copies = padding * heads + (101 * 32 if tied and pipeline > 1 else 0)
     assert held == architecture.num_parameters + norms * (tensor - 1) + copies
+
+
+def saved_bytes(architecture: Architecture, tokens: int) -> int:
+    """Bytes autograd keeps for one layer as a GPU computes it, norms and SwiGLU fused; weights and angles left out."""
+    import torch
+
+    functional = torch.nn.functional
+    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    q, kv, dim = architecture.num_heads, architecture.num_kv_heads, architecture.head_dim
+
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    class SwiGLU(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, gate_up):
+            ctx.save_for_backward(gate_up)
+            gate, up = gate_up.split([ffn, ffn], dim=1)
+            return functional.silu(gate) * up
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.cat([grad, grad], dim=1)
+
+    weights = [
+        torch.randn(n, m, requires_grad=True)
+        for n, m in [((q + 2 * kv) * dim, hidden), (hidden, q * dim), (2 * ffn, hidden), (hidden, ffn)]
+    ]
+    qkv_weight, out_weight, up_weight, down_weight = weights
+    ignored = {w.untyped_storage().data_ptr() for w in weights}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ignored:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        x = torch.randn(tokens, hidden, requires_grad=True)
+        q_, k_, v_ = (Norm.apply(x) @ qkv_weight.T).split([q * dim, kv * dim, kv * dim], dim=1)
+        q_ = q_.clone()  # Megatron copies the queries out and leaves keys and values where they are
+        q_, k_, v_ = (t.view(1, tokens, -1, dim).transpose(1, 2) for t in (q_, k_, v_))
+        if architecture.qk_norm:
+            q_, k_ = Norm.apply(q_), Norm.apply(k_)
+        q_, k_ = q_ * 1.0, k_ * 1.0
+        out = functional.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=True)
+        x = x + out.transpose(1, 2).reshape(tokens, -1) @ out_weight.T
+        x = x + SwiGLU.apply(Norm.apply(x) @ up_weight.T) @ down_weight.T
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "llama"])
+def test_layer_activations_are_what_autograd_keeps(model_type: str):
+    architecture = replace(shape(model_type), hidden_size=128, ffn_hidden_size=320, head_dim=32)
+    run = config(model={"dtype": "fp32"})
+    estimated = layer_activation_bytes(run, architecture, 512)
+    assert estimated == pytest.approx(saved_bytes(architecture, 512), rel=0.02)
 
 
 def test_activations_split_over_tensor_and_context_ranks():
