@@ -1,11 +1,12 @@
 """The vLLM engine on fake servers, with a courier that only sends versions."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
-from fake_vllm import STOP, VOCAB, FakeServer, response_to
+from fake_vllm import STOP, VOCAB, FakeServer, response_to, sampling
 
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.errors import UserError
@@ -199,3 +200,23 @@ def assert_sample(sample: Sample, of: Prompt, max_tokens: int) -> None:
         bounds = [span.start for span in sample.version_spans] + [sample.version_spans[-1].end]
         assert (bounds[0], bounds[-1]) == (head, head + len(tokens))
         assert all(one.end == other.start for one, other in pairwise(sample.version_spans))
+
+
+def requests(count: int, **changes: int) -> list[GroupRequest]:
+    """One request each for ``count`` prompts."""
+    return [GroupRequest(prompt=prompt(number), sampling=sampling(**changes), seed=5) for number in range(count)]
+
+
+def courier_of(engine: VLLMEngine) -> FakeCourier:
+    """The fake that takes the engine's weights to its servers."""
+    transport = engine._courier
+    assert isinstance(transport, FakeCourier)
+    return transport
+
+
+def wait_until(condition, seconds: float = 5.0) -> None:
+    """Come back when the condition holds; fail where it does not within the seconds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come to pass"
+        time.sleep(0.01)

@@ -22,10 +22,10 @@ from megatron_klear.errors import UserError
 from megatron_klear.orchestrator.feed import DrawSettings
 from megatron_klear.orchestrator.overlap import open_feed
 from megatron_klear.orchestrator.sampler import Sampler
-from megatron_klear.rl.versions import oldest_version, token_versions, version_lag
+from megatron_klear.rl.versions import oldest_version
 from megatron_klear.runs.group_file import dump_groups, load_groups
 from megatron_klear.runs.log import RunLog
-from megatron_klear.types import ProgramResult, Sample, Score, Verdict, VersionSpan
+from megatron_klear.types import ProgramResult, Sample, Score, Verdict
 
 MODES = ("synchronous", "one_step_off", "asynchronous")
 STEPS, PER_STEP, PROMPTS = 8, 3, 10
@@ -361,26 +361,6 @@ def test_validation_takes_nothing_from_what_is_under_way(prompts):
             groups = run.sampler.draw(run.prompts.all, run.config.sampling, seed=1)
             assert [group.prompt.id for group in groups] == [prompt.id for prompt in run.prompts.all]
     check(run)
-
-
-def test_versions_by_hand():
-    sample = Sample(
-        tokens=np.arange(6, dtype=np.int32),
-        trained=np.arange(6) >= 2,
-        policy_version=3,
-        version_spans=(VersionSpan(3, 2, 3), VersionSpan(5, 3, 6)),
-    )
-    assert token_versions(sample).tolist() == [3, 5, 5, 5]
-    group = fixed_groups(1, 1)[0]
-    group.samples[0] = sample
-    assert oldest_version(group) == 3
-    assert version_lag([group], 6) == {"weight_version_lag_mean": 1.5, "weight_version_lag_max": 3.0}
-    assert version_lag([], 6) == {"weight_version_lag_mean": 0.0, "weight_version_lag_max": 0.0}
-    whole = Sample(tokens=sample.tokens, trained=sample.trained, policy_version=4)
-    assert token_versions(whole).tolist() == [4] * 4
-    torn = Sample(tokens=sample.tokens, trained=sample.trained, version_spans=(VersionSpan(3, 2, 4),))
-    with pytest.raises(ValueError, match="2 tokens of a response lie in none of its version spans"):
-        token_versions(torn)
 
 
 def test_groups_come_back_from_bytes_as_they_were():

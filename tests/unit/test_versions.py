@@ -1,0 +1,28 @@
+"""Which weights drew a token, and how far a step's samples lag behind them."""
+
+import numpy as np
+import pytest
+from rl_groups import fixed_groups
+
+from megatron_klear.rl.versions import oldest_version, token_versions, version_lag
+from megatron_klear.types import Sample, VersionSpan
+
+
+def test_versions_by_hand():
+    sample = Sample(
+        tokens=np.arange(6, dtype=np.int32),
+        trained=np.arange(6) >= 2,
+        policy_version=3,
+        version_spans=(VersionSpan(3, 2, 3), VersionSpan(5, 3, 6)),
+    )
+    assert token_versions(sample).tolist() == [3, 5, 5, 5]
+    group = fixed_groups(1, 1)[0]
+    group.samples[0] = sample
+    assert oldest_version(group) == 3
+    assert version_lag([group], 6) == {"weight_version_lag_mean": 1.5, "weight_version_lag_max": 3.0}
+    assert version_lag([], 6) == {"weight_version_lag_mean": 0.0, "weight_version_lag_max": 0.0}
+    whole = Sample(tokens=sample.tokens, trained=sample.trained, policy_version=4)
+    assert token_versions(whole).tolist() == [4] * 4
+    torn = Sample(tokens=sample.tokens, trained=sample.trained, version_spans=(VersionSpan(3, 2, 4),))
+    with pytest.raises(ValueError, match="2 tokens of a response lie in none of its version spans"):
+        token_versions(torn)
