@@ -110,7 +110,7 @@ class FakeGrader:
             graded.append(Group(prompt=group.prompt, samples=group.samples, texts=group.texts, scores=scores))
         return Graded(groups=graded, counts=Counter(s.verdict for g in graded for s in g.scores))
 
-    def begin(self, groups) -> Future:
+    def begin(self, groups, begun=()) -> Future:
         future = _Slowly(self._random)
         future.set_result(self.grade(groups))
         return future

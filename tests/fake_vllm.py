@@ -86,6 +86,13 @@ class FakeServer:
         """Whether it draws nothing now."""
         return not self._going.is_set()
 
+    def draw_on(self, going: bool) -> None:
+        """Have it draw, or draw nothing until it is told to; its other routes answer."""
+        self._portal.run(self._set(going), 10)
+
+    async def _set(self, going: bool) -> None:
+        (self._going.set if going else self._going.clear)()
+
     def start(self) -> None:
         """Listen; a server started again has lost its weights and keeps its port."""
         self.version = "default"

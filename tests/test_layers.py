@@ -15,7 +15,7 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tools").rglob("*.py"), *ROOT
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # Layers from below: a room imports rooms of lower layers and itself; islands do not import each other.
-BOTTOM = {"errors", "types", "models", "architecture"}
+BOTTOM = {"errors", "types", "models"}
 ISLANDS = {"rl", "data", "rewards", "kernels", "statistics"}
 # Whoever talks to other ranks does it by this room.
 RANKS = {"distributed"}
@@ -27,7 +27,6 @@ ALLOWED = {
     "errors": set(),
     "types": {"errors"},
     "models": {"errors", "types"},
-    "architecture": {"models"},
     "distributed": {"errors"},
     **dict.fromkeys(ISLANDS, BOTTOM),
     "statistics": set(),
@@ -47,8 +46,7 @@ ALLOWED = {
     "verify": UP_TO_TRAIN,
     "cli": UP_TO_TRAIN | {"verify"},
 }
-ROOT_FILES = {"__init__.py", "architecture.py", "errors.py", "types.py", "py.typed"}
-"""`architecture` only says where it went; it goes with the next release."""
+ROOT_FILES = {"__init__.py", "errors.py", "types.py", "py.typed"}
 ONLY_IN = {
     "megatron": {"mcore"},
     "transformer_engine": {"mcore"},

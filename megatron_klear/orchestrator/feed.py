@@ -6,21 +6,18 @@ the weights just sent; those of `overlap.py` draw while the steps before are tra
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_klear.config.rl import AlgorithmConfig, GPPOConfig, SamplingConfig
 from megatron_klear.config.rollout import Rollout
 from megatron_klear.data.prompts import PromptStream
-from megatron_klear.orchestrator.grading import Grader
+from megatron_klear.orchestrator.grading import Grader, Gradings
 from megatron_klear.orchestrator.sampler import Sampler
-from megatron_klear.rewards.scoring import Graded
 from megatron_klear.rl.advantages import checked_rewards, is_uninformative, penalise_overlong
 from megatron_klear.runs.log import RunLog
-from megatron_klear.types import Group, Prompt, Verdict
+from megatron_klear.types import Group, Prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,18 +164,14 @@ class SynchronousFeed:
         )
 
     def _draw_and_grade(self, seed: int) -> list[Group]:
-        """A round of groups with their scores. Grading a group begins as soon as it is there."""
+        """A round of groups with their scores. Grading begins as soon as there is something to grade."""
         algorithm = self._config.algorithm
-        gradings: dict[int, Future[Graded]] = {}
-
-        def ended(group: Group) -> None:
-            gradings[id(group)] = self._grader.begin([group])
-
+        gradings = Gradings(self._grader)
         with self._log.time("rollout"):
             taken = self._prompts.take(algorithm.generated_prompts or algorithm.prompts_per_step)
-            groups = self._sampler.draw(taken, self._config.sampling, seed, ended=ended)
+            groups = self._sampler.draw(taken, self._config.sampling, seed, ended=gradings.add)
         with self._log.time("reward"):
-            return self._penalised(gather([gradings[id(group)].result() for group in groups], self._grader))
+            return self._penalised(gradings.of(groups).groups)
 
     def _penalised(self, groups: Sequence[Group]) -> list[Group]:
         """Groups with rewards that can be used, long responses penalised."""
@@ -201,14 +194,6 @@ class SynchronousFeed:
         """Go to a saved position; what another feed had under way is drawn again."""
         self._prompts.load_state_dict(state["prompts"])
         self._prompts.again += redrawn(self._prompts, state["requests"])
-
-
-def gather(parts: Sequence[Graded], grader: Grader) -> list[Group]:
-    """The groups of all parts. Raises GradingAlarm when too many of their responses could not be graded."""
-    counts: Counter[Verdict] = sum((part.counts for part in parts), Counter())
-    whole = Graded(groups=[group for part in parts for group in part.groups], counts=counts)
-    grader.check(whole)
-    return whole.groups
 
 
 def redrawn(prompts: PromptQueue, requests: Sequence[Mapping[str, Any]]) -> list[Prompt]:

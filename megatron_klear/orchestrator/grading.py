@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from threading import Lock
@@ -11,9 +12,9 @@ from megatron_klear.config.rl import RewardConfig
 from megatron_klear.rewards.base import check_sources, check_time, check_truths
 from megatron_klear.rewards.format import complete
 from megatron_klear.rewards.open import open_pool
-from megatron_klear.rewards.scoring import ErrorAlarm, Graded, requests_of, with_scores
+from megatron_klear.rewards.scoring import ErrorAlarm, Graded, request_of, requests_of, with_scores
 from megatron_klear.rewards.worker import Request
-from megatron_klear.types import Group, Prompt, Score
+from megatron_klear.types import Group, Prompt, Score, Verdict
 
 _MADE_UP = "<think>\nThis was made up to try the reward.\n</think>\n\nThe answer is \\boxed{0}."
 
@@ -53,15 +54,16 @@ class Grader:
         """Return when the rewards are imported and tried. Raises RewardError where one cannot be used."""
         self._pool.wait_until_ready()
 
-    def grade(self, groups: Sequence[Group]) -> Graded:
-        """The groups with scores. Raises GradingAlarm when too many could not be graded."""
-        graded = self.begin(groups).result()
-        self._alarm.check(graded)
-        return graded
+    def begin_response(self, prompt: Prompt, text: str) -> Future[Score]:
+        """Grade one response in the background, before its group is there; from any thread."""
+        return self._pool.submit(request_of(prompt, text))
 
-    def begin(self, groups: Sequence[Group]) -> Future[Graded]:
-        """Grade in the background, without the alarm; `check` is for what came of it."""
-        scores = [self._pool.submit(request) for request in requests_of(groups)]
+    def begin(self, groups: Sequence[Group], begun: Sequence[Future[Score]] = ()) -> Future[Graded]:
+        """Grade in the background, without the alarm; `check` is for what came of it.
+
+        `begun` are gradings of the groups' responses that are under way already, all of them in order, or none.
+        """
+        scores = begun or [self._pool.submit(request) for request in requests_of(groups)]
         whole: Future[Graded] = Future()
         whole.set_running_or_notify_cancel()
         left, lock = [len(scores)], Lock()
@@ -98,3 +100,24 @@ class Grader:
     ) -> None:
         """End the processes."""
         self._pool.close()
+
+
+class Gradings:
+    """Gradings of groups that come one by one."""
+
+    def __init__(self, grader: Grader) -> None:
+        """None yet."""
+        self._grader = grader
+        self._by_group: dict[int, Future[Graded]] = {}
+
+    def add(self, group: Group, begun: Sequence[Future[Score]] = ()) -> None:
+        """Grade a group; `begun` as for `Grader.begin`."""
+        self._by_group[id(group)] = self._grader.begin([group], begun)
+
+    def of(self, groups: Sequence[Group]) -> Graded:
+        """The groups, which were all added, with scores. Raises GradingAlarm when too many could not be graded."""
+        parts = [self._by_group[id(group)].result() for group in groups]
+        counts: Counter[Verdict] = sum((part.counts for part in parts), Counter())
+        graded = Graded(groups=[group for part in parts for group in part.groups], counts=counts)
+        self._grader.check(graded)
+        return graded

@@ -142,6 +142,8 @@ class Orchestrator:
                 "max_dropped_share": config.rollout.max_dropped_share,
                 "tell": self._tell,
             }
+        if hasattr(rollouts, "follow"):
+            rollouts.follow(self._grader.begin_response)
         self._rollouts = rollouts
         self._sampler = Sampler(rollouts, self._send, **limits)
         self._feed = open_feed(DrawSettings.by(config), self._sampler, self._prompts, self._grader, self._log)

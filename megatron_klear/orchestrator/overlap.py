@@ -209,7 +209,7 @@ class OverlapFeed(ABC):
                     self._failures.append(one.failure)
                     self._entries.remove(entry)
                 else:
-                    entry.group, entry.grading = one.group, self._grader.begin([one.group])
+                    entry.group, entry.grading = one.group, self._grader.begin([one.group], one.followed)
         elif grading:
             wait(grading, timeout_seconds, FIRST_COMPLETED)
         elif any(entry.submitted is not None and entry.group is None for entry in self._entries):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from megatron_klear.config.rl import SamplingConfig
 from megatron_klear.errors import UserError
@@ -62,16 +62,17 @@ class Sampler:
         sampling: SamplingConfig,
         seed: int,
         *,
-        ended: Callable[[Group], None] = lambda _: None,
+        ended: Callable[[Group, Sequence[Any]], None] = lambda *_: None,
     ) -> list[Group]:
         """Groups of the prompts, in order; those that could not be had within the deadline are left out.
 
-        `ended` is told of each group as soon as it is there. Raises UserError where too many could not be had.
+        `ended` is told of each group as soon as it is there, and of what followed its responses.
+        Raises UserError where too many could not be had.
         """
         if self.background is None:
             groups = self._rollouts.generate(prompts, sampling, seed)
             for group in groups:
-                ended(group)
+                ended(group, ())
             return groups
         requests = [GroupRequest(prompt=prompt, sampling=sampling, seed=seed) for prompt in told_apart(prompts)]
         by_key: dict[tuple[str, int], FinishedGroup] = {}
@@ -83,7 +84,7 @@ class Sampler:
                 if key_of(finished.request) in wanted:
                     by_key[key_of(finished.request)] = finished
                     if finished.group is not None:
-                        ended(finished.group)
+                        ended(finished.group, finished.followed)
                 else:
                     self._others.append(finished)
             if len(by_key) == len(requests):

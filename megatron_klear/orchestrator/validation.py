@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_klear.config.rl import ValidationConfig
-from megatron_klear.orchestrator.grading import Grader
+from megatron_klear.orchestrator.grading import Grader, Gradings
 from megatron_klear.orchestrator.sampler import Sampler
 from megatron_klear.rewards.format import complete
 from megatron_klear.rewards.votes import vote_of
@@ -35,7 +35,8 @@ class Validator:
         """
         if not self.prompts:
             return None
-        graded = grader.grade(sampler.draw(self.prompts, self.config.sampling, _SEED))
+        gradings = Gradings(grader)
+        graded = gradings.of(sampler.draw(self.prompts, self.config.sampling, _SEED, ended=gradings.add))
         if self.kept is not None:
             self.kept.write(step, graded.groups)
             self.kept.flush()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_klear.errors import UserError
-from megatron_klear.types import Group, Score, Verdict
+from megatron_klear.types import Group, Prompt, Score, Verdict
 
 from .format import complete
 from .pool import GradingPool
@@ -40,16 +40,12 @@ def score(groups: Sequence[Group], pool: GradingPool) -> Graded:
 
 def requests_of(groups: Sequence[Group]) -> list[Request]:
     """What is asked of a pool: every response, in the order of the groups and their samples."""
-    return [
-        Request(
-            group.prompt.data_source,
-            group.prompt.ground_truth,
-            complete(group.prompt.text, text),
-            group.prompt.extra_info,
-        )
-        for group in groups
-        for text in group.texts
-    ]
+    return [request_of(group.prompt, text) for group in groups for text in group.texts]
+
+
+def request_of(prompt: Prompt, text: str) -> Request:
+    """What is asked of a pool about one response."""
+    return Request(prompt.data_source, prompt.ground_truth, complete(prompt.text, text), prompt.extra_info)
 
 
 def with_scores(groups: Sequence[Group], scores: Sequence[Score]) -> Graded:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +84,8 @@ class FinishedGroup:
     request: GroupRequest
     group: Group | None
     failure: str = ""
+    followed: tuple[Any, ...] = ()
+    """What `follow` gave for each of the responses, in order; empty where nothing follows them."""
 
 
 class BackgroundRollouts(RolloutEngine, Protocol):
@@ -95,6 +97,14 @@ class BackgroundRollouts(RolloutEngine, Protocol):
 
     def submit(self, requests: Sequence[GroupRequest]) -> None:
         """Queue requests and return at once."""
+        ...
+
+    def follow(self, begin: Callable[[Prompt, str], Any]) -> None:
+        """Have `begin(prompt, text)` called for every response as soon as it is whole, before its group is.
+
+        It is called from another thread, and must return at once and raise nothing; what it returns comes with the
+        group. So a response is graded while others of its group are still drawn. To be called before `submit`.
+        """
         ...
 
     def take(self, timeout_seconds: float) -> list[FinishedGroup]:
@@ -133,12 +143,18 @@ def group_of(
     `#### 72`; the sample keeps it, since it is trained. Everything before it is shown, special tokens too: in some
     tokenizers `<think>` is one, and a turn header in the middle of an answer is a fault that a reward should see.
     """
-    texts = []
-    for sample in samples:
-        response = sample.tokens[len(prompt.tokens) :].tolist()
-        ended = bool(response) and response[-1] in stop_token_ids
-        texts.append(decode(response[:-1] if ended else response))
-    return Group(prompt=prompt, samples=samples, texts=texts)
+    return Group(
+        prompt=prompt, samples=samples, texts=[text_of(prompt, sample, decode, stop_token_ids) for sample in samples]
+    )
+
+
+def text_of(
+    prompt: Prompt, sample: Sample, decode: Callable[[Sequence[int]], str], stop_token_ids: Collection[int]
+) -> str:
+    """A response's text as `group_of` gives it."""
+    response = sample.tokens[len(prompt.tokens) :].tolist()
+    ended = bool(response) and response[-1] in stop_token_ids
+    return decode(response[:-1] if ended else response)
 
 
 def told_apart(prompts: Sequence[Prompt]) -> list[Prompt]:

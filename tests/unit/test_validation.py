@@ -1,5 +1,6 @@
 """Validation keeps the samples that its accuracy is made of."""
 
+from concurrent.futures import Future
 from dataclasses import astuple
 
 from rl_groups import fixed_groups, score
@@ -20,12 +21,19 @@ class Stub:
     def __init__(self):
         self.groups = fixed_groups()
 
-    def draw(self, prompts, sampling, seed):
+    def draw(self, prompts, sampling, seed, ended):
         assert [prompt.id for prompt in prompts] == [group.prompt.id for group in self.groups]
+        for group in reversed(self.groups):
+            ended(group, ())
         return self.groups
 
-    def grade(self, groups):
-        return Graded(groups=groups)
+    def begin(self, groups, begun):
+        future = Future()
+        future.set_result(Graded(groups=groups))
+        return future
+
+    def check(self, graded):
+        self.checked = True
 
 
 def test_kept_samples_tell_the_accuracy_that_is_reported(tmp_path):

@@ -13,8 +13,9 @@ import math
 import random
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +31,20 @@ _LATELY = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Whole:
+    """A response that has ended; `followed` is what was begun on it there and then."""
+
+    sample: Sample
+    text: str
+    followed: Any = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Drawn:
-    """What became of a request: all of its samples, or none and why."""
+    """What became of a request: all of its responses, or none and why."""
 
     request: GroupRequest
-    samples: list[Sample] | None
+    responses: list[Whole] | None
     failure: str = ""
 
 
@@ -86,9 +96,19 @@ class _Tries:
 class Dispatcher:
     """Draws samples over a fleet of servers; to be used on the fleet's loop."""
 
-    def __init__(self, fleet: Fleet, *, stop_token_ids: Iterable[int], seeded: bool = True) -> None:
-        """`stop_token_ids` end a response, besides those of the sampling; where not `seeded`, each draw is another."""
-        self._seeded = seeded
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        stop_token_ids: Iterable[int],
+        whole: Callable[[GroupRequest, Sample], Whole],
+        seeded: bool = True,
+    ) -> None:
+        """`stop_token_ids` end a response, besides those of the sampling; where not `seeded`, each draw is another.
+
+        `whole` is given each sample as soon as it has ended, whatever becomes of the others of its group.
+        """
+        self._whole, self._seeded = whole, seeded
         self._fleet, self._stop = fleet, sorted(set(stop_token_ids))
         self._retries = self._dropped = 0
         self._mean_tokens, self._ended = 0.0, 0  # of the responses that ended lately
@@ -96,12 +116,12 @@ class Dispatcher:
     async def draw(self, request: GroupRequest) -> Drawn:
         """All samples of a group, or none of them once one was given up."""
         count = request.sampling.samples_per_prompt
-        tasks = [asyncio.ensure_future(self._sample(request, number)) for number in range(count)]
+        tasks = [asyncio.ensure_future(self._respond(request, number)) for number in range(count)]
         try:
-            return Drawn(request=request, samples=list(await asyncio.gather(*tasks)))
+            return Drawn(request=request, responses=list(await asyncio.gather(*tasks)))
         except _GaveUp as error:
             self._dropped += 1
-            return Drawn(request=request, samples=None, failure=str(error))
+            return Drawn(request=request, responses=None, failure=str(error))
         finally:
             for task in tasks:
                 task.cancel()
@@ -112,6 +132,9 @@ class Dispatcher:
         counters = {"server_retries": float(self._retries), "groups_dropped": float(self._dropped)}
         self._retries = self._dropped = 0
         return counters
+
+    async def _respond(self, request: GroupRequest, number: int) -> Whole:
+        return self._whole(request, await self._sample(request, number))
 
     async def _sample(self, request: GroupRequest, number: int) -> Sample:
         response, tries = _Response(), _Tries()

@@ -8,20 +8,20 @@ import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_klear.errors import UserError
-from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest, group_of, told_apart
+from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest, text_of, told_apart
 from megatron_klear.rollout.vllm.client import Portal, ServerClient, open_session
-from megatron_klear.rollout.vllm.dispatch import Dispatcher, Drawn
+from megatron_klear.rollout.vllm.dispatch import Dispatcher, Drawn, Whole
 from megatron_klear.rollout.vllm.fleet import Fleet
 from megatron_klear.rollout.vllm.fleet_control import CONTROL_SECONDS, LOOK_SECONDS, FleetControl
 from megatron_klear.rollout.vllm.member import Limits, ManagedServers, Member
 from megatron_klear.rollout.weights.update import TransferFailed
-from megatron_klear.types import Group, Prompt
+from megatron_klear.types import Group, Prompt, Sample
 
 if TYPE_CHECKING:
     from megatron_klear.config.rl import SamplingConfig
@@ -78,6 +78,7 @@ class VLLMEngine:
         """
         self._config, self._courier, self._servers = config, courier, servers
         self._decode = decode
+        self._follow: Callable[[Prompt, str], Any] | None = None
         self._stop = frozenset(stop_token_ids)
         self._finished: queue.SimpleQueue[Future[Drawn]] = queue.SimpleQueue()
         self._in_flight = self._fruitless = 0
@@ -131,6 +132,10 @@ class VLLMEngine:
 
         self._control.each(self._fleet.holders(), ask)
         return found
+
+    def follow(self, begin: Callable[[Prompt, str], Any]) -> None:
+        """Have something begun on every response as soon as it is whole; see BackgroundRollouts."""
+        self._follow = begin
 
     def submit(self, requests: Sequence[GroupRequest]) -> None:
         """Queue requests."""
@@ -222,7 +227,7 @@ class VLLMEngine:
             router = ServerClient(self._config.router, session=session, api_key=key, vocab_size=vocab)
         fleet = Fleet(clients, self._limits, router=router)
         fleet.start()
-        return fleet, Dispatcher(fleet, stop_token_ids=stop, seeded=self._config.seed_requests)
+        return fleet, Dispatcher(fleet, stop_token_ids=stop, whole=self._whole, seeded=self._config.seed_requests)
 
     async def _disconnect(self) -> None:
         self._fleet.stop()
@@ -281,8 +286,19 @@ class VLLMEngine:
 
     def _as_finished(self, future: Future[Drawn]) -> FinishedGroup:
         drawn = future.result()
-        if drawn.samples is None:
+        if drawn.responses is None:
             return FinishedGroup(request=drawn.request, group=None, failure=drawn.failure)
-        stop = self._stop.union(drawn.request.sampling.stop_token_ids)
-        group = group_of(drawn.request.prompt, drawn.samples, self._decode, stop)
-        return FinishedGroup(request=drawn.request, group=group)
+        group = Group(
+            prompt=drawn.request.prompt,
+            samples=[response.sample for response in drawn.responses],
+            texts=[response.text for response in drawn.responses],
+        )
+        followed = tuple(response.followed for response in drawn.responses)
+        return FinishedGroup(request=drawn.request, group=group, followed=followed if self._follow else ())
+
+    def _whole(self, request: GroupRequest, sample: Sample) -> Whole:
+        """A sample with its text, and what follows it; on the portal's thread."""
+        stop = self._stop.union(request.sampling.stop_token_ids)
+        text = text_of(request.prompt, sample, self._decode, stop)
+        followed = self._follow(request.prompt, text) if self._follow is not None else None
+        return Whole(sample=sample, text=text, followed=followed)
