@@ -162,7 +162,7 @@ class RewardConfig(Settings):
     (`pip install "megatron-klear[ray]"`)."""
     ray_address: str = ""
     """Of a Ray to join and leave as it is: `host:port`, or `auto` for the one of this machine; empty is a Ray that the
-    run starts and ends, on the node of its first rank alone."""
+    run starts and ends, on all of its nodes."""
     max_error_share: float = Field(default=0.05, ge=0, le=1)
     """The run stops when more than this share of a step's samples end as timeout or error."""
     environment: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from megatron_klear.config.rl import RewardConfig
 from megatron_klear.rewards.base import check_sources, check_time, check_truths
 from megatron_klear.rewards.format import complete
 from megatron_klear.rewards.open import open_pool
+from megatron_klear.rewards.ray_node import Head
 from megatron_klear.rewards.scoring import ErrorAlarm, Graded, request_of, requests_of, with_scores
 from megatron_klear.rewards.worker import Request
 from megatron_klear.types import Group, Prompt, Score, Verdict
@@ -29,9 +30,10 @@ def check_prompts(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
 class Grader:
     """Scores groups, their responses one by one; a context, since it holds grading processes."""
 
-    def __init__(self, config: RewardConfig, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, config: RewardConfig, prompts: Sequence[Prompt], nodes: int = 1) -> None:
         """Start the processes, which try every reward once on a made-up response to the first prompt of its kind.
 
+        `nodes` are the run's: a Ray of its own is ready once as many have joined it.
         Raises RewardError where a prompt's data source has no reward, or what grades is not installed.
         """
         self._alarm = ErrorAlarm(config.max_error_share)
@@ -41,6 +43,7 @@ class Grader:
             config.for_rewards(),
             backend=config.backend,
             ray_address=config.ray_address,
+            ray_nodes=1 if config.ray_address else nodes,
             timeout_seconds=config.timeout_seconds,
             workers=config.workers,
             environment=config.environment,
@@ -49,6 +52,13 @@ class Grader:
                 for name, prompt in first.items()
             ],
         )
+
+    def head(self) -> Head | None:
+        """What the run's other nodes join to grade, as soon as they can; None where there is nothing to join.
+
+        Raises RewardError where a Ray of the run's own does not come up.
+        """
+        return self._pool.head()
 
     def wait_until_ready(self) -> None:
         """Return when the rewards are imported and tried. Raises RewardError where one cannot be used."""

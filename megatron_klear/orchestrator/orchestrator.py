@@ -33,6 +33,7 @@ from megatron_klear.orchestrator.sampler import Sampler
 from megatron_klear.orchestrator.step_numbers import StepNumbers, TokenArrays
 from megatron_klear.orchestrator.trainer import Trainer, TrainersSampler, TrainersWeights, send_weights
 from megatron_klear.orchestrator.validation import Validator
+from megatron_klear.rewards.ray_node import Head
 from megatron_klear.rewards.truth_store import TruthStore
 from megatron_klear.rl.versions import version_lag
 from megatron_klear.rollout.engine import RolloutEngine
@@ -123,15 +124,22 @@ class Orchestrator:
             f"prompts.sources hold {count} prompts and a step takes {taken}: some are sampled more than once in a step"
         ]
 
-    def open(self) -> Access | None:
-        """Start grading processes and, where the run has its own, servers; how the trainer reaches servers, if any.
+    def open_grading(self, nodes: int) -> Head | None:
+        """Begin to start grading processes; what other nodes of the run join to grade too, if they are to.
 
-        Returns when all are ready. Raises UserError where one does not start.
+        `nodes` are those of the run. Raises UserError where they cannot be started.
+        """
+        self._grader = self._resources.enter_context(
+            Grader(self._config.reward, [*self._prompts.all, *self._validator.prompts], nodes)
+        )
+        return self._grader.head()
+
+    def open(self) -> Access | None:
+        """After `open_grading`, start servers where the run has its own; how the trainer reaches servers, if any.
+
+        Returns when they and the grading processes are ready. Raises UserError where one does not start.
         """
         config = self._config
-        self._grader = self._resources.enter_context(
-            Grader(config.reward, [*self._prompts.all, *self._validator.prompts])
-        )
         rollouts, access = self._open_engine()
         self._resources.enter_context(closing(rollouts))
         self._grader.wait_until_ready()

@@ -33,7 +33,8 @@ from megatron_klear.types import Prompt, Sample
 _WORK_SECONDS = 0.05
 """Between two looks at what is under way while the trainer trains."""
 _SIGNAL_SECONDS = 0.5
-CALLS = ["open", "sync", "next_step", "arrays", "keep", "validate", "sample", "sleep", "flush", "state", "load_state"]
+CALLS = ["open_grading", "open", "sync", "next_step", "arrays", "keep"]
+CALLS += ["validate", "sample", "sleep", "flush", "state", "load_state"]
 ROOT = Path(__file__).resolve().parents[2]
 
 

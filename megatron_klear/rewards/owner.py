@@ -14,6 +14,7 @@ from megatron_klear.types import Score, Verdict
 
 from .base import RewardSettings, failure_value
 from .process import Task
+from .ray_node import Head
 from .worker import Request
 
 
@@ -76,6 +77,13 @@ class OwnedPool(ABC):
             self._changed.wait_for(lambda: self._ready or self._over is not None)
             if self._over is not None:
                 raise self._over
+
+    def head(self) -> Head | None:
+        """What other nodes join to grade as well, as soon as they can; None where none are to.
+
+        Raises RewardError where it does not come up.
+        """
+        return None
 
     def close(self) -> None:
         """End all workers, whatever they are at; what waits fails with PoolClosedError. Closing twice is harmless."""

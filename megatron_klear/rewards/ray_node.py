@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -65,6 +66,14 @@ def secure() -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
     if not os.environ.get("RAY_AUTH_TOKEN"):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What another node needs to join: host:port, and the secret."""
+
+    address: str
+    token: str = field(repr=False)
 
 
 class RayNode:

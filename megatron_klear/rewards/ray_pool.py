@@ -24,7 +24,7 @@ from .plain import PlainError
 from .pool import MEMORY_BYTES, usable_cores
 from .process import Task, import_paths
 from .ray_actor import GradingActor
-from .ray_node import RayNode, check_ray
+from .ray_node import Head, RayNode, check_ray
 from .wire import RemoteJob, read_told, write_job, write_request
 from .worker import READY, NoAnswerError, Refused, Request, WorkerJob
 
@@ -125,6 +125,16 @@ class RayGradingPool(OwnedPool):
         """Of the Ray, host:port, once `wait_until_ready` has returned; what other nodes join."""
         return self._node.address if self._node is not None else self._address
 
+    def head(self) -> Head | None:
+        """What other nodes join, of a Ray that the pool starts for more than one; see OwnedPool."""
+        if self._address or self._nodes == 1:
+            return None
+        with self._changed:
+            self._changed.wait_for(lambda: self._node is not None or self._over is not None)
+            if self._over is not None:
+                raise self._over
+        return Head(self.address, os.environ["RAY_AUTH_TOKEN"])
+
     def _turn(self) -> None:
         """Hand out what waits, then wait for the next answer, deadline or death, and deal with it."""
         if self._ray is None:
@@ -160,7 +170,10 @@ class RayGradingPool(OwnedPool):
         In the owner's thread: in the main one Ray would take over SIGTERM.
         """
         if not self._address:
-            self._node = RayNode.start(self._per_node or usable_cores(), wanted=lambda: not self._closing)
+            own = RayNode.start(self._per_node or usable_cores(), wanted=lambda: not self._closing)
+            with self._changed:
+                self._node = own
+                self._changed.notify_all()
         import ray
 
         logging.getLogger("ray").setLevel(logging.ERROR)

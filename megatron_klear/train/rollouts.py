@@ -28,6 +28,7 @@ from megatron_klear.orchestrator.process import Spawned, spawn
 from megatron_klear.orchestrator.step_numbers import StepNumbers, TokenArrays
 from megatron_klear.orchestrator.trainer import Drawer, Sender
 from megatron_klear.rollout.vllm.open import Access
+from megatron_klear.train.grading_nodes import GradingNodes, nodes_of_job
 from megatron_klear.types import Sample
 
 HEARTBEAT_SECONDS = 10.0
@@ -50,6 +51,7 @@ class Rollouts:
         self.tell = tell
         self.trainer: Drawer | Sender | None = None
         """Who grants the orchestrator's wishes; to be set before `open`."""
+        self._reward, self._grading_nodes = start.config.reward, GradingNodes()
         self._spawned: Spawned | None = None
         self._value: Any = None
         self._ending = threading.Event()
@@ -78,6 +80,7 @@ class Rollouts:
 
     def open(self) -> Access | None:
         """Start grading processes and servers; how servers are reached, on rank 0 and where there are any."""
+        self._grading_nodes.join(self._call("open_grading", nodes_of_job()), self._reward)
         access: Access | None = self._call("open")
         return access
 
@@ -136,6 +139,7 @@ class Rollouts:
         """End the process, if it still is there. May be called twice."""
         spawned, self._spawned = self._spawned, None
         self._ending.set()
+        self._grading_nodes.close()
         if spawned is None:
             return
         with contextlib.suppress(LinkClosedError):
