@@ -27,7 +27,9 @@ class KeptByLayer:
     """Bytes that a layer keeps of one row, by the part that selective recomputation can let go of."""
 
     residual: int
-    """Inputs of the two norms, and their outputs as inputs of matrices."""
+    """Inputs of the two norms."""
+    norms: int
+    """Their outputs as inputs of matrices, and what a norm keeps besides its input."""
     attention: int
     core: int
     """Of attention what is made within it: rotated queries and keys, gathered keys and values, its output."""
@@ -36,7 +38,7 @@ class KeptByLayer:
     @property
     def whole(self) -> int:
         """All of it."""
-        return self.residual + self.attention + self.core + self.mlp
+        return self.residual + self.norms + self.attention + self.core + self.mlp
 
 
 def number_bytes(config: RunConfig) -> int:
@@ -63,8 +65,10 @@ def kept_by_layer(config: RunConfig, architecture: Architecture, row_tokens: int
     core = tokens * (query + (0.0 if gathered else kv) + query * (2 if composed else 1))
     core += row_tokens * 2 * kv if gathered else 0.0
     masks = row_tokens**2 * (2 * parallel.context + 1) / (2 * parallel.context) ** 2 if composed and gathered else 0.0
+    hidden = _residual_bytes(config, architecture, row_tokens)
     return KeptByLayer(
-        residual=(6 if composed else 4) * _residual_bytes(config, architecture, row_tokens),
+        residual=2 * hidden,
+        norms=(4 if composed else 2) * hidden,
         attention=round(tokens * projected * width),
         core=round(core * width + 4 * heads * tokens + _MASK_BYTES * masks),
         mlp=round(tokens * _kept_by_mlp(architecture, composed) / parallel.tensor * width),
@@ -82,7 +86,14 @@ def kept_bytes(config: RunConfig, architecture: Architecture, stage: int, row_to
     elif recompute.granularity == "selective":
         # What goes into the core and comes out of it: normalised queries and keys where there are norms; values, and
         # otherwise keys, are views.
-        total = layers * (kept.residual + kept.attention + _around_core(config, architecture, row_tokens))
+        core = _around_core(config, architecture, row_tokens) if recompute.repeats("core_attn") else kept.core
+        norms = 0 if recompute.repeats("layernorm") else kept.norms
+        mlp = 0 if recompute.repeats("mlp") else kept.mlp
+        total = layers * (kept.residual + norms + kept.attention + core + mlp)
+    elif recompute.method == "block":
+        chunk_layers = _chunk_layers(config, architecture)
+        repeated = min(recompute.layers, chunk_layers)
+        total = layers // chunk_layers * (repeated * residual + (chunk_layers - repeated) * kept.whole)
     else:
         total = math.ceil(layers / _block(config, architecture)) * residual
     under_way = layers / (architecture.num_layers / config.parallel.pipeline)
@@ -93,8 +104,9 @@ def kept_bytes(config: RunConfig, architecture: Architecture, stage: int, row_to
     if config.parallel.pipeline > 1:
         total += 2 * residual  # what is being received and sent
     if config.parallel.virtual_pipeline > 1:
-        chunk_layers = architecture.num_layers // (config.parallel.pipeline * config.parallel.virtual_pipeline)
-        total += layers // chunk_layers * residual  # outputs, which this schedule cannot let go of as they are sent
+        total += (
+            layers // _chunk_layers(config, architecture) * residual
+        )  # outputs, which this schedule cannot let go of as they are sent
     return total
 
 
@@ -106,7 +118,8 @@ def working_bytes(config: RunConfig, architecture: Architecture, stage: int, row
     # Gradients of a layer's output, of SwiGLU's output and of both its inputs.
     backward = round((architecture.hidden_size + 3 * ffn) * tokens * number_bytes(config))
     if config.recompute.granularity == "selective":
-        backward += kept.mlp
+        backward += kept.mlp if config.recompute.repeats("mlp") else 0
+        backward += kept.norms if config.recompute.repeats("layernorm") else 0
     elif config.recompute.granularity == "full":
         backward += _block(config, architecture) * kept.whole
     loss = loss_bytes(config, architecture, row_tokens) if stage == config.parallel.pipeline - 1 else 0
@@ -137,8 +150,7 @@ def layers_in_flight(config: RunConfig, architecture: Architecture, stage: int, 
     (chunks - 1) * pipeline + 1 chunks, which on the first stage is the paper's factor 1 + (p - 1) / (p * chunks).
     """
     parallel = config.parallel
-    chunks = parallel.virtual_pipeline
-    chunk_layers = architecture.num_layers // (parallel.pipeline * chunks)
+    chunks, chunk_layers = parallel.virtual_pipeline, _chunk_layers(config, architecture)
     if chunks == 1:
         return chunk_layers * min(microbatches, parallel.pipeline - stage)
     warmup = 2 * (parallel.pipeline - stage - 1) + (chunks - 1) * parallel.pipeline
@@ -150,8 +162,17 @@ def _composed(config: RunConfig) -> bool:
 
 
 def _block(config: RunConfig, architecture: Architecture) -> int:
-    """Layers that full recomputation repeats at once."""
-    return min(config.recompute.layers, architecture.num_layers // config.parallel.pipeline)
+    """Layers that full recomputation holds at once on top of what is kept."""
+    chunk_layers = _chunk_layers(config, architecture)
+    if config.recompute.method == "block":
+        # The layers that are kept come first in the backward pass, and have let go when one is repeated.
+        return int(config.recompute.layers >= chunk_layers)
+    return min(config.recompute.layers, chunk_layers)
+
+
+def _chunk_layers(config: RunConfig, architecture: Architecture) -> int:
+    """Layers that follow each other on one rank."""
+    return architecture.num_layers // (config.parallel.pipeline * config.parallel.virtual_pipeline)
 
 
 def _residual_bytes(config: RunConfig, architecture: Architecture, row_tokens: int) -> int:

@@ -168,13 +168,40 @@ class LoraConfig(Settings):
         return self
 
 
+RecomputedModule = Literal["core_attn", "mlp", "layernorm"]
+
+
 class RecomputeConfig(Settings):
     """`[recompute]`: activations recomputed in the backward pass instead of kept."""
 
     granularity: Literal["none", "selective", "full"] = "none"
-    """`selective` recomputes the MLP and attention core, `full` whole layers."""
+    """`selective` recomputes parts of every layer, `full` whole layers."""
+    modules: tuple[RecomputedModule, ...] = ("core_attn", "mlp")
+    """With `selective`: the parts. `core_attn` is the attention between its matrices, `mlp` the MLP or the experts with
+    what comes before them, `layernorm` the norms' outputs."""
+    method: Literal["uniform", "block"] = "uniform"
+    """With `full`: `uniform` recomputes all layers, `layers` at a time; `block` the first `layers` of every pipeline
+    stage (of each of its chunks under `parallel.virtual_pipeline`) one at a time, and keeps the others'
+    activations."""
     layers: PositiveInt = 1
-    """With `full`: layers per recomputed block."""
+    """With `full`: layers of a recomputed block, or those of a stage that are recomputed; see `method`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RecomputeConfig:
+        if self.granularity == "selective" and not self.modules:
+            raise ValueError('recompute.modules names none; set recompute.granularity to "none" to recompute nothing')
+        if len(set(self.modules)) < len(self.modules):
+            raise ValueError(f"recompute.modules {list(self.modules)} names a part twice")
+        given = self.model_fields_set
+        if self.granularity != "selective" and "modules" in given and self.modules != ("core_attn", "mlp"):
+            raise ValueError(f'recompute.modules are for granularity = "selective", which is "{self.granularity}"')
+        if self.granularity != "full" and self.method == "block":
+            raise ValueError(f'recompute.method = "block" is for granularity = "full", which is "{self.granularity}"')
+        return self
+
+    def repeats(self, module: RecomputedModule) -> bool:
+        """Whether a part is recomputed in the layers that are."""
+        return self.granularity == "full" or (self.granularity == "selective" and module in self.modules)
 
 
 class DataConfig(Settings):

@@ -114,7 +114,7 @@ class Router(TopKRouter):
             parts[1] = (weights[sequences.of_token] * logits.logsumexp(-1).square()).sum()
             loss = loss + self._z_loss * parts[1]
         # Under recomputation a row passes twice, the first time without gradients.
-        if torch.is_grad_enabled() is (self.config.recompute_granularity is None):
+        if torch.is_grad_enabled() is not repeats_experts(self.config):
             self._count(logits.detach(), chosen, weights[sequences.of_token] != 0, parts)
         if loss.requires_grad:
             probabilities = MoEAuxLossAutoScaler.apply(probabilities, loss)
@@ -153,6 +153,12 @@ class Router(TopKRouter):
         self.sums = sums if self.sums is None else self.sums + sums
 
 
+def repeats_experts(config: Any) -> bool:
+    """Whether the forward pass of experts and their router is repeated in the backward pass."""
+    granularity, modules = config.recompute_granularity, config.recompute_modules or ()
+    return granularity == "full" or (granularity == "selective" and "mlp" in modules)
+
+
 class RoutedLayer(TransformerLayer):
     """Megatron's layer, whose router knows the row; under selective recomputation all after the attention is repeated.
 
@@ -177,7 +183,7 @@ class RoutedLayer(TransformerLayer):
             finally:
                 self.mlp.router.row = None
 
-        if self.training and self.config.recompute_granularity == "selective":
+        if self.training and self.config.recompute_granularity == "selective" and repeats_experts(self.config):
             return tensor_parallel.checkpoint(run, False, hidden_states)
         return run(hidden_states)
 

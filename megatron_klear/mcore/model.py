@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -151,12 +153,23 @@ def _chosen_options(run: RunConfig) -> dict[str, Any]:
     if run.recompute.granularity == "full":
         options |= {
             "recompute_granularity": "full",
-            "recompute_method": "uniform",
+            "recompute_method": run.recompute.method,
             "recompute_num_layers": run.recompute.layers,
         }
     elif run.recompute.granularity == "selective":
-        options |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+        if "layernorm" in run.recompute.modules:
+            _give_fp8_names()
+        options |= {"recompute_granularity": "selective", "recompute_modules": list(run.recompute.modules)}
     return options
+
+
+def _give_fp8_names() -> None:
+    """Let norms be recomputed without transformer-engine: Megatron asks it then whether FP8 is on, installed or not."""
+    from megatron.core.tensor_parallel import random
+
+    if not random.HAVE_TE:
+        random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
+        random.activation_recompute_forward = random.fp8_autocast = lambda **_: nullcontext()
 
 
 def _leave(tensor: Tensor) -> Tensor:

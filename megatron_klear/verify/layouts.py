@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_klear.config.base import ParallelConfig, SFTConfig
+from megatron_klear.config.base import ParallelConfig, RecomputedModule, SFTConfig
 from megatron_klear.data.pack import loss_weights, num_predicted, pack
 from megatron_klear.data.sft import SampleStore
 from megatron_klear.distributed import exchange
@@ -46,6 +46,8 @@ class Layout:
     overlap: bool = False
     sequences_per_row: int = 2
     recompute: Literal["none", "selective", "full"] = "none"
+    recompute_modules: tuple[RecomputedModule, ...] = ("core_attn", "mlp")
+    recompute_method: Literal["uniform", "block"] = "uniform"
     fused: bool | None = None
     """Overrides `model.fused_loss`."""
 
@@ -77,7 +79,8 @@ class Layout:
         model = config.model
         if self.fused is not None:
             model = model.model_copy(update={"fused_loss": self.fused})
-        recompute = config.recompute.model_copy(update={"granularity": self.recompute})
+        again = {"modules": self.recompute_modules, "method": self.recompute_method}
+        recompute = config.recompute.model_copy(update={"granularity": self.recompute, **again})
         return self.lay_out(config).model_copy(update={"optimizer": optimizer, "model": model, "recompute": recompute})
 
 
@@ -89,10 +92,12 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(name="4 sequences a row", sequences_per_row=4),
     Layout(name="full recompute", recompute="full"),
     Layout(name="selective recompute", recompute="selective"),
+    Layout(name="norms recomputed", recompute="selective", recompute_modules=("layernorm", "core_attn")),
     Layout(name="TP2", tensor=2),
     Layout(name="TP2 SP", tensor=2, sequence=True),
     Layout(name="PP2", pipeline=2),
     Layout(name="PP2 VPP2", pipeline=2, virtual_pipeline=2),
+    Layout(name="PP2 block recompute", pipeline=2, recompute="full", recompute_method="block"),
     Layout(name="CP2", context=2),
     Layout(name="CP2, 1 sequence a row", context=2, sequences_per_row=1),
     Layout(name="DP2", data=2),
@@ -110,6 +115,7 @@ EXPERT_LAYOUTS: tuple[Layout, ...] = (
     Layout(name="1 sequence a row", sequences_per_row=1),
     Layout(name="4 sequences a row, full recompute", sequences_per_row=4, recompute="full"),
     Layout(name="selective recompute", recompute="selective"),
+    Layout(name="norms recomputed", recompute="selective", recompute_modules=("layernorm", "core_attn")),
     Layout(name="DP2", data=2),
     Layout(name="DP2 overlap", data=2, overlap=True),
     Layout(name="EP2", data=2, expert=2),

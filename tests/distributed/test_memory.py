@@ -1,4 +1,4 @@
-"""The plan's memory against what real steps hold: every allocation of torch's on the CPU, in ten layouts."""
+"""The plan's memory against what real steps hold: every allocation of torch's on the CPU, in a dozen layouts."""
 
 import gc
 import weakref
@@ -32,8 +32,19 @@ SHAPE = TinyShape(
 )
 ROWS, TOKENS = 4, 2048
 LAYOUTS = (
-    *("one process", "full recompute", "selective recompute", "TP2", "TP2 SP", "PP2", "PP2 VPP2", "CP2", "DP2"),
-    *("DP2 overlap", "TP2 PP2 SP"),
+    *(
+        "one process",
+        "full recompute",
+        "selective recompute",
+        "norms recomputed",
+        "TP2",
+        "TP2 SP",
+        "PP2",
+        "PP2 VPP2",
+        "CP2",
+        "DP2",
+    ),
+    *("DP2 overlap", "TP2 PP2 SP", "PP2 block recompute"),
 )
 
 
