@@ -75,8 +75,28 @@ def kept_by_layer(config: RunConfig, architecture: Architecture, row_tokens: int
     )
 
 
-def kept_bytes(config: RunConfig, architecture: Architecture, stage: int, row_tokens: int, microbatches: int) -> int:
-    """Bytes kept for all layers and micro-batches that are under way at a stage at once."""
+def held_bytes(config: RunConfig, architecture: Architecture, stage: int, row_tokens: int, microbatches: int) -> int:
+    """Bytes of kept activations that are on the device: all of them, or a few where the others wait on the host."""
+    saved = saved_bytes(config, architecture, stage, row_tokens, microbatches)
+    beside = _beside_bytes(config, architecture, stage, row_tokens, microbatches)
+    if config.offload.activations:
+        # What a row that goes back has at hand: a tensor, the next, and on all stages but the last, which goes back at
+        # once, the last that the row before it has saved.
+        last = _last_saved(config, architecture, row_tokens)
+        ends = stage == config.parallel.pipeline - 1
+        saved = min(saved, sum(last[:2]) if ends else sum(last[: config.offload.window]) + sum(last[:3]))
+    return saved + beside
+
+
+def offloaded_bytes(
+    config: RunConfig, architecture: Architecture, stage: int, row_tokens: int, microbatches: int
+) -> int:
+    """Bytes of activations in host memory at once."""
+    return saved_bytes(config, architecture, stage, row_tokens, microbatches) if config.offload.activations else 0
+
+
+def saved_bytes(config: RunConfig, architecture: Architecture, stage: int, row_tokens: int, microbatches: int) -> int:
+    """Bytes that all layers and micro-batches that are under way at a stage at once save for their backward pass."""
     kept = kept_by_layer(config, architecture, row_tokens)
     residual = _residual_bytes(config, architecture, row_tokens)
     layers = layers_in_flight(config, architecture, stage, microbatches)
@@ -96,17 +116,22 @@ def kept_bytes(config: RunConfig, architecture: Architecture, stage: int, row_to
         total = layers // chunk_layers * (repeated * residual + (chunk_layers - repeated) * kept.whole)
     else:
         total = math.ceil(layers / _block(config, architecture)) * residual
-    under_way = layers / (architecture.num_layers / config.parallel.pipeline)
-    # The table of angles is the micro-batch's, the final norm's input and output the last stage's.
-    total += round(under_way * math.ceil(row_tokens / config.parallel.context) * architecture.head_dim * 8)
-    if stage == config.parallel.pipeline - 1:
+    if stage == config.parallel.pipeline - 1:  # the final norm's input and output
         total += residual * (3 if _composed(config) else 2)
+    return total
+
+
+def _beside_bytes(config: RunConfig, architecture: Architecture, stage: int, row_tokens: int, microbatches: int) -> int:
+    """Bytes that micro-batches hold beside what their layers save: angles, and what stages send each other."""
+    layers = layers_in_flight(config, architecture, stage, microbatches)
+    residual = _residual_bytes(config, architecture, row_tokens)
+    under_way = layers / (architecture.num_layers / config.parallel.pipeline)
+    total = round(under_way * math.ceil(row_tokens / config.parallel.context) * architecture.head_dim * 8)
     if config.parallel.pipeline > 1:
         total += 2 * residual  # what is being received and sent
     if config.parallel.virtual_pipeline > 1:
-        total += (
-            layers // _chunk_layers(config, architecture) * residual
-        )  # outputs, which this schedule cannot let go of as they are sent
+        # Outputs, which this schedule cannot let go of as they are sent.
+        total += layers // _chunk_layers(config, architecture) * residual
     return total
 
 
@@ -155,6 +180,17 @@ def layers_in_flight(config: RunConfig, architecture: Architecture, stage: int, 
         return chunk_layers * min(microbatches, parallel.pipeline - stage)
     warmup = 2 * (parallel.pipeline - stage - 1) + (chunks - 1) * parallel.pipeline
     return chunk_layers * min(microbatches * chunks, warmup + 1)
+
+
+def _last_saved(config: RunConfig, architecture: Architecture, row_tokens: int) -> list[int]:
+    """Bytes of the tensors that a layer saves last, the very last first."""
+    recompute, residual = config.recompute, _residual_bytes(config, architecture, row_tokens)
+    if recompute.granularity == "full" and recompute.method == "uniform":
+        return [residual] * config.offload.window
+    tokens = math.ceil(row_tokens / config.parallel.context)
+    ffn = round(tokens * _ffn(architecture) / config.parallel.tensor * number_bytes(config))
+    mlp = [ffn] * 4 if _composed(config) else [ffn, 2 * ffn]
+    return [*([] if recompute.repeats("mlp") else mlp), *[residual] * config.offload.window]
 
 
 def _composed(config: RunConfig) -> bool:

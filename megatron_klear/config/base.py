@@ -204,6 +204,18 @@ class RecomputeConfig(Settings):
         return self.granularity == "full" or (self.granularity == "selective" and module in self.modules)
 
 
+class OffloadConfig(Settings):
+    """`[offload]`: activations that wait in host memory for the backward pass."""
+
+    activations: bool = False
+    """Copy what layers keep, or what recomputation leaves of it, to pinned host memory while the pass goes on."""
+    smallest_bytes: PositiveInt = 1 << 20
+    """Tensors of fewer bytes stay on the card."""
+    window: PositiveInt = 4
+    """Tensors that stay on the card until later ones have been saved: their copies are under way meanwhile, and the
+    last of a row are the first that its backward pass wants."""
+
+
 class DataConfig(Settings):
     """`[data]`: supervised rows and how they are tokenised and packed."""
 
@@ -304,6 +316,7 @@ class RunConfig(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig | None = None
     recompute: RecomputeConfig = RecomputeConfig()
+    offload: OffloadConfig = OffloadConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 

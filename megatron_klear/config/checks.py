@@ -58,6 +58,25 @@ def offload_problems(config: RunConfig) -> list[str]:
     return problems
 
 
+def activation_offload_problems(config: RunConfig) -> list[str]:
+    """What keeps `offload.activations` from relieving a card, as far as the settings tell."""
+    if not config.offload.activations:
+        return []
+    key = "offload.activations = true"
+    problems = []
+    if config.parallel.device == "cpu":
+        problems.append(f"{key} moves activations from a GPU to host memory, and parallel.device is cpu; leave it out")
+    if config.recompute.granularity == "selective" and config.recompute.repeats("layernorm"):
+        problems.append(
+            f"{key} would copy the outputs of norms, which recompute.modules lets go of: take one of the two"
+        )
+    if config.model.fp8 != "off":
+        problems.append(
+            f"{key} is not for model.fp8 = {config.model.fp8}, whose layers keep quantized tensors of theirs"
+        )
+    return problems
+
+
 def check_resume(resolved: Path, config: RunConfig) -> tuple[list[str], list[str]]:
     """Errors and warnings of going on from a checkpoint of a run whose settings `write_resolved` left at `resolved`.
 
@@ -187,6 +206,7 @@ def check_layout(config: RunConfig, architecture: Architecture, world_size: int)
         *errors,
         *check_experts(config, architecture, world_size),
         *offload_problems(config),
+        *activation_offload_problems(config),
         *lora_problems(config, architecture),
     ]
 

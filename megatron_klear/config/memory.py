@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_klear.config.activations import kept_bytes, number_bytes, working_bytes
+from megatron_klear.config.activations import held_bytes, number_bytes, offloaded_bytes, working_bytes
 from megatron_klear.config.base import RunConfig
 from megatron_klear.config.checks_lora import adapted_matrices
 from megatron_klear.models.architecture import Architecture
@@ -29,7 +29,7 @@ class Memory:
     """What comes and goes on top: the head's and the loss's buffers, or what the backward pass of a layer (of a
     recomputed block) holds at once, whichever is more."""
     host: int = 0
-    """In host memory, for the offloaded share of the optimizer."""
+    """In host memory, for the offloaded share of the optimizer and for offloaded activations."""
 
     @property
     def total(self) -> int:
@@ -106,10 +106,11 @@ def stage_memory(
         gradients=4 * trained,
         # Whole parameters are offloaded until the share is reached, so that this is the most that stays.
         optimizer=round(state * (1.0 - offloaded)),
-        activations=kept_bytes(config, architecture, stage, row_tokens, microbatches),
+        activations=held_bytes(config, architecture, stage, row_tokens, microbatches),
         working=working_bytes(config, architecture, stage, row_tokens),
         # Master, two moments, and a copy of the gradient, all fp32 (mcore.host_optimizer).
-        host=round(16 * sum(math.ceil(count / ranks) for count, ranks in parts) * offloaded),
+        host=round(16 * sum(math.ceil(count / ranks) for count, ranks in parts) * offloaded)
+        + offloaded_bytes(config, architecture, stage, row_tokens, microbatches),
     )
 
 

@@ -116,9 +116,10 @@ def describe_plan(
         lines.append(_row(f"of the device's ({verdict})", f"{device_memory_bytes / GIB:.2f} GiB"))
         if total >= device_memory_bytes:
             lines.append(
-                "Remedies: recompute.granularity = selective or full, smaller data.tokens_per_microbatch, more "
-                "parallel.tensor, context or pipeline, optimizer.distributed, and with it in bf16 on GPUs "
-                "optimizer.cpu_offload (12 bytes less for every parameter of the share, 16 in host memory)."
+                "Remedies: recompute.granularity = selective or full, offload.activations, smaller "
+                "data.tokens_per_microbatch, more parallel.tensor, context or pipeline, optimizer.distributed, and "
+                "with it in bf16 on GPUs optimizer.cpu_offload (12 bytes less for every parameter of the share, 16 in "
+                "host memory)."
             )
     return "\n".join(lines)
 
@@ -246,7 +247,7 @@ def _memory_lines(config: RunConfig, plan: Plan) -> list[str]:
         "total": memory.total,
     }
     if memory.host:
-        parts["host memory of the offloaded share"] = memory.host
+        parts["host memory of what is offloaded"] = memory.host
     stage = f", pipeline stage {plan.heaviest_stage}" if len(plan.stage_memory) > 1 else ""
     head = f"Memory of the heaviest rank{stage}, estimated; CUDA, NCCL and fragmentation come on top (allow 3 GiB)"
     return [head, *(_row(name, f"{size / GIB:.2f} GiB") for name, size in parts.items())]

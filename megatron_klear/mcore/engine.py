@@ -9,6 +9,7 @@ and micro-batching change speed and never the numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from megatron_klear.kernels import send
 from megatron_klear.mcore import device as device_shim
 from megatron_klear.mcore import lora, lora_weights
 from megatron_klear.mcore import weights as hf
+from megatron_klear.mcore.activation_offload import ActivationOffload
 from megatron_klear.mcore.checkpoints import save as checkpoint
 from megatron_klear.mcore.checkpoints.adapters import Base
 from megatron_klear.mcore.experts import routing_metrics
@@ -83,6 +85,8 @@ class Engine:
         self.chunks = wrap(self.models, run, topology, self.overlap)
         self.optimizer = build_optimizer(run, self.chunks, self.overlap)
         self._memory = TrainingMemory(self.chunks, self.optimizer, topology.device)
+        offload = run.offload if run.offload.activations else None
+        self._offload = ActivationOffload(offload, self.models, topology.device) if offload else None
         self.head = Head(run.model, self.architecture, topology)
         self.inverse_frequencies = inverse_frequencies(self.architecture)[0].to(topology.device)
         self._reference: Reference | None = None
@@ -304,7 +308,8 @@ class Engine:
         def forward(iterator: Iterator[LocalRow], chunk: Any) -> tuple[Tensor, Any]:
             row = next(iterator)
             model: PolicyModel = chunk.module
-            output = chunk(row.tokens, None, None, packed_seq_params=row.params)
+            with self._offload.row() if self._offload is not None else nullcontext():
+                output = chunk(row.tokens, None, None, packed_seq_params=row.params)
             self._await_head(chunk)
             return output, partial(compute, model, row)
 
