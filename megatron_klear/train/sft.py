@@ -14,6 +14,7 @@ import torch
 from megatron_klear.config.base import DataConfig, SFTConfig
 from megatron_klear.config.read import write_resolved
 from megatron_klear.config.start import Start
+from megatron_klear.data.ahead import StepsAhead
 from megatron_klear.data.packing import RowSettings, sequence_work
 from megatron_klear.data.sft import SampleStream, held_out_steps
 from megatron_klear.data.store import TokenStore
@@ -74,8 +75,8 @@ def run(start: Start) -> None:
                 log.say(f"note: {compared}")
             if checkpoint is not None:
                 log.say(f"resuming from {checkpoint}, step {engine.step} of {total_steps}")
-            with Leaving(topology) as leaving:
-                fit(config, engine, stream, Validation.of(config, topology, engine), log, total_steps, leaving)
+            with Leaving(topology) as leaving, StepsAhead(stream) as steps:
+                fit(config, engine, steps, Validation.of(config, topology, engine), log, total_steps, leaving)
         if config.checkpoint.export_hf:
             export_folder(engine, config.output / "hf")
 
@@ -83,7 +84,7 @@ def run(start: Start) -> None:
 def fit(
     config: SFTConfig,
     engine: Engine,
-    stream: SampleStream,
+    steps: StepsAhead,
     validation: Validation,
     log: RunLog,
     total_steps: int,
@@ -97,7 +98,7 @@ def fit(
     log.start()
     while engine.step < total_steps:
         with log.time("data"):
-            batches = stream.next_step()
+            batches = steps.next_step(last=engine.step + 1 == total_steps)
         with log.time("train"):
             stats = engine.train_step(batches, loss)
         log.step(stats, capacity_tokens=capacity, mean_context=mean_context(batches))
@@ -105,7 +106,7 @@ def fit(
         last = engine.step == total_steps
         if leaving.asked() and not last:
             engine.finish_save()
-            save(config, engine, stream, blocking=True)
+            save(config, engine, steps, blocking=True)
             raise leaving.left(engine.step, manifest.step_folder(checkpoints_of(config), engine.step))
         if config.train.validate_every and (last or engine.step % config.train.validate_every == 0):
             with log.time("validation", outside_step=True):
@@ -113,12 +114,12 @@ def fit(
         with log.time("save", outside_step=True):
             engine.finish_save(blocking=False)
             if last or (config.checkpoint.save_every and engine.step % config.checkpoint.save_every == 0):
-                save(config, engine, stream, blocking=last)
+                save(config, engine, steps, blocking=last)
 
 
-def save(config: SFTConfig, engine: Engine, stream: SampleStream, *, blocking: bool) -> None:
+def save(config: SFTConfig, engine: Engine, steps: StepsAhead, *, blocking: bool) -> None:
     """Write a checkpoint of this step and let the oldest go; nothing is removed before a newer one is whole."""
-    engine.save(manifest.step_folder(checkpoints_of(config), engine.step), {"data": stream.state_dict()})
+    engine.save(manifest.step_folder(checkpoints_of(config), engine.step), {"data": steps.state_dict()})
     if blocking:
         engine.finish_save()
     if engine.topology.rank == 0:

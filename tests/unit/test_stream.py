@@ -1,5 +1,6 @@
 """Rows and the stream of steps: weights sum to one, every sample once, the same steps in every layout and on resume."""
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_klear.data.ahead import StepsAhead
 from megatron_klear.data.pack import loss_weights, num_predicted, pack
 from megatron_klear.data.packing import RowSettings, Work
+from megatron_klear.data.rows import DataError
 from megatron_klear.data.sft import SampleStream, held_out_steps
 from megatron_klear.types import PackedBatch, Sample
 
@@ -242,3 +245,43 @@ def test_sample_that_differs_from_its_store_is_refused() -> None:
     store.trained_counts = store.trained_counts + 1
     with pytest.raises(ValueError, match=r"sample 0 has 9 tokens.*data\.cache"):
         stream(store).next_step()
+
+
+def test_steps_made_ahead_are_the_streams_own_and_go_on_from_what_was_given() -> None:
+    store = Store(LENGTHS)
+    alone = stream(store)
+    with StepsAhead(stream(store)) as ahead:
+        assert ahead.state_dict() == alone.state_dict()
+        for _ in range(alone.steps_per_epoch + 2):
+            assert same(ahead.next_step(), alone.next_step())
+            assert ahead.state_dict() == alone.state_dict(), "what is made ahead has not been given"
+        state = ahead.state_dict()
+    resumed = stream(store)
+    resumed.load_state_dict(state)
+    with StepsAhead(resumed) as ahead:
+        assert same(ahead.next_step(), alone.next_step())
+
+
+def test_a_step_is_made_while_the_one_before_trains_and_fails_in_its_turn() -> None:
+    one = stream(Store(LENGTHS))
+    made = [threading.Event() for _ in range(3)]
+    make, count = one.next_step, iter(range(3))
+
+    def watched() -> list[PackedBatch]:
+        number = next(count)
+        made[number].set()
+        if number == 1:
+            raise DataError("the token cache is damaged")
+        return make()
+
+    one.next_step = watched  # type: ignore[method-assign]
+    with StepsAhead(one) as ahead:
+        ahead.next_step()
+        assert made[1].wait(10), "nobody asked for it yet"
+        ahead.state_dict()
+        with pytest.raises(DataError, match="damaged"):
+            ahead.next_step()
+    one = stream(Store(LENGTHS))
+    with StepsAhead(one) as ahead:
+        ahead.next_step(last=True)
+        assert one.state_dict() == ahead.state_dict(), "nothing is made after the last"
