@@ -36,7 +36,7 @@ def check_rollout(
     rollout = config.rollout
     if not isinstance(rollout, VLLMRolloutConfig):
         return check_local(config, architecture, world_size, gpu_bytes, os.environ)
-    errors = check_modes(config)
+    errors = check_modes(config) + _check_routes(config)
     if rollout.servers:
         return errors
     errors += check_servers(config, architecture)
@@ -76,6 +76,26 @@ def check_servers(config: GPPOConfig, architecture: Architecture) -> list[str]:
     if device == "cpu" or server.kv_cache_gib is not None:
         dtype = config.model.dtype if server.dtype == "model" else server.dtype
         errors += _check_cache(server, dtype, architecture, length)
+    return errors
+
+
+def _check_routes(config: GPPOConfig) -> list[str]:
+    """What keeps servers from telling the experts of each token, whoever starts them."""
+    rollout, key = config.rollout, "algorithm.router_replay = sampler"
+    if config.algorithm.router_replay != "sampler" or not isinstance(rollout, VLLMRolloutConfig):
+        return []
+    errors = []
+    on_cpu = server_device(config) == "cpu"
+    if on_cpu and rollout.router is not None:
+        errors.append(
+            f"{key} asks a server on the CPU for its routes behind its answer, and behind rollout.router nobody knows "
+            "which one answered; leave out rollout.router, or use servers on GPUs"
+        )
+    if not on_cpu and "--no-enable-prefix-caching" in rollout.server.arguments:
+        errors.append(
+            f"{key} needs vLLM's prefix caching (0.32 keeps routes beside its blocks), and rollout.server.arguments "
+            "has --no-enable-prefix-caching; leave it out"
+        )
     return errors
 
 
@@ -173,6 +193,8 @@ class Served:
     """Tokens of prompt and response together."""
     device: Device
     seed: int
+    routes: bool = False
+    """Whether they tell the experts that each token went through."""
 
     @classmethod
     def by(cls, config: GPPOConfig, architecture: Architecture) -> Served:
@@ -183,6 +205,7 @@ class Served:
             longest_sequence=longest_sequence(config),
             device=server_device(config),
             seed=config.seed,
+            routes=config.algorithm.router_replay == "sampler",
         )
 
 

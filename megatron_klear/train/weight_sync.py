@@ -182,7 +182,8 @@ def open_trainer(engine: Engine, config: GPPOConfig, stop_token_ids: Sequence[in
         return ServersWeights(engine, config.rollout)
     frequencies, scaling = inverse_frequencies(architecture)
     dtype = torch.float32 if config.rollout.dtype == "fp32" else DTYPES[config.model.dtype]
-    decoder = Decoder(architecture, frequencies, scaling, dtype, engine.topology.device)
+    keeps_routes = config.algorithm.router_replay == "sampler"
+    decoder = Decoder(architecture, frequencies, scaling, dtype, engine.topology.device, keep_routes=keeps_routes)
     sampler = LocalEngine(decoder, stop_token_ids=stop_token_ids, max_sequences=config.rollout.max_sequences)
     return OwnSampler(engine, sampler)
 

@@ -82,9 +82,11 @@ def server_command(
     seed: int = 0,
     api_key: str | None = None,
     gpus: tuple[str, ...] = (),
+    routes: bool = False,
 ) -> ServerCommand:
     """Server `index` of the run; `longest_sequence` is of prompt and response together, `gpus` those of all servers.
 
+    With `routes` it tells the experts that each token went through.
     Reads the disk only to see whether the model folder has weights; where it has none, the first sync brings them.
     """
     from megatron_klear.rollout.weights.base import BACKENDS, WORKER_EXTENSION  # which imports torch
@@ -110,13 +112,15 @@ def server_command(
         "--disable-uvicorn-access-log",
         *(["--enforce-eager"] if eager else []),
         *(_whole_prompts(length) if device == "cpu" else []),
+        *(_routes(device) if routes else []),
         *(["--enable-sleep-mode"] if config.transfer == "cuda_ipc" else []),
         *(["--middleware", GUARD] if api_key else []),
         *server.arguments,
     ]
     return ServerCommand(
         arguments=tuple(arguments),
-        variables=_variables(config, device, index=index, api_key=api_key, gpus=gpus),
+        variables=_variables(config, device, index=index, api_key=api_key, gpus=gpus)
+        | ({"KLEAR_KEEP_ROUTES": "1"} if routes and device == "cpu" else {}),
         dropped=(*_TRAINERS_OWN, config.api_key_variable),
         host=server.host,
         port=port,
@@ -128,6 +132,11 @@ def _whole_prompts(length: int) -> list[str]:
     Generator does not use offset").
     """
     return ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(length, 8192))]
+
+
+def _routes(device: Device) -> list[str]:
+    """On the CPU the worker keeps them, see `weights/route_keeper.py`."""
+    return ["--no-enable-prefix-caching" if device == "cpu" else "--enable-return-routed-experts"]
 
 
 def _memory(server: ServerConfig, device: Device) -> list[str]:
@@ -182,6 +191,7 @@ def run_commands(
             seed=served.seed,
             api_key=api_key,
             gpus=server_gpus(rollout.server, os.environ) if served.device == "cuda" else (),
+            routes=served.routes,
         )
         for index, port in enumerate(ports)
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import threading
+import uuid
 from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,8 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_klear.rollout.servers.metrics import ServerLoad, read_metrics
-from megatron_klear.rollout.vllm.answers import ForeignWeights, Malformed, read_completion, read_prompt_logprobs
-from megatron_klear.types import VersionSpan
+from megatron_klear.rollout.vllm.answers import (
+    ForeignWeights,
+    Malformed,
+    Read,
+    read_completion,
+    read_prompt_logprobs,
+)
+from megatron_klear.rollout.vllm.routes import RouteForm, read_routes
+from megatron_klear.types import Routes, VersionSpan
 
 if TYPE_CHECKING:
     from megatron_klear.config.rl import SamplingConfig
@@ -75,16 +83,26 @@ class Completion:
     logprobs: npt.NDArray[np.float32]  # [n], of the distribution sampled from
     finish: Literal["stop", "length", "abort"]
     version_spans: tuple[VersionSpan, ...]
+    routes: Routes | None = None  # [tokens read but for the last and those left out, layers, chosen]
 
 
 class ServerClient:
     """The routes of one server; to be used on the event loop of its session."""
 
     def __init__(
-        self, url: str, *, session: aiohttp.ClientSession, api_key: str | None, vocab_size: int | None = None
+        self,
+        url: str,
+        *,
+        session: aiohttp.ClientSession,
+        api_key: str | None,
+        vocab_size: int | None = None,
+        routes: RouteForm | None = None,
     ) -> None:
-        """`url` is `http://host:port`; answers with token ids of `vocab_size` or above are garbage."""
-        self.url = url.rstrip("/")
+        """`url` is `http://host:port`; answers with token ids of `vocab_size` or above are garbage.
+
+        With `routes` those without the experts of every token are, too.
+        """
+        self.url, self._routes = url.rstrip("/"), routes
         self._session, self._vocab_size = session, vocab_size
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
@@ -131,10 +149,12 @@ class ServerClient:
         stop_token_ids: Iterable[int],
         timeout_seconds: float | None = None,
         request_id: str | None = None,
+        routes_from: int = 0,
     ) -> Completion:
         """Draw one response to `tokens`, of at most `sampling.max_tokens`.
 
-        It may take as long as it takes where no timeout is given; `request_id` is its name for `abort`.
+        It may take as long as it takes where no timeout is given; `request_id` is its name for `abort`. Where routes
+        are asked for, those of the first `routes_from` tokens are left out.
 
         It ends at `stop_token_ids` and those of `sampling` alone, whatever the model's own settings say. Raises
         ServerError, and GarbageAnswer where the answer cannot be a sample.
@@ -153,7 +173,11 @@ class ServerClient:
         }
         if seed is not None:
             parameters["seed"] = seed
+        if self._routes is not None and routes_from:
+            parameters["routed_experts_prompt_start"] = routes_from
         body: dict[str, Any] = {"token_ids": [int(token) for token in tokens], "sampling_params": parameters}
+        if self._routes is not None and request_id is None:
+            request_id = uuid.uuid4().hex
         if request_id is not None:
             body["request_id"] = request_id
         answer = await self.post(_GENERATE, body, timeout_seconds=timeout_seconds)
@@ -161,6 +185,8 @@ class ServerClient:
             read = read_completion(
                 answer, max_tokens=sampling.max_tokens, vocab_size=self._vocab_size, stop=frozenset(stop)
             )
+            # The last token was drawn and never read.
+            routes = await self._routes_of(read, request_id, routes_from, len(tokens) + len(read.token_ids) - 1)
         except ForeignWeights as error:
             raise WrongWeights(self.url, _GENERATE, 200, str(error)) from None
         except Malformed as error:
@@ -170,8 +196,22 @@ class ServerClient:
             # Greedy: all of the distribution lies on the token taken; servers report the model's own log-prob.
             logprobs = np.zeros_like(logprobs)
         return Completion(
-            token_ids=read.token_ids, logprobs=logprobs, finish=read.finish, version_spans=read.version_spans
+            token_ids=read.token_ids,
+            logprobs=logprobs,
+            finish=read.finish,
+            version_spans=read.version_spans,
+            routes=routes,
         )
+
+    async def _routes_of(self, read: Read, request_id: str | None, start: int, end: int) -> Routes | None:
+        """Routes of tokens `start` to `end`; None where none are asked for, or nothing was drawn. Raises Malformed."""
+        form = self._routes
+        if form is None or not len(read.token_ids):
+            return None
+        told = read.routed_experts
+        if form.kept_by_worker:
+            told, *_ = await self.rpc("klear_routes", [f"{_REQUEST_PREFIX}{request_id}", str(start), str(end)])
+        return read_routes(told, form, end - start)
 
     async def prompt_logprobs(
         self, tokens: Sequence[int] | npt.NDArray[np.int32], timeout_seconds: float = 300

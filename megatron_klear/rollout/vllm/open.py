@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.rollout.vllm.engine import Courier, VLLMEngine
+from megatron_klear.rollout.vllm.routes import RouteForm
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +55,7 @@ def open_vllm(
             decode=decode,
             stop_token_ids=stop_token_ids,
             vocab_size=served.architecture.vocab_size,
+            routes=RouteForm.of(served.architecture, kept_by_worker=served.device == "cpu") if served.routes else None,
             api_key=key,
             servers=servers,
         )

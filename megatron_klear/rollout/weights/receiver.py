@@ -10,6 +10,7 @@ own, have not been run.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,7 +32,12 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
+from megatron_klear.rollout.vllm.routes import written
 from megatron_klear.rollout.weights.checksum import checksum
+from megatron_klear.rollout.weights.route_keeper import keep_routes
+
+if os.environ.get("KLEAR_KEEP_ROUTES") == "1":
+    keep_routes()  # before the worker makes its model runner
 
 
 class _Watched:
@@ -195,6 +201,11 @@ class WeightReceiver:
             worker.weight_transfer_engine.reset_weight_update_target()
         worker.klear_version = version
         worker.weight_transfer_engine.checksums = {}
+
+    def klear_routes(self, request: str, start: str, end: str) -> str:
+        """Experts of tokens `start` to `end` of a request, which are forgotten; see `rollout.vllm.routes`."""
+        worker: Any = self
+        return written(worker.model_runner.klear_routes.take(request, int(start), int(end)))
 
     def klear_checksums(self, version: str) -> dict[str, str]:
         """Checksums by name of what the update to `version` brought."""
