@@ -55,9 +55,14 @@ def rollout_config(**settings: object) -> VLLMRolloutConfig:
 
 @contextlib.contextmanager
 def running_server(
-    folder: Path, shape: TinyShape = SHAPE, *, model: Path | None = None, longest_sequence: int = LONGEST_SEQUENCE
+    folder: Path,
+    shape: TinyShape = SHAPE,
+    *,
+    model: Path | None = None,
+    longest_sequence: int = LONGEST_SEQUENCE,
+    routes: bool = False,
 ) -> Iterator[RunningServer]:
-    """Serve `model`, or one of `shape` written into `folder`, in fp32 until the block ends."""
+    """Serve `model`, or one of `shape` written into `folder`, in fp32 until the block ends; with its `routes`."""
     model = model or write_tiny_model(folder / "model", "qwen3", shape)
     config = rollout_config()
     command = server_command(
@@ -67,6 +72,7 @@ def running_server(
         longest_sequence=longest_sequence,
         device="cpu",
         port=choose_ports(0, 1)[0],
+        routes=routes,
     )
     servers = Servers([command], folder=folder / "servers", startup_seconds=config.server.startup_seconds)
     servers.start()
