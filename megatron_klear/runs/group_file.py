@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,13 @@ def load_groups(content: bytes, find: Callable[[str], Prompt]) -> list[Group]:
             )
         )
     return groups
+
+
+def with_routes_or_without(group: Group, replayed: bool) -> Group | None:
+    """A group as a run takes it that has routes `replayed`, or has not; None where there are none to replay."""
+    if replayed:
+        return group if all(sample.routes is not None for sample in group.samples) else None
+    return replace(group, samples=[replace(sample, routes=None) for sample in group.samples])
 
 
 def _score(told: dict[str, Any]) -> Score:

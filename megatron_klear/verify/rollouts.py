@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.config.start import GPPOStart
 from megatron_klear.data.pack import pack
 from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -67,7 +68,7 @@ def verify_weights(start: GPPOStart, tolerance: float | None = None) -> RolloutR
 
 def verify_mismatch(start: GPPOStart, prompts: int = 4, tolerance: float | None = None) -> RolloutReport:
     """Sample a few prompts with the run's settings and say what a mismatch comes from."""
-    with _opened(start) as opened:
+    with _opened(_with_routes(start)) as opened:
         with suppress(WeightsNotArrived):  # the evidence says which, and what follows from it
             opened.rollouts.sync(_VERSION)
         samples = opened.rollouts.sample(prompts)
@@ -95,11 +96,20 @@ def gather(
     ]
     stale += sorted({f"samples of version {s.policy_version}" for s in samples if s.policy_version != _VERSION})
     responses = [sample.tokens[sample.trained] for sample in samples]
+    replays = start.config.algorithm.router_replay == "sampler"
+    own = [replace(sample, routes=None) for sample in samples]
+    routed = [sample for sample in samples if sample.routes is not None]
     return Evidence(
         sampler=[_response(sample, sample.logprobs) for sample in samples],
-        trainer=_rescore(engine, samples, temperature),
+        trainer=_rescore(engine, samples if replays else own, temperature),
+        rerouted=_rescore(engine, own if replays else samples, temperature) if routed else None,
+        is_replayed=replays,
         temperature=temperature,
-        at_temperature={other: _rescore(engine, samples, other) for other in _TEMPERATURES if other != temperature},
+        at_temperature={
+            other: _rescore(engine, samples if replays else own, other)
+            for other in _TEMPERATURES
+            if other != temperature
+        },
         exact=_exact(start, weights, samples, temperature),
         top_p=sampling.top_p,
         top_k=sampling.top_k,
@@ -131,6 +141,15 @@ def _opened(start: GPPOStart) -> Iterator[_Opened]:
             yield _Opened(engine=engine, rollouts=rollouts, trainer=trainer, tokenizer=tokenizer)
             rollouts.close()
         engine.close()
+
+
+def _with_routes(start: GPPOStart) -> GPPOStart:
+    """The run with a sampler that tells the experts of every token, where this process has it start so."""
+    rollout, algorithm = start.config.rollout, start.config.algorithm
+    if start.architecture.experts is None or (isinstance(rollout, VLLMRolloutConfig) and rollout.servers):
+        return start
+    told = algorithm.model_copy(update={"router_replay": "sampler"})
+    return replace(start, config=start.config.model_copy(update={"algorithm": told}))
 
 
 def _response(sample: Sample, values: npt.NDArray[np.generic] | None) -> npt.NDArray[np.float64]:

@@ -1,8 +1,9 @@
-"""The sampler's routes replayed: flips planted in its routers are gone from the trainer's log-probs, in every layout."""
+"""The sampler's routes replayed: the trainer's log-probs are the sampler's, and every layout trains alike."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megatron_klear.config.base import ParallelConfig
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.rollout.local import decoder
 from megatron_klear.types import Group
+from megatron_klear.verify.rollouts import RolloutReport, verify_mismatch
 
 FULL, SELECTIVE = {"granularity": "full"}, {"granularity": "selective"}
 LAYOUTS = {
@@ -32,8 +34,9 @@ MORE = {
     "TP2 PP2 CP2 SP EP4 full": ({"tensor": 2, "pipeline": 2, "context": 2, "expert": 4}, 8, FULL),
 }
 TABLE = LAYOUTS | (MORE if os.environ.get("KLEAR_REPLAY_LAYOUTS") == "1" else {})
-PROBABLE = 0.3
-"""Spread of what is added to a router's logits to plant flips; its logits lie about as far apart."""
+SPREAD = 0.3
+"""Of what is added to a router's logits to plant flips; they lie about as far apart themselves."""
+ON_CPU = ("--parallel.device", "cpu", "--algorithm.correction", "none")
 
 
 @pytest.fixture(scope="module")
@@ -85,53 +88,75 @@ def test_the_table_of_layouts_sees_routes(model, ranks, alone):
     assert largest_difference(free.weights, alone.weights) > 1e-4
 
 
-def run_with_flips(toml: Path, flags: Sequence[str]) -> None:
-    """Train, while the sampler's routers choose by logits with noise on them; weights are by those without."""
+@contextmanager
+def planted_flips() -> Iterator[None]:
+    """The sampler's routers choose by logits with noise on them; weights of experts are by those without."""
     generator = torch.Generator().manual_seed(5)
 
     def choose(mixture: decoder._Mixture, logits: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(logits.shape, generator=generator)
-        return (logits + PROBABLE * noise).topk(mixture.chosen, dim=-1).indices
+        return (logits + SPREAD * noise).topk(mixture.chosen, dim=-1).indices
 
     whole, decoder._Mixture.choose = decoder._Mixture.choose, choose
     try:
-        train(start(toml, *flags))
+        yield
     finally:
         decoder._Mixture.choose = whole
 
 
-def metrics_of(tmp_path: Path, model: Path, ranks, *flags: str) -> list[dict[str, float]]:
-    """Of a run of two steps in bf16, rollouts and all, with flips planted in the sampler."""
-    tmp_path.mkdir()
-    toml = tmp_path / "run.toml"
-    text = TOML.format(folder=tmp_path, stops=list(range(64))).replace(
-        f'path = "{tmp_path}/model"', f'path = "{model}"'
-    )
-    toml.write_text(text.replace('weights = "random"\ndtype = "fp32"', 'dtype = "bf16"'))
-    always = ("--train.steps", "2", "--algorithm.correction", "none", "--parallel.device", "cpu")
-    ranks(1, run_with_flips, toml, [*always, *flags])
-    return [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+def run_with_flips(toml: Path, flags: Sequence[str]) -> None:
+    """Train."""
+    with planted_flips():
+        train(start(toml, *flags))
+
+
+def verify_with_flips(toml: Path, flags: Sequence[str]) -> RolloutReport:
+    """What `tools/verify.py mismatch` finds."""
+    with planted_flips():
+        return verify_mismatch(start(toml, *flags), prompts=1, tolerance=1e-3)
+
+
+def settings_of(folder: Path, model: Path) -> Path:
+    """A tiny run of two steps in bf16, on the CPU."""
+    folder.mkdir()
+    text = TOML.format(folder=folder, stops=list(range(64))).replace(f"{folder}/model", str(model))
+    text = text.replace('weights = "random"\ndtype = "fp32"', 'dtype = "bf16"').replace("steps = 5", "steps = 2")
+    (folder / "run.toml").write_text(text)
+    return folder / "run.toml"
+
+
+def metrics_of(folder: Path, model: Path, ranks, *flags: str) -> list[dict[str, float]]:
+    """Of a run, rollouts and all, with flips planted in the sampler."""
+    ranks(1, run_with_flips, settings_of(folder, model), [*ON_CPU, *flags])
+    return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
 
 
 def test_with_replay_logprobs_are_the_samplers_despite_planted_flips(tmp_path, model, ranks):
     replayed = metrics_of(tmp_path / "replayed", model, ranks, "--algorithm.router_replay", "sampler")
     free = metrics_of(tmp_path / "free", model, ranks)
     for step in replayed:
-        print({name: value for name, value in step.items() if "mismatch" in name})
         assert step["moe_route_mismatch"] > 0.1
         assert step["mismatch_max"] < 1e-4
     for step in free:
-        print({name: value for name, value in step.items() if "mismatch" in name})
         assert step["mismatch_mean"] > 1e-2
         assert step["mismatch_max"] > 0.1
 
 
-def test_replay_goes_with_the_samplers_log_probs_as_old_ones(model, ranks):
-    found = step_on(ranks, model, {}, 1, {}, replay="sampler")
+def test_replay_goes_with_the_samplers_log_probs_as_old_ones(model, ranks, alone):
     tables = {
         "model": {"weights": "pretrained"},
         "parallel": ParallelConfig(device="cpu").model_dump(),
         "algorithm": {"router_replay": "sampler", "old_logprobs": "sampler", "correction": "none"},
     }
     (other,) = ranks(1, take_step, gppo_config(model, tables), groups())
-    assert other.stats[0].metrics["moe_route_mismatch"] == found.stats[0].metrics["moe_route_mismatch"]
+    assert other.stats[0].metrics["moe_route_mismatch"] == alone.stats[0].metrics["moe_route_mismatch"]
+
+
+def test_verify_names_routing_as_the_cause(tmp_path, model, ranks):
+    toml = settings_of(tmp_path / "run", model)
+    (report,) = ranks(1, verify_with_flips, toml, ON_CPU)
+    assert not report.passed
+    assert [finding.cause for finding in report.findings if finding.verdict == "found"] == ["routing"], report
+    (report,) = ranks(1, verify_with_flips, toml, [*ON_CPU, "--algorithm.router_replay", "sampler"])
+    assert report.passed, report
+    assert report.mean < 1e-6

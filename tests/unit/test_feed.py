@@ -363,6 +363,22 @@ def test_validation_takes_nothing_from_what_is_under_way(prompts):
     check(run)
 
 
+@pytest.mark.parametrize("replayed", [True, False])
+@pytest.mark.parametrize("mode", ["one_step_off", "asynchronous"])
+def test_a_run_goes_on_with_the_other_setting_of_replay(prompts, mode: str, replayed: bool):
+    """What was drawn ahead without routes is drawn again; routes that are not wanted any more are left out."""
+    run = Run(prompts, mode, 3, {"router_replay": "none" if replayed else "sampler"}, rollouts={"routes": not replayed})
+    while not run.feed.files():
+        run.step()
+    told = {"router_replay": "sampler" if replayed else "none"}
+    run.config = run.config.model_copy(update={"algorithm": run.config.algorithm.model_copy(update=told)})
+    run.rollouts, before = {"routes": replayed}, run.number
+    run.open()
+    check(run.whole())
+    later = [sample for _, got, _ in run.steps[before:] for group in got.graded for sample in group.samples]
+    assert {sample.routes is not None for sample in later} == {replayed}
+
+
 def test_groups_come_back_from_bytes_as_they_were():
     groups = fixed_groups(3, 4)
     groups[1].samples[2] = Sample(tokens=np.array([1, 2], np.int32), trained=np.array([False, True]))

@@ -160,19 +160,7 @@ class ServerClient:
         ServerError, and GarbageAnswer where the answer cannot be a sample.
         """
         stop = sorted({*stop_token_ids, *sampling.stop_token_ids})
-        parameters: dict[str, Any] = {
-            "n": 1,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "max_tokens": sampling.max_tokens,
-            "logprobs": 0,
-            "stop_token_ids": stop,
-            "ignore_eos": True,  # the stop tokens above are all there are
-            "detokenize": False,
-        }
-        if seed is not None:
-            parameters["seed"] = seed
+        parameters = _parameters(sampling, stop, seed)
         if self._routes is not None and routes_from:
             parameters["routed_experts_prompt_start"] = routes_from
         body: dict[str, Any] = {"token_ids": [int(token) for token in tokens], "sampling_params": parameters}
@@ -283,6 +271,22 @@ class ServerClient:
     async def wake_up(self, tags: Sequence[str] = (), timeout_seconds: float = 300) -> None:
         """Take GPU memory again, all of it or that of `tags` (`weights`, `kv_cache`)."""
         await self.post("/wake_up", params={"tags": list(tags)} if tags else None, timeout_seconds=timeout_seconds)
+
+
+def _parameters(sampling: SamplingConfig, stop: Sequence[int], seed: int | None) -> dict[str, Any]:
+    """What a request says of how one response is drawn."""
+    parameters: dict[str, Any] = {
+        "n": 1,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_tokens,
+        "logprobs": 0,
+        "stop_token_ids": list(stop),
+        "ignore_eos": True,  # the stop tokens above are all there are
+        "detokenize": False,
+    }
+    return parameters if seed is None else parameters | {"seed": seed}
 
 
 def open_session(connections: int = 256) -> aiohttp.ClientSession:

@@ -51,8 +51,8 @@ def read_routes(text: Any, form: RouteForm, tokens: int) -> Routes:
     """
     if not isinstance(text, str):
         raise Malformed(
-            "no routed_experts in the answer, which algorithm.router_replay = sampler needs: start servers of your own "
-            "with --enable-return-routed-experts, or as `python tools/serve_rollouts.py` shows them"
+            "no routed_experts in the answer, which algorithm.router_replay = sampler needs: start servers with "
+            "--enable-return-routed-experts, or have tools/serve_rollouts.py do it"
         )
     try:
         array = np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False)
