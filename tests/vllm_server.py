@@ -61,8 +61,12 @@ def running_server(
     model: Path | None = None,
     longest_sequence: int = LONGEST_SEQUENCE,
     routes: bool = False,
+    lora_rank: int = 0,
 ) -> Iterator[RunningServer]:
-    """Serve `model`, or one of `shape` written into `folder`, in fp32 until the block ends; with its `routes`."""
+    """Serve `model`, or one of `shape` written into `folder`, in fp32 until the block ends; with its `routes`.
+
+    With `lora_rank` it takes adapters.
+    """
     model = model or write_tiny_model(folder / "model", "qwen3", shape)
     config = rollout_config()
     command = server_command(
@@ -73,6 +77,7 @@ def running_server(
         device="cpu",
         port=choose_ports(0, 1)[0],
         routes=routes,
+        lora_rank=lora_rank,
     )
     servers = Servers([command], folder=folder / "servers", startup_seconds=config.server.startup_seconds)
     servers.start()

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_klear.config.checks_lora import adapted_matrices
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.data.pack import pack
@@ -18,6 +19,7 @@ from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.model import DTYPES, inverse_frequencies
+from megatron_klear.models.peft import AdapterForm
 from megatron_klear.orchestrator.trainer import Delivery, probe_row
 from megatron_klear.rollout.engine import Checksums
 from megatron_klear.rollout.local.decoder import Decoder
@@ -84,7 +86,12 @@ class ServersWeights:
         topology = engine.topology
         self._transport = exchange.same_outcome(
             lambda: open_transport(
-                config, dtype=self._dtype, device=topology.device, rank=topology.rank, world_size=topology.size
+                config,
+                dtype=self._dtype,
+                device=topology.device,
+                rank=topology.rank,
+                world_size=topology.size,
+                adapter=_adapter_form(engine),
             )
         )
         self._portal: Portal | None = None
@@ -144,7 +151,7 @@ class ServersWeights:
             self._portal.close()
 
     def _deliver(self, version: int, urls: Sequence[str], gone: Sequence[str], sent: dict[str, str]) -> Delivery:
-        weights = self._engine.hf_weights()
+        weights = sent_weights(self._engine)
         if self._portal is None:
             self._transport.send(weights, version, (), None)
             return Delivery(holders=())
@@ -186,6 +193,19 @@ def open_trainer(engine: Engine, config: GPPOConfig, stop_token_ids: Sequence[in
     decoder = Decoder(architecture, frequencies, scaling, dtype, engine.topology.device, keep_routes=keeps_routes)
     sampler = LocalEngine(decoder, stop_token_ids=stop_token_ids, max_sequences=config.rollout.max_sequences)
     return OwnSampler(engine, sampler)
+
+
+def _adapter_form(engine: Engine) -> AdapterForm | None:
+    """What is sent, where that is the adapters alone."""
+    lora = engine.run.lora
+    if lora is None or lora.sync == "merged":
+        return None
+    return AdapterForm(rank=lora.rank, alpha=lora.alpha, targets=adapted_matrices(lora, engine.architecture))
+
+
+def sent_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """What samplers are sent, whole, on every rank."""
+    return engine.hf_weights() if _adapter_form(engine) is None else engine.adapter_weights()
 
 
 def _noted(

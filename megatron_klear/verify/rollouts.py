@@ -26,7 +26,14 @@ from megatron_klear.rollout.local.decoder import Decoder
 from megatron_klear.rollout.weights.checksum import checksum
 from megatron_klear.train.rollouts import Rollouts
 from megatron_klear.train.turn_end import stop_tokens_of
-from megatron_klear.train.weight_sync import TOLERANCES, OwnSampler, ServersWeights, WeightsNotArrived, open_trainer
+from megatron_klear.train.weight_sync import (
+    TOLERANCES,
+    OwnSampler,
+    ServersWeights,
+    WeightsNotArrived,
+    open_trainer,
+    sent_weights,
+)
 from megatron_klear.types import Sample
 from megatron_klear.verify.mismatch import Evidence, Finding, diagnose, mean_difference
 
@@ -91,7 +98,7 @@ def gather(
     weights = {name: tensor.detach().float().cpu() for name, tensor in engine.hf_weights()}
     stale = [
         name
-        for name, tensor in engine.hf_weights()
+        for name, tensor in sent_weights(engine)
         if not all(_is_held(tensor, checksums.get(name)) for checksums in held.values())
     ]
     stale += sorted({f"samples of version {s.policy_version}" for s in samples if s.policy_version != _VERSION})
@@ -193,7 +200,7 @@ def _is_held(sent: Tensor, held: str | None) -> bool:
 
 
 def _count(engine: Engine) -> int:
-    return sum(1 for _ in engine.hf_weights())
+    return sum(1 for _ in sent_weights(engine))
 
 
 def _tokens(samples: Sequence[Sample]) -> int:

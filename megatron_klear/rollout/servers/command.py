@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_klear.config.base import ModelConfig
-from megatron_klear.config.checks_rollout import CPU_KV_CACHE_GIB, Device, Served, server_gpus
+from megatron_klear.config.checks_rollout import CPU_KV_CACHE_GIB, LORA_RANKS, Device, Served, server_gpus
 from megatron_klear.config.rollout import ServerConfig, VLLMRolloutConfig
 from megatron_klear.models.architecture import Architecture
 
@@ -83,10 +83,11 @@ def server_command(
     api_key: str | None = None,
     gpus: tuple[str, ...] = (),
     routes: bool = False,
+    lora_rank: int = 0,
 ) -> ServerCommand:
     """Server `index` of the run; `longest_sequence` is of prompt and response together, `gpus` those of all servers.
 
-    With `routes` it tells the experts that each token went through.
+    With `routes` it tells the experts that each token went through; with `lora_rank` it takes adapters up to that rank.
     Reads the disk only to see whether the model folder has weights; where it has none, the first sync brings them.
     """
     from megatron_klear.rollout.weights.base import BACKENDS, WORKER_EXTENSION  # which imports torch
@@ -113,6 +114,7 @@ def server_command(
         *(["--enforce-eager"] if eager else []),
         *(_whole_prompts(length) if device == "cpu" else []),
         *(_routes(device) if routes else []),
+        *(_adapters(lora_rank) if lora_rank else []),
         *(["--enable-sleep-mode"] if config.transfer == "cuda_ipc" else []),
         *(["--middleware", GUARD] if api_key else []),
         *server.arguments,
@@ -120,7 +122,8 @@ def server_command(
     return ServerCommand(
         arguments=tuple(arguments),
         variables=_variables(config, device, index=index, api_key=api_key, gpus=gpus)
-        | ({"KLEAR_KEEP_ROUTES": "1"} if routes and device == "cpu" else {}),
+        | ({"KLEAR_KEEP_ROUTES": "1"} if routes and device == "cpu" else {})
+        | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if lora_rank else {}),
         dropped=(*_TRAINERS_OWN, config.api_key_variable),
         host=server.host,
         port=port,
@@ -137,6 +140,10 @@ def _whole_prompts(length: int) -> list[str]:
 def _routes(device: Device) -> list[str]:
     """On the CPU the worker keeps them, see `weights/route_keeper.py`."""
     return ["--no-enable-prefix-caching" if device == "cpu" else "--enable-return-routed-experts"]
+
+
+def _adapters(rank: int) -> list[str]:
+    return ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(min(n for n in LORA_RANKS if n >= rank))]
 
 
 def _memory(server: ServerConfig, device: Device) -> list[str]:
@@ -192,6 +199,7 @@ def run_commands(
             api_key=api_key,
             gpus=server_gpus(rollout.server, os.environ) if served.device == "cuda" else (),
             routes=served.routes,
+            lora_rank=served.lora_rank,
         )
         for index, port in enumerate(ports)
     ]

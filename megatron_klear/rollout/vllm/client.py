@@ -36,6 +36,8 @@ Result = TypeVar("Result")
 PauseMode = Literal["abort", "wait", "keep"]
 
 _GENERATE = "/inference/v1/generate"
+ADAPTER_NAME = "policy-adapter"
+"""What requests call the model that has the run's adapter on it."""
 _REQUEST_PREFIX = "generate-tokens-"  # what vLLM puts before a request's own id
 _HEALTH_SECONDS = 5.0
 _CONNECT_SECONDS = 10.0
@@ -97,12 +99,15 @@ class ServerClient:
         api_key: str | None,
         vocab_size: int | None = None,
         routes: RouteForm | None = None,
+        model: str | None = None,
     ) -> None:
         """`url` is `http://host:port`; answers with token ids of `vocab_size` or above are garbage.
 
-        With `routes` those without the experts of every token are, too.
+        With `routes` those without the experts of every token are, too. `model` is the one that requests are for, the
+        server's only one where it is not given.
         """
         self.url, self._routes = url.rstrip("/"), routes
+        self._named = {} if model is None else {"model": model}
         self._session, self._vocab_size = session, vocab_size
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
@@ -163,7 +168,8 @@ class ServerClient:
         parameters = _parameters(sampling, stop, seed)
         if self._routes is not None and routes_from:
             parameters["routed_experts_prompt_start"] = routes_from
-        body: dict[str, Any] = {"token_ids": [int(token) for token in tokens], "sampling_params": parameters}
+        ids = [int(token) for token in tokens]
+        body: dict[str, Any] = self._named | {"token_ids": ids, "sampling_params": parameters}
         if self._routes is not None and request_id is None:
             request_id = uuid.uuid4().hex
         if request_id is not None:
@@ -208,7 +214,9 @@ class ServerClient:
         ids = [int(token) for token in tokens]
         parameters = {"n": 1, "temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
         answer = await self.post(
-            _GENERATE, {"token_ids": ids, "sampling_params": parameters}, timeout_seconds=timeout_seconds
+            _GENERATE,
+            self._named | {"token_ids": ids, "sampling_params": parameters},
+            timeout_seconds=timeout_seconds,
         )
         try:
             return read_prompt_logprobs(answer, ids)

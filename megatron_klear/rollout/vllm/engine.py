@@ -25,6 +25,8 @@ from megatron_klear.rollout.weights.update import TransferFailed
 from megatron_klear.types import Group, Prompt, Sample
 
 if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
     from megatron_klear.config.rl import SamplingConfig
     from megatron_klear.config.rollout import VLLMRolloutConfig
 
@@ -69,6 +71,7 @@ class VLLMEngine:
         stop_token_ids: Iterable[int],
         vocab_size: int,
         routes: RouteForm | None = None,
+        model: str | None = None,
         api_key: str | None = None,
         servers: ManagedServers | None = None,
         limits: Limits | None = None,
@@ -76,8 +79,8 @@ class VLLMEngine:
         """Connect to the servers at `addresses`, and watch over `servers` where the run started them itself.
 
         `decode` turns token ids into text, special tokens included; `stop_token_ids` end a response, besides those of
-        the sampling; `routes` is given where those of tokens are asked for; `api_key` is for requests. `servers` are
-        taken over: `close` ends them.
+        the sampling; `routes` is given where those of tokens are asked for, `model` where servers have several;
+        `api_key` is for requests. `servers` are taken over: `close` ends them.
         """
         self._config, self._courier, self._servers = config, courier, servers
         self._decode = decode
@@ -93,7 +96,12 @@ class VLLMEngine:
         )
         self._portal = Portal()
         self._fleet, self._dispatcher = self._portal.run(
-            self._connect(addresses, sorted(self._stop), vocab_size, api_key, routes)
+            self._connect(
+                addresses,
+                lambda session, url: ServerClient(
+                    url, session=session, api_key=api_key, vocab_size=vocab_size, routes=routes, model=model
+                ),
+            )
         )
         self._control = FleetControl(self._fleet, self._portal, servers)
         atexit.register(self.close)
@@ -221,18 +229,14 @@ class VLLMEngine:
                 self._servers.close()
 
     async def _connect(
-        self, addresses: Sequence[str], stop: Sequence[int], vocab: int, key: str | None, routes: RouteForm | None
+        self, addresses: Sequence[str], client: Callable[[ClientSession, str], ServerClient]
     ) -> tuple[Fleet, Dispatcher]:
         self._session = session = open_session(len(addresses) * self._limits.requests_per_server)
-
-        def client(url: str) -> ServerClient:
-            return ServerClient(url, session=session, api_key=key, vocab_size=vocab, routes=routes)
-
-        clients = [client(url) for url in addresses]
-        router = None if self._config.router is None else client(self._config.router)
+        clients = [client(session, url) for url in addresses]
+        router = None if self._config.router is None else client(session, self._config.router)
         fleet = Fleet(clients, self._limits, router=router)
         fleet.start()
-        return fleet, Dispatcher(fleet, stop_token_ids=stop, whole=self._whole, seeded=self._config.seed_requests)
+        return fleet, Dispatcher(fleet, stop_token_ids=self._stop, whole=self._whole, seeded=self._config.seed_requests)
 
     async def _disconnect(self) -> None:
         self._fleet.stop()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_klear.config.rollout import VLLMRolloutConfig
+from megatron_klear.rollout.vllm.client import ADAPTER_NAME
 from megatron_klear.rollout.vllm.engine import Courier, VLLMEngine
 from megatron_klear.rollout.vllm.routes import RouteForm
 
@@ -56,6 +57,7 @@ def open_vllm(
             stop_token_ids=stop_token_ids,
             vocab_size=served.architecture.vocab_size,
             routes=RouteForm.of(served.architecture, kept_by_worker=served.device == "cpu") if served.routes else None,
+            model=ADAPTER_NAME if served.lora_rank else None,
             api_key=key,
             servers=servers,
         )
