@@ -115,7 +115,7 @@ def test_ranks_without_servers_only_take_part_in_gathering():
 
 def test_a_server_without_room_for_the_rank_is_refused(receivers, tmp_path):
     client = receivers.add(FakeReceiver())
-    with pytest.raises(UserError, match="takes adapters up to rank 0.*--max-lora-rank"):
+    with pytest.raises(UserError, match=r"takes adapters up to rank 0.*--max-lora-rank"):
         receivers.portal.run(transport_in(tmp_path).attach([client]))
 
 
