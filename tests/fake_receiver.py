@@ -64,6 +64,7 @@ class FakeReceiver:
             return web.json_response({"error": {"message": "The lora adapter has already been loaded."}}, status=400)
         elif name == "load_lora_adapter":
             self.adapter = body["lora_name"]
+            return web.Response(text=f"Success: LoRA adapter '{self.adapter}' added successfully.")
         elif name == "klear_load_adapter":
             self.form = json.loads((Path(body["args"][1]) / "adapter_config.json").read_text())
             self.loaded = load_file(Path(body["args"][1]) / "adapter_model.safetensors")

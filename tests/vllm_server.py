@@ -13,6 +13,7 @@ from megatron_klear.config.base import ModelConfig
 from megatron_klear.config.rollout import ServerConfig, VLLMRolloutConfig
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.models.architecture import read_architecture
+from megatron_klear.models.peft import AdapterForm
 from megatron_klear.rollout.servers.command import server_command
 from megatron_klear.rollout.servers.servers import Servers, choose_ports
 
@@ -61,11 +62,11 @@ def running_server(
     model: Path | None = None,
     longest_sequence: int = LONGEST_SEQUENCE,
     routes: bool = False,
-    lora_rank: int = 0,
+    adapter: AdapterForm | None = None,
 ) -> Iterator[RunningServer]:
     """Serve `model`, or one of `shape` written into `folder`, in fp32 until the block ends; with its `routes`.
 
-    With `lora_rank` it takes adapters.
+    With `adapter` it takes those of that form.
     """
     model = model or write_tiny_model(folder / "model", "qwen3", shape)
     config = rollout_config()
@@ -77,7 +78,7 @@ def running_server(
         device="cpu",
         port=choose_ports(0, 1)[0],
         routes=routes,
-        lora_rank=lora_rank,
+        adapter=adapter,
     )
     servers = Servers([command], folder=folder / "servers", startup_seconds=config.server.startup_seconds)
     servers.start()

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from megatron_klear.config.base import ModelConfig
+from megatron_klear.config.checks_lora import adapter_sent
 from megatron_klear.config.placement import check_cards, check_local, check_modes
 from megatron_klear.config.rollout import ServerConfig, VLLMRolloutConfig
 from megatron_klear.models.architecture import Architecture
+from megatron_klear.models.peft import AdapterForm
 
 if TYPE_CHECKING:
     from megatron_klear.config.rl import GPPOConfig
@@ -233,8 +235,8 @@ class Served:
     seed: int
     routes: bool = False
     """Whether they tell the experts that each token went through."""
-    lora_rank: int = 0
-    """Rank of the adapters that they are sent; 0 where they are sent whole weights."""
+    adapter: AdapterForm | None = None
+    """Of the adapters that they are sent; None where they are sent whole weights."""
 
     @classmethod
     def by(cls, config: GPPOConfig, architecture: Architecture) -> Served:
@@ -246,7 +248,7 @@ class Served:
             device=server_device(config),
             seed=config.seed,
             routes=config.algorithm.router_replay == "sampler",
-            lora_rank=config.lora.rank if config.lora is not None and config.lora.sync == "adapter" else 0,
+            adapter=adapter_sent(config.lora, architecture),
         )
 
 

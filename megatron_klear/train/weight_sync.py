@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_klear.config.checks_lora import adapted_matrices
+from megatron_klear.config.checks_lora import adapter_sent
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.data.pack import pack
@@ -19,7 +19,6 @@ from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.model import DTYPES, inverse_frequencies
-from megatron_klear.models.peft import AdapterForm
 from megatron_klear.orchestrator.trainer import Delivery, probe_row
 from megatron_klear.rollout.engine import Checksums
 from megatron_klear.rollout.local.decoder import Decoder
@@ -91,7 +90,7 @@ class ServersWeights:
                 device=topology.device,
                 rank=topology.rank,
                 world_size=topology.size,
-                adapter=_adapter_form(engine),
+                adapter=adapter_sent(engine.run.lora, engine.architecture),
             )
         )
         self._portal: Portal | None = None
@@ -195,17 +194,11 @@ def open_trainer(engine: Engine, config: GPPOConfig, stop_token_ids: Sequence[in
     return OwnSampler(engine, sampler)
 
 
-def _adapter_form(engine: Engine) -> AdapterForm | None:
-    """What is sent, where that is the adapters alone."""
-    lora = engine.run.lora
-    if lora is None or lora.sync == "merged":
-        return None
-    return AdapterForm(rank=lora.rank, alpha=lora.alpha, targets=adapted_matrices(lora, engine.architecture))
-
-
 def sent_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """What samplers are sent, whole, on every rank."""
-    return engine.hf_weights() if _adapter_form(engine) is None else engine.adapter_weights()
+    if adapter_sent(engine.run.lora, engine.architecture) is None:
+        return engine.hf_weights()
+    return engine.adapter_weights()
 
 
 def _noted(

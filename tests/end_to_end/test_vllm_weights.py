@@ -28,12 +28,14 @@ from megatron_klear.config.base import (
     ParallelConfig,
     SFTConfig,
 )
+from megatron_klear.config.checks_lora import adapter_sent
 from megatron_klear.config.rl import SamplingConfig
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.data.pack import num_predicted, pack
 from megatron_klear.data.tiny import write_tiny_model
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
+from megatron_klear.models.architecture import read_architecture
 from megatron_klear.orchestrator.trainer import TrainersWeights, send_weights
 from megatron_klear.rl.losses import NLL
 from megatron_klear.rollout.engine import GroupRequest
@@ -351,7 +353,9 @@ def test_the_server_samples_with_adapters_merged_into_the_weights(tied_vllm_serv
 )
 def test_adapters_alone_arrive_in_every_update_and_under_way(ranks, tmp_path):
     lora = LoraConfig(rank=12, alpha=24.0, sync="adapter")
-    with running_server(tmp_path, TIED_SHAPE, lora_rank=lora.rank) as server:
+    model = write_tiny_model(tmp_path / "model", "qwen3", TIED_SHAPE)
+    form = adapter_sent(lora, read_architecture(model))
+    with running_server(tmp_path, TIED_SHAPE, model=model, adapter=form) as server:
         rollout = settings_in(server, tmp_path / "transfer")
         arguments = server.model, server.address, rollout
         (story,) = ranks(1, update_and_compare, *arguments, 3, lora, timeout_seconds=300.0)

@@ -176,4 +176,6 @@ def test_experts_are_refused_and_servers_are_started_for_the_rank(tmp_path: Path
     words = command.arguments
     assert words[words.index("--max-lora-rank") + 1] == "16"
     assert "--enable-lora" in words
+    assert words[words.index("--lora-target-modules") + 1 :][:2] == ("q_proj", "k_proj")
+    assert not {"lm_head", "all"} & set(words)
     assert command.variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"

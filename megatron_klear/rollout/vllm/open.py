@@ -57,7 +57,7 @@ def open_vllm(
             stop_token_ids=stop_token_ids,
             vocab_size=served.architecture.vocab_size,
             routes=RouteForm.of(served.architecture, kept_by_worker=served.device == "cpu") if served.routes else None,
-            model=ADAPTER_NAME if served.lora_rank else None,
+            model=ADAPTER_NAME if served.adapter is not None else None,
             api_key=key,
             servers=servers,
         )

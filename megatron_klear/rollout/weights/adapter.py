@@ -122,7 +122,7 @@ class AdapterTransport:
         try:
             await self._post(server, _LOAD, {"lora_name": ADAPTER_NAME, "lora_path": str(folder)})
         except ServerError as error:
-            if _KNOWN not in error.text:
+            if error.status != 200 and _KNOWN not in error.text:  # it says yes in words, which are no JSON
                 raise
         self._named.add(server.url)
 
