@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Routes = npt.NDArray[np.unsignedinteger]
+"""Numbers of experts [tokens, layers, chosen], uint8 or, of more than 256 experts, uint16."""
+
+
 class VersionSpan(NamedTuple):
     """Tokens `start` to `end` (exclusive) of a sample were drawn by the policy of version `version`."""
 
@@ -37,6 +41,8 @@ class Sample:
     `logprobs` are those of the policy that sampled the tokens, 0 where `trained` is false; None in SFT.
     `policy_version` is the oldest policy that drew a token; where several did, `version_spans` tells which drew what,
     in order and without a gap over the response, and is empty where one policy drew all.
+    `routes` are the experts that each token went through when the token behind it was drawn, in the sampler's order;
+    the last token was never read by the sampler and has none. None where the sampler was not asked for them.
     """
 
     tokens: npt.NDArray[np.int32]  # [n]
@@ -45,6 +51,12 @@ class Sample:
     policy_version: int = 0
     version_spans: tuple[VersionSpan, ...] = ()
     finish: Literal["stop", "length", "none"] = "none"
+    routes: Routes | None = None  # [n - 1, layers with experts, chosen]
+
+
+def route_type(experts: int) -> type[np.unsignedinteger]:
+    """What numbers of so many experts are kept as."""
+    return np.uint8 if experts <= 256 else np.uint16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +161,9 @@ class PackedBatch:
     routes: dict[int, Tensor] | None = None
     """Experts that this rank's routers chose for the row as it lies here, by layer, for later passes to choose again;
     given empty, the engine's first pass fills it in. Of this process alone."""
+    sampler_routes: Tensor | None = None
+    """[T, layers, chosen] int16 on the host: experts that the sampler sent each token through, for every pass to choose
+    again. -1 where it sent none: the last token of a sequence chooses for itself, and no loss depends on it."""
     sample_numbers: tuple[int, ...] = ()
     """Which sample each sequence is, as whoever packed the row counts them; empty where nobody asks."""
 

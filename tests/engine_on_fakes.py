@@ -14,6 +14,7 @@ from megatron_klear.rollout.engine import Checksums, FinishedGroup, GroupRequest
 from megatron_klear.rollout.vllm.client import Portal, ServerClient
 from megatron_klear.rollout.vllm.engine import VLLMEngine
 from megatron_klear.rollout.vllm.member import Limits
+from megatron_klear.rollout.vllm.routes import RouteForm
 from megatron_klear.rollout.weights.base import TransferFailed
 from megatron_klear.types import Prompt, Sample
 
@@ -134,6 +135,7 @@ def engine_on(
     limits: Limits = FAST,
     version: int | None = 3,
     managed: FakeServers | None = None,
+    routes: RouteForm | None = None,
     **settings: object,
 ) -> Iterator[VLLMEngine]:
     """An engine on the servers, which hold weights of `version` unless it is None."""
@@ -145,6 +147,7 @@ def engine_on(
         decode=lambda tokens: " ".join(map(str, tokens)),
         stop_token_ids=[STOP],
         vocab_size=VOCAB,
+        routes=routes,
         servers=managed,
         limits=limits,
     )

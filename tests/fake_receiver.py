@@ -1,6 +1,8 @@
 """The weight-transfer routes of a vLLM server, in memory: what comes in which order, and faults on demand."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ class FakeReceiver:
         self.description = {"backend": backend, "dtype": dtype, "device": "cpu"}
         self.workers = workers
         self.clears_cache = True
+        self.adapter: str | None = None
+        self.form: dict[str, Any] = {}
         self.calls: list[tuple[str, Any]] = []
         self.loaded: dict[str, torch.Tensor] = {}
         self.checksums: dict[str, str] = {}
@@ -33,6 +37,7 @@ class FakeReceiver:
         """Listen; returns the address."""
         app = web.Application()
         app.router.add_post("/{route}", self._answer)
+        app.router.add_post("/v1/{route}", self._answer)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -55,6 +60,15 @@ class FakeReceiver:
             return web.json_response({"results": [self.description] * self.workers})
         if name == "klear_begin_update":
             self.checksums = {}
+        elif name == "load_lora_adapter" and self.adapter is not None:
+            return web.json_response({"error": {"message": "The lora adapter has already been loaded."}}, status=400)
+        elif name == "load_lora_adapter":
+            self.adapter = body["lora_name"]
+            return web.Response(text=f"Success: LoRA adapter '{self.adapter}' added successfully.")
+        elif name == "klear_load_adapter":
+            self.form = json.loads((Path(body["args"][1]) / "adapter_config.json").read_text())
+            self.loaded = load_file(Path(body["args"][1]) / "adapter_model.safetensors")
+            self.checksums = {key: checksum(tensor) for key, tensor in self.loaded.items()}
         elif name == "update_weights":
             tensors = self.on_update(body["update_info"])
             self.loaded |= tensors

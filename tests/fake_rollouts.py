@@ -18,8 +18,14 @@ class FakeRollouts:
 
     last_progress = 0.0
 
-    def __init__(self, seed: int, *, fail: float = 0.0, lose_weights: float = 0.0, slow: float = 0.5) -> None:
-        """Shares: of requests that fail, of calls after which a server needs weights, of calls that deliver nothing."""
+    def __init__(
+        self, seed: int, *, fail: float = 0.0, lose_weights: float = 0.0, slow: float = 0.5, routes: bool = False
+    ) -> None:
+        """Shares: of requests that fail, of calls after which a server needs weights, of calls that deliver nothing.
+
+        With `routes` every token has some.
+        """
+        self._routes = routes
         self._random = random.Random(seed)
         self._fail, self._lose, self._slow = fail, lose_weights, slow
         self._waiting: list[tuple[GroupRequest, int]] = []
@@ -93,6 +99,7 @@ class FakeRollouts:
             policy_version=versions[0],
             version_spans=spans if len(spans) > 1 else (),
             finish="stop",
+            routes=np.ones((len(tokens) - 1, 2, 1), dtype=np.uint8) if self._routes else None,
         )
 
 

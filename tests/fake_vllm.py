@@ -18,8 +18,10 @@ from aiohttp import web
 
 from megatron_klear.config.rl import SamplingConfig
 from megatron_klear.rollout.vllm.client import Portal
+from megatron_klear.rollout.vllm.routes import RouteForm, written
 
 VOCAB = 64
+ROUTES = RouteForm(layers=3, experts=8, chosen=2)
 STOP = 7
 
 ANSWER_FAULTS = (
@@ -27,6 +29,7 @@ ANSWER_FAULTS = (
     *("token_is_text", "bad_finish", "false_stop", "too_short", "gap", "short_spans", "no_spans", "started_anew"),
     *("newer", "older", "two_choices"),
 )
+ROUTE_FAULTS = ("no_routes", "routes_are_text", "routes_cut", "a_row_too_few", "zero_rows", "unknown_expert")
 REFUSALS = ("oom", "refuse", "bad_gateway")
 CUTS = ("drop", "cut", "hang")
 # "stuck" draws half of its tokens and then nothing, until it is told to abort
@@ -36,6 +39,15 @@ def token_after(context: Sequence[int]) -> tuple[int, float]:
     """The token that follows, and its log-prob."""
     digest = hashlib.sha256(np.array(context, dtype=np.int32).tobytes()).digest()
     return digest[0] % VOCAB, -digest[1] / 64
+
+
+def routes_of(context: Sequence[int]) -> np.ndarray:
+    """The experts [tokens, layers, chosen] that tokens go through, each by what precedes it."""
+    rows = []
+    for place in range(1, len(context) + 1):
+        digest = hashlib.sha256(b"routes" + np.array(context[:place], dtype=np.int32).tobytes()).digest()
+        rows.append([np.random.default_rng(digest[layer]).permutation(8)[:2] for layer in range(ROUTES.layers)])
+    return np.array(rows, dtype=np.uint8).reshape(-1, ROUTES.layers, ROUTES.chosen)
 
 
 def response_to(prompt: Sequence[int], max_tokens: int) -> tuple[list[int], list[float], str]:
@@ -74,6 +86,9 @@ class FakeServer:
         self.drawn_asleep = 0
         """Requests that came while weights or cache slept."""
         self.api_key: str | None = None
+        self.routes = ""
+        """Where routes are told: in the "answer", by the "worker", or nowhere."""
+        self._kept_routes: dict[str, list[int]] = {}
         self.start()
 
     @property
@@ -193,6 +208,10 @@ class FakeServer:
             self._going.set()
         elif request.path == "/finish_weight_update":
             self.version = body["weight_version"]
+        if body.get("method") == "klear_routes":
+            name, start, end = body["args"]
+            routes = routes_of(self._kept_routes.pop(name))[int(start) : int(end)]
+            return web.json_response({"results": [written(routes)]})
         return web.json_response({"results": [None]} if request.path == "/collective_rpc" else {"status": "done"})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
@@ -208,14 +227,15 @@ class FakeServer:
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
-            return await self._answer(request, body["token_ids"], parameters["max_tokens"], fault, stop)
+            return await self._answer(request, body, fault, stop)
         finally:
             del self._aborts[name]
             self.running -= 1
 
     async def _answer(
-        self, request: web.Request, prompt: list[int], length: int, fault: str, stop: asyncio.Event
+        self, request: web.Request, body: dict[str, Any], fault: str, stop: asyncio.Event
     ) -> web.StreamResponse:
+        prompt, length = body["token_ids"], body["sampling_params"]["max_tokens"]
         if fault == "hang":
             await asyncio.sleep(3600)
         if fault == "oom":
@@ -230,6 +250,12 @@ class FakeServer:
             request.transport.abort()
             return web.Response()
         answer = await self._draw(prompt, length, fault, stop)
+        drawn = answer["choices"][0]["token_ids"]
+        if self.routes == "worker":
+            self._kept_routes[f"generate-tokens-{body['request_id']}"] = [*prompt, *drawn]
+        elif self.routes == "answer" and drawn:
+            start = body["sampling_params"].get("routed_experts_prompt_start", 0)
+            answer["choices"][0]["routed_experts"] = written(routes_of([*prompt, *drawn][:-1])[start:])
         text = json.dumps(answer if fault in ("", "abort", "stuck", "cut", "slow") else spoilt(answer, fault))
         if fault == "not_json":
             text = "<html>busy</html>"
@@ -303,6 +329,11 @@ def spoilt(answer: dict[str, Any], fault: str) -> Any:
         last["end"] -= 1
     elif fault == "no_spans":
         choice["weight_versions"] = None
+    elif fault in ROUTE_FAULTS:
+        routes = routes_of([1] * (len(choice["token_ids"]) + 2))
+        arrays = {"zero_rows": routes * 0, "a_row_too_few": routes[:-1], "unknown_expert": routes + 8}
+        told: Any = {"no_routes": None, "routes_are_text": "0 1", "routes_cut": written(routes)[:100]}
+        choice["routed_experts"] = told[fault] if fault in told else written(arrays[fault])
     elif fault in ("started_anew", "newer", "older"):
         last["version"] = {"started_anew": "default", "newer": "1000", "older": "0"}[fault]
     return answer

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_klear.config.rl import GPPOConfig
-from megatron_klear.types import Group, Prompt, Sample, Score, Verdict
+from megatron_klear.types import Group, Prompt, Sample, Score, Verdict, route_type
 
 Overrides = dict[str, dict[str, Any]]
 
@@ -42,6 +43,13 @@ def sample(prompt: Prompt, response: Sequence[int], finish: str = "stop", logpro
     spread = np.sin(tokens * 1.7 + np.arange(len(tokens))) * 0.5
     logprobs = np.where(trained, logprob + spread, 0).astype(np.float32)
     return Sample(tokens=tokens, trained=trained, logprobs=logprobs, finish="length" if finish == "length" else "stop")
+
+
+def with_routes(made: Sample, experts: int = 8, layers: int = 4, chosen: int = 2, seed: int = 0) -> Sample:
+    """The sample as though its sampler had sent every token anywhere."""
+    generator = np.random.default_rng([seed, *made.tokens.tolist()])
+    anywhere = generator.random((len(made.tokens) - 1, layers, experts)).argsort(-1)[..., :chosen]
+    return replace(made, routes=anywhere.astype(route_type(experts)))
 
 
 def fixed_groups(groups: int = 4, samples: int = 4, vocab_size: int = 512, seed: int = 0) -> list[Group]:

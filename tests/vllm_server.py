@@ -13,6 +13,7 @@ from megatron_klear.config.base import ModelConfig
 from megatron_klear.config.rollout import ServerConfig, VLLMRolloutConfig
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.models.architecture import read_architecture
+from megatron_klear.models.peft import AdapterForm
 from megatron_klear.rollout.servers.command import server_command
 from megatron_klear.rollout.servers.servers import Servers, choose_ports
 
@@ -55,9 +56,18 @@ def rollout_config(**settings: object) -> VLLMRolloutConfig:
 
 @contextlib.contextmanager
 def running_server(
-    folder: Path, shape: TinyShape = SHAPE, *, model: Path | None = None, longest_sequence: int = LONGEST_SEQUENCE
+    folder: Path,
+    shape: TinyShape = SHAPE,
+    *,
+    model: Path | None = None,
+    longest_sequence: int = LONGEST_SEQUENCE,
+    routes: bool = False,
+    adapter: AdapterForm | None = None,
 ) -> Iterator[RunningServer]:
-    """Serve `model`, or one of `shape` written into `folder`, in fp32 until the block ends."""
+    """Serve `model`, or one of `shape` written into `folder`, in fp32 until the block ends; with its `routes`.
+
+    With `adapter` it takes those of that form.
+    """
     model = model or write_tiny_model(folder / "model", "qwen3", shape)
     config = rollout_config()
     command = server_command(
@@ -67,6 +77,8 @@ def running_server(
         longest_sequence=longest_sequence,
         device="cpu",
         port=choose_ports(0, 1)[0],
+        routes=routes,
+        adapter=adapter,
     )
     servers = Servers([command], folder=folder / "servers", startup_seconds=config.server.startup_seconds)
     servers.start()

@@ -158,6 +158,9 @@ class LoraConfig(Settings):
     adapter: Path | None = None
     """Start from this adapter, a folder that PEFT or an export wrote, instead of from an update of zero. It must have
     this rank, alpha and targets."""
+    sync: Literal["merged", "adapter"] = "merged"
+    """What samplers are sent in reinforcement learning: weights with the adapters merged in, or the adapters alone, to
+    vLLM servers that read the base from `model.path`."""
 
     @model_validator(mode="after")
     def _check(self) -> LoraConfig:

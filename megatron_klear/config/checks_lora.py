@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_klear.config.base import LoraConfig, RunConfig
 from megatron_klear.models.architecture import Architecture
-from megatron_klear.models.peft import AdapterError, read_adapter_form
+from megatron_klear.models.peft import AdapterError, AdapterForm, read_adapter_form
 from megatron_klear.models.projections import projections
 
 
@@ -12,6 +12,14 @@ def adapted_matrices(settings: LoraConfig, architecture: Architecture) -> tuple[
     """Names of the matrices of a layer that get an adapter, in the order of the layer."""
     every = projections(architecture)
     return tuple(every) if settings.targets == ("all",) else tuple(name for name in every if name in settings.targets)
+
+
+def adapter_sent(settings: LoraConfig | None, architecture: Architecture) -> AdapterForm | None:
+    """The form of the adapters that samplers are sent by themselves; None where they are sent whole weights."""
+    if settings is None or settings.sync == "merged":
+        return None
+    targets = adapted_matrices(settings, architecture)
+    return AdapterForm(rank=settings.rank, alpha=settings.alpha, targets=targets)
 
 
 def lora_problems(config: RunConfig, architecture: Architecture) -> list[str]:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from megatron_klear.config.base import ModelConfig
+from megatron_klear.config.checks_lora import adapter_sent
 from megatron_klear.config.placement import check_cards, check_local, check_modes
 from megatron_klear.config.rollout import ServerConfig, VLLMRolloutConfig
 from megatron_klear.models.architecture import Architecture
+from megatron_klear.models.peft import AdapterForm
 
 if TYPE_CHECKING:
     from megatron_klear.config.rl import GPPOConfig
@@ -22,6 +24,8 @@ Device = Literal["cpu", "cuda"]
 
 CPU_KV_CACHE_GIB = 1.0
 """Memory of a server's cache on the CPU where `kv_cache_gib` is not given."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's --max-lora-rank can be (0.32)."""
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's attention on the CPU knows (0.32)."""
 
@@ -34,9 +38,10 @@ def check_rollout(
     `gpu_bytes` is the memory of one card, None where there is none. Servers that others start are not looked at.
     """
     rollout = config.rollout
+    errors = _check_adapters(config, architecture)
     if not isinstance(rollout, VLLMRolloutConfig):
-        return check_local(config, architecture, world_size, gpu_bytes, os.environ)
-    errors = check_modes(config)
+        return errors + check_local(config, architecture, world_size, gpu_bytes, os.environ)
+    errors += check_modes(config) + _check_routes(config)
     if rollout.servers:
         return errors
     errors += check_servers(config, architecture)
@@ -76,6 +81,61 @@ def check_servers(config: GPPOConfig, architecture: Architecture) -> list[str]:
     if device == "cpu" or server.kv_cache_gib is not None:
         dtype = config.model.dtype if server.dtype == "model" else server.dtype
         errors += _check_cache(server, dtype, architecture, length)
+    return errors
+
+
+def _check_routes(config: GPPOConfig) -> list[str]:
+    """What keeps servers from telling the experts of each token, whoever starts them."""
+    rollout, key = config.rollout, "algorithm.router_replay = sampler"
+    if config.algorithm.router_replay != "sampler" or not isinstance(rollout, VLLMRolloutConfig):
+        return []
+    errors = []
+    on_cpu = server_device(config) == "cpu"
+    if on_cpu and rollout.router is not None:
+        errors.append(
+            f"{key} asks a server on the CPU for its routes behind its answer, and behind rollout.router nobody knows "
+            "which one answered; leave out rollout.router, or use servers on GPUs"
+        )
+    if not on_cpu and "--no-enable-prefix-caching" in rollout.server.arguments:
+        errors.append(
+            f"{key} needs vLLM's prefix caching (0.32 keeps routes beside its blocks), and rollout.server.arguments "
+            "has --no-enable-prefix-caching; leave it out"
+        )
+    return errors
+
+
+def _check_adapters(config: GPPOConfig, architecture: Architecture) -> list[str]:
+    """What keeps samplers from being sent adapters alone."""
+    rollout, lora, model = config.rollout, config.lora, config.model
+    if lora is None or lora.sync != "adapter":
+        return []
+    if not isinstance(rollout, VLLMRolloutConfig):
+        return [
+            'lora.sync = adapter sends adapters to vLLM servers, and rollout.kind = "local" draws from whole weights; '
+            "set lora.sync to merged"
+        ]
+    errors = []
+    if rollout.transfer in ("cuda_ipc", "nccl"):
+        errors.append(
+            f"lora.sync = adapter sends files, and rollout.transfer = {rollout.transfer} does not; use shared_memory, "
+            "or disk where servers run on another host"
+        )
+    if model.weights != "pretrained" or model.checkpoint is not None:
+        told = f"model.checkpoint = {model.checkpoint}" if model.checkpoint else f"model.weights = {model.weights}"
+        errors.append(
+            f"lora.sync = adapter has servers read the base from model.path, and {told} is another one; set lora.sync "
+            "to merged, or export the base first"
+        )
+    if lora.rank > LORA_RANKS[-1]:
+        errors.append(
+            f"lora.sync = adapter: vLLM takes adapters up to rank {LORA_RANKS[-1]} (0.32), and lora.rank is "
+            f"{lora.rank}; set lora.sync to merged"
+        )
+    if architecture.experts is not None:
+        errors.append(
+            f"lora.sync = adapter is not supported for the {architecture.family} model: vLLM would put adapters on its "
+            "experts too; set lora.sync to merged"
+        )
     return errors
 
 
@@ -173,6 +233,10 @@ class Served:
     """Tokens of prompt and response together."""
     device: Device
     seed: int
+    routes: bool = False
+    """Whether they tell the experts that each token went through."""
+    adapter: AdapterForm | None = None
+    """Of the adapters that they are sent; None where they are sent whole weights."""
 
     @classmethod
     def by(cls, config: GPPOConfig, architecture: Architecture) -> Served:
@@ -183,6 +247,8 @@ class Served:
             longest_sequence=longest_sequence(config),
             device=server_device(config),
             seed=config.seed,
+            routes=config.algorithm.router_replay == "sampler",
+            adapter=adapter_sent(config.lora, architecture),
         )
 
 

@@ -243,10 +243,10 @@ class AlgorithmConfig(Settings):
     overlong_penalty: OverlongPenalty | None = None
     old_logprobs: Literal["recompute", "sampler"] = "recompute"
     """Recomputed by the trainer at the start of a step, or taken from the sampler."""
-    router_replay: Literal["none", "old"] = "none"
-    """With `old`, a token goes in every update through the experts that it went through when its old log-prob was
-    computed, so that ratios speak of the same experts; needs `old_logprobs = "recompute"` and a model with
-    experts."""
+    router_replay: Literal["none", "old", "sampler"] = "none"
+    """Experts that tokens go through in every update, so that ratios speak of the same experts. `old`: those that they
+    went through when their old log-probs were computed; needs `old_logprobs = "recompute"`. `sampler`: those that they
+    went through when they were drawn, also where old log-probs are recomputed. For models with experts."""
     correction: Literal["none", "truncated", "masked"] = "truncated"
     """Correction of what another policy drew, by the ratio r of trainer to sampler: weights min(r, cap), or r within
     [1/cap, cap] and 0 outside."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_klear.types import PackedBatch, Sample
+from megatron_klear.types import PackedBatch, Routes, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,8 +46,8 @@ def pack(
     """Lay samples end to end in one row; each number given per sample applies to every trained token of it.
 
     Entry t speaks of predicting token t + 1 of its sequence, and is 0 where that one is not trained or not there.
-    `sampler_logprobs` are filled where the samples carry log-probs. Without samples the row is one token of weight 0:
-    what a rank runs when a step has fewer rows than micro-batches.
+    `sampler_logprobs` are filled where the samples carry log-probs, and `sampler_routes` where they carry routes.
+    Without samples the row is one token of weight 0: what a rank runs when a step has fewer rows than micro-batches.
     """
     import torch
 
@@ -71,6 +71,9 @@ def pack(
     logprobs = [sample.logprobs for sample in samples if sample.logprobs is not None]
     if logprobs and len(logprobs) != len(samples):
         raise ValueError("some samples of a row carry log-probs and some do not")
+    routes = [sample.routes for sample in samples if sample.routes is not None]
+    if routes and len(routes) != len(samples):
+        raise ValueError("some samples of a row carry routes and some do not")
     return PackedBatch(
         tokens=torch.from_numpy(np.concatenate([sample.tokens for sample in samples]).astype(np.int64)),
         targets=torch.from_numpy(_shifted([sample.tokens for sample in samples]).astype(np.int64)),
@@ -81,8 +84,19 @@ def pack(
         if logprobs
         else None,
         nll_weights=None if nll_weights is None else spread(nll_weights),
+        sampler_routes=torch.from_numpy(_routes(routes, np.diff(bounds))) if routes else None,
         sample_numbers=tuple(sample_numbers),
     )
+
+
+def _routes(routes: Sequence[Routes], lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int16]:
+    """Routes of samples laid end to end, not shifted: entry t is of reading token t. -1 on each one's last token."""
+    laid: npt.NDArray[np.int16] = np.full((int(lengths.sum()), *routes[0].shape[1:]), -1, dtype=np.int16)
+    for index, (one, end) in enumerate(zip(routes, np.cumsum(lengths).tolist(), strict=True)):
+        if len(one) != lengths[index] - 1:
+            raise ValueError(f"sample {index} of a row has {lengths[index]} tokens and routes of {len(one)}")
+        laid[end - len(one) - 1 : end - 1] = one
+    return laid
 
 
 def _shifted(arrays: Sequence[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:

@@ -199,7 +199,7 @@ class Engine:
         if self._reference is None:
             raise RuntimeError("there is no reference model: call keep_reference first")
         self._gather_parameters()
-        own = [replace(batch, routes=None) for batch in batches]
+        own = [replace(batch, routes=None, sampler_routes=None) for batch in batches]
         with self._reference.in_place():
             return self.logprobs(own, temperature=temperature)
 

@@ -37,7 +37,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # 0.16.1 reads it without transformer-engine too, and does not set it then
 
-_SUMS = ("tokens", "entropy", "moe_aux_loss", "moe_z_loss")
+_SUMS = ("tokens", "entropy", "moe_aux_loss", "moe_z_loss", "routes", "route_mismatch")
 
 
 def expert_options(architecture: Architecture, topology: Topology) -> dict[str, Any]:
@@ -93,13 +93,7 @@ class Router(TopKRouter):
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Probabilities and choice [T_rank, experts] of logits [T_rank, 1, experts]; losses hang on the former."""
         assert self.row is not None, "RoutedLayer says which row is under way"
-        routes, layer = self.row.routes, self.layer_number
-        if routes is not None and layer in routes:
-            probabilities, chosen = self._replay(logits.view(-1, self.num_experts), routes[layer].long())
-        else:
-            probabilities, chosen = super().routing(logits, *args, **kwargs)
-            if routes is not None:
-                routes[layer] = chosen.nonzero()[:, 1].view(-1, self.topk).to(torch.int16)
+        probabilities, chosen, compared = self._choose(logits, *args, **kwargs)
         if not self.training:
             return probabilities, chosen
         assert self.row.sequences is not None
@@ -115,10 +109,32 @@ class Router(TopKRouter):
             loss = loss + self._z_loss * parts[1]
         # Under recomputation a row passes twice, the first time without gradients.
         if torch.is_grad_enabled() is not repeats_experts(self.config):
-            self._count(logits.detach(), chosen, weights[sequences.of_token] != 0, parts)
+            self._count(logits.detach(), chosen, weights[sequences.of_token] != 0, parts, compared)
         if loss.requires_grad:
             probabilities = MoEAuxLossAutoScaler.apply(probabilities, loss)
         return probabilities, chosen
+
+    def _choose(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Probabilities and choice, those of an earlier pass or of the sampler where the row has them.
+
+        Under the sampler's also which tokens have routes of it, and which of those would have gone elsewhere
+        [2, T_rank]; this router chooses among the same inputs as the sampler's, for layers before are replayed too.
+        """
+        assert self.row is not None
+        routes, sampler_routes, layer = self.row.routes, self.row.sampler_routes, self.layer_number
+        if routes is not None and layer in routes:
+            return *self._replay(logits.view(-1, self.num_experts), routes[layer].long()), None
+        probabilities, chosen = super().routing(logits, *args, **kwargs)
+        if routes is not None:
+            routes[layer] = chosen.nonzero()[:, 1].view(-1, self.topk).to(torch.int16)
+        if sampler_routes is None:
+            return probabilities, chosen, None
+        sampled = sampler_routes[:, layer - 1].chunk(self.tp_group.size())[self.tp_group.rank()].long()
+        has_routes = sampled[:, 0] >= 0
+        own = chosen.int().topk(self.topk, dim=1).indices  # unlike nonzero, waits for no device
+        choice = torch.where(has_routes[:, None], sampled, own)
+        probabilities, replayed = self._replay(logits.view(-1, self.num_experts), choice)
+        return probabilities, replayed, torch.stack([has_routes, has_routes & (replayed & ~chosen).any(1)])
 
     def _replay(self, logits: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
         """What Megatron's routing gives of logits [T_rank, experts] where the choice [T_rank, topk] is made already."""
@@ -144,11 +160,14 @@ class Router(TopKRouter):
         return part
 
     @torch.no_grad()
-    def _count(self, logits: Tensor, chosen: Tensor, counted: Tensor, losses: Sequence[Tensor]) -> None:
+    def _count(
+        self, logits: Tensor, chosen: Tensor, counted: Tensor, losses: Sequence[Tensor], compared: Tensor | None
+    ) -> None:
         """Add a row's tokens of sequences that have a weight."""
         log_probabilities = logits.log_softmax(-1)
         entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
-        of_row = [counted.sum(), (entropy * counted).sum(), *(loss.detach() for loss in losses)]
+        routes = logits.new_zeros(2) if compared is None else (compared & counted).sum(1)
+        of_row = [counted.sum(), (entropy * counted).sum(), *(loss.detach() for loss in losses), *routes]
         sums = torch.cat([(chosen & counted[:, None]).sum(0).double(), torch.stack([one.double() for one in of_row])])
         self.sums = sums if self.sums is None else self.sums + sums
 
@@ -192,7 +211,8 @@ def routing_metrics(models: Sequence[torch.nn.Module], run: ModelConfig, topolog
     """Means over layers of what the routers have summed since the last call, over all ranks; collective.
 
     `moe_load_max` and `moe_load_min` are the tokens of the most and the least liked expert over the mean,
-    `moe_router_entropy` is in nats, the losses are before their weights in the settings.
+    `moe_router_entropy` is in nats, the losses are before their weights in the settings. Where the sampler's routes are
+    replayed, `moe_route_mismatch` is the share of tokens that would have gone elsewhere, layers before being replayed.
     """
     routers = [module for model in models for module in model.modules() if isinstance(module, Router)]
     if not routers:
@@ -203,12 +223,16 @@ def routing_metrics(models: Sequence[torch.nn.Module], run: ModelConfig, topolog
     for axis in (topology.tensor, topology.data_context):
         if axis.size > 1:
             dist.all_reduce(sums, group=axis.group)
-    loads, (tokens, entropy, aux_loss, z_loss) = sums[:, : -len(_SUMS)], sums[:, -len(_SUMS) :].unbind(1)
+    loads, last = sums[:, : -len(_SUMS)], sums[:, -len(_SUMS) :]
+    tokens, entropy, aux_loss, z_loss, routes, mismatch = last.unbind(1)
     tokens = tokens.clamp(min=1.0)
     mean = loads.mean(1).clamp(min=1e-9)
     of_layers = [loads.amax(1) / mean, loads.amin(1) / mean, entropy / tokens, aux_loss, z_loss]
+    of_layers += [mismatch / routes.clamp(min=1.0), routes]
     totals = topology.all_reduce([float(len(routers)), *torch.stack(of_layers).sum(1).tolist()], topology.pipeline)
-    names = ("moe_load_max", "moe_load_min", "moe_router_entropy", "moe_aux_loss", "moe_z_loss")
-    found = {name: total / totals[0] for name, total in zip(names, totals[1:], strict=True)}
+    names = ("moe_load_max", "moe_load_min", "moe_router_entropy", "moe_aux_loss", "moe_z_loss", "moe_route_mismatch")
+    found = {name: total / totals[0] for name, total in zip(names, totals[1:-1], strict=True)}
+    if not totals[-1]:
+        del found["moe_route_mismatch"]
     weights = {"moe_aux_loss": run.moe_aux_loss, "moe_z_loss": run.moe_z_loss}
     return {name: value for name, value in found.items() if weights.get(name, 1.0)}

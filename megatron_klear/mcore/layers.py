@@ -26,6 +26,9 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
+_CPU_KEY_BLOCK = 16
+"""On the CPU torch rounds a token's attention in bf16 otherwise where the last block of keys is not whole: it would
+depend on what follows the token, and the local sampler's would be another."""
 _SDPA_BLOCK = 2048
 """Queries per SDPA call where keys outnumber them and a mask must be written out."""
 
@@ -176,10 +179,12 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, row: RowParams, sc
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
     grouped = q.shape[1] != k.shape[1]
+    if mask is None and query.dtype != torch.float32 and query.device.type == "cpu" and len(query) % _CPU_KEY_BLOCK:
+        q, k, v = (F.pad(t, (0, 0, 0, -len(query) % _CPU_KEY_BLOCK)) for t in (q, k, v))  # behind what is attended to
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
-    return out[0].transpose(0, 1)
+    return out[0, :, : len(query)].transpose(0, 1)
 
 
 def _flash_function() -> VarlenAttention | None:

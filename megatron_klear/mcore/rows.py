@@ -78,6 +78,7 @@ class RowParams(PackedSeqParams):
     max_key_run: int = 0
     sequences: Sequences | None = None
     routes: dict[int, Tensor] | None = None  # by layer [T_local / shards, chosen] int16; see PackedBatch
+    sampler_routes: Tensor | None = None  # [T_local, layers, chosen] int16, -1 where the token chooses for itself
 
     def on(self, device: torch.device, inverse_frequencies: Tensor) -> RowParams:
         """A copy on the device, with the rotary tables of this row.
@@ -137,6 +138,7 @@ def local_row(batch: PackedBatch, topology: Topology) -> LocalRow:
         positions=positions.to(torch.int32),
         sequences=_sequences(batch, local_source),
         routes=batch.routes,
+        sampler_routes=_take_routes(batch.sampler_routes, local_source),
         key_order=torch.from_numpy(zigzag_order(bounds, cp)) if cp > 1 else None,
         **_runs(_pieces(bounds, cp, rank), gathered=cp > 1),
     )
@@ -208,6 +210,13 @@ def _take(values: Tensor, source: Tensor) -> Tensor:
     values = values.cpu()
     taken = values[source.clamp(min=0)]
     return torch.where(source >= 0, taken, torch.zeros((), dtype=values.dtype))
+
+
+def _take_routes(routes: Tensor | None, source: Tensor) -> Tensor | None:
+    """Routes of an unpadded row in padded order, -1 on padding."""
+    if routes is None:
+        return None
+    return routes[source.clamp(min=0)].masked_fill_((source < 0)[:, None, None], -1)
 
 
 def _pieces(bounds: list[int], cp: int, rank: int) -> tuple[tuple[int, int, int, int], ...]:

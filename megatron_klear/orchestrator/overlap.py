@@ -30,7 +30,7 @@ from megatron_klear.orchestrator.sampler import POLL_SECONDS, Sampler, key_of
 from megatron_klear.rewards.scoring import Graded
 from megatron_klear.rl.versions import oldest_version
 from megatron_klear.rollout.engine import GroupRequest, told_apart
-from megatron_klear.runs.group_file import dump_groups, load_groups
+from megatron_klear.runs.group_file import dump_groups, load_groups, with_routes_or_without
 from megatron_klear.runs.log import RunLog
 from megatron_klear.types import Group, Prompt
 
@@ -162,7 +162,11 @@ class OverlapFeed(ABC):
         drawn = [entry for entry, record in zip(self._entries, state["requests"], strict=True) if record["drawn"]]
         asked_for = {entry.request.prompt.id: entry.request.prompt for entry in drawn}
         groups = load_groups(files[GROUPS_FILE], asked_for.__getitem__) if drawn else []
-        for entry, group in zip(drawn, groups, strict=True):
+        replayed = self._config.algorithm.router_replay == "sampler"
+        for entry, saved in zip(drawn, groups, strict=True):
+            group = with_routes_or_without(saved, replayed)
+            if group is None:
+                continue  # drawn before the run replayed routes: asked for again
             entry.group = group
             if group.scores is None:
                 entry.grading = self._grader.begin([group])

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megatron_klear.data.pack import num_predicted
 from megatron_klear.rl.advantages import checked_rewards
-from megatron_klear.types import Group, Sample, Verdict
+from megatron_klear.types import Group, Routes, Sample, Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,27 +58,35 @@ class StepNumbers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenArrays:
-    """Samples laid end to end as a few arrays, for the way to the rank that trains them: 9 bytes a token."""
+    """Samples laid end to end as a few arrays, for the way to the rank that trains them: 9 bytes a token.
+
+    Where routes are replayed also a byte for every layer and expert that a token went through, two above 256 experts.
+    """
 
     numbers: npt.NDArray[np.int32]  # [S] of the samples, as the step counts them
     lengths: npt.NDArray[np.int32]  # [S]
     tokens: npt.NDArray[np.int32]  # [tokens of all]
     trained: npt.NDArray[np.bool_]  # [tokens of all]
     logprobs: npt.NDArray[np.float32] | None  # [tokens of all]; None where the sampler gave none
+    routes: Routes | None = None  # [tokens of all - S, layers, chosen]; see Sample
 
     @classmethod
     def of(cls, samples: Mapping[int, Sample]) -> TokenArrays:
-        """Those of samples by their numbers. Raises ValueError where some have log-probs and others none."""
+        """Those of samples by their numbers. Raises ValueError where some have log-probs or routes and others none."""
         logprobs = [sample.logprobs for sample in samples.values()]
         given = [values for values in logprobs if values is not None]
         if given and len(given) != len(logprobs):
             raise ValueError("some samples have the sampler's log-probs and others have none")
+        routes = [sample.routes for sample in samples.values() if sample.routes is not None]
+        if routes and len(routes) != len(logprobs):
+            raise ValueError("some samples have the sampler's routes and others have none")
         return cls(
             numbers=np.array(list(samples), dtype=np.int32),
             lengths=np.array([len(sample.tokens) for sample in samples.values()], dtype=np.int32),
             tokens=np.concatenate([np.zeros(0, np.int32), *(sample.tokens for sample in samples.values())]),
             trained=np.concatenate([np.zeros(0, np.bool_), *(sample.trained for sample in samples.values())]),
             logprobs=np.concatenate(given) if given else None,
+            routes=np.concatenate(routes) if routes else None,
         )
 
     def samples(self) -> dict[int, Sample]:
@@ -87,8 +95,15 @@ class TokenArrays:
 
     def _each(self) -> Iterator[tuple[int, Sample]]:
         ends = np.cumsum(self.lengths)
-        for number, start, end in zip(
-            self.numbers.tolist(), (ends - self.lengths).tolist(), ends.tolist(), strict=True
-        ):
-            logprobs = None if self.logprobs is None else self.logprobs[start:end]
-            yield number, Sample(tokens=self.tokens[start:end], trained=self.trained[start:end], logprobs=logprobs)
+        bounds = zip(self.numbers.tolist(), (ends - self.lengths).tolist(), ends.tolist(), strict=True)
+        for place, (number, start, end) in enumerate(bounds):
+            yield (
+                number,
+                Sample(
+                    tokens=self.tokens[start:end],
+                    trained=self.trained[start:end],
+                    logprobs=None if self.logprobs is None else self.logprobs[start:end],
+                    # One less for each sample before: last tokens have none.
+                    routes=None if self.routes is None else self.routes[start - place : end - place - 1],
+                ),
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ def dump_groups(groups: Sequence[Group]) -> bytes:
                 {
                     "length": len(sample.tokens),
                     "has_logprobs": sample.logprobs is not None,
+                    "has_routes": sample.routes is not None,
                     "policy_version": sample.policy_version,
                     "version_spans": sample.version_spans,
                     "finish": sample.finish,
@@ -35,6 +36,7 @@ def dump_groups(groups: Sequence[Group]) -> bytes:
         }
         for group in groups
     ]
+    routes = [sample.routes for sample in samples if sample.routes is not None]
     written = io.BytesIO()
     np.savez_compressed(
         written,
@@ -42,6 +44,7 @@ def dump_groups(groups: Sequence[Group]) -> bytes:
         tokens=_joined([sample.tokens for sample in samples], np.int32),
         trained=_joined([sample.trained for sample in samples], np.bool_),
         logprobs=_joined([sample.logprobs for sample in samples if sample.logprobs is not None], np.float32),
+        routes=np.concatenate(routes) if routes else np.zeros((0, 0, 0), np.uint8),
     )
     return written.getvalue()
 
@@ -51,7 +54,8 @@ def load_groups(content: bytes, find: Callable[[str], Prompt]) -> list[Group]:
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         told = json.loads(arrays["told"].tobytes().decode("utf-8", "surrogatepass"))
         tokens, trained, logprobs = arrays["tokens"], arrays["trained"], arrays["logprobs"]
-    place = scored = 0
+        routes = arrays.get("routes")  # None in files of runs from before there were any
+    place = scored = routed = 0
     groups = []
     for group in told:
         samples = []
@@ -60,6 +64,9 @@ def load_groups(content: bytes, find: Callable[[str], Prompt]) -> list[Group]:
             drawn = None
             if sample["has_logprobs"]:
                 drawn, scored = logprobs[scored : scored + sample["length"]].copy(), scored + sample["length"]
+            taken = None
+            if routes is not None and sample.get("has_routes"):
+                taken, routed = routes[routed : routed + sample["length"] - 1].copy(), routed + sample["length"] - 1
             samples.append(
                 Sample(
                     tokens=tokens[here].copy(),
@@ -68,6 +75,7 @@ def load_groups(content: bytes, find: Callable[[str], Prompt]) -> list[Group]:
                     policy_version=sample["policy_version"],
                     version_spans=tuple(VersionSpan(*span) for span in sample["version_spans"]),
                     finish=sample["finish"],
+                    routes=taken,
                 )
             )
         scores = group["scores"]
@@ -80,6 +88,13 @@ def load_groups(content: bytes, find: Callable[[str], Prompt]) -> list[Group]:
             )
         )
     return groups
+
+
+def with_routes_or_without(group: Group, replayed: bool) -> Group | None:
+    """A group as a run takes it that has routes `replayed`, or has not; None where there are none to replay."""
+    if replayed:
+        return group if all(sample.routes is not None for sample in group.samples) else None
+    return replace(group, samples=[replace(sample, routes=None) for sample in group.samples])
 
 
 def _score(told: dict[str, Any]) -> Score:

@@ -149,6 +149,8 @@ class Step:
         for name in stats[0].metrics if stats else ():
             if name.startswith("moe_"):
                 metrics[name] = _mean([step.metrics[name] for step in stats])
+        if "moe_route_mismatch" in metrics:  # later updates have moved away from what drew
+            metrics["moe_route_mismatch"] = stats[0].metrics["moe_route_mismatch"]
         metrics |= self.sampled | (self.mismatch or self._measure([], []))
         return StepStats(
             step=self.number + 1,

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_klear.config.checks_lora import adapter_sent
 from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.data.pack import pack
@@ -84,7 +85,12 @@ class ServersWeights:
         topology = engine.topology
         self._transport = exchange.same_outcome(
             lambda: open_transport(
-                config, dtype=self._dtype, device=topology.device, rank=topology.rank, world_size=topology.size
+                config,
+                dtype=self._dtype,
+                device=topology.device,
+                rank=topology.rank,
+                world_size=topology.size,
+                adapter=adapter_sent(engine.run.lora, engine.architecture),
             )
         )
         self._portal: Portal | None = None
@@ -144,7 +150,7 @@ class ServersWeights:
             self._portal.close()
 
     def _deliver(self, version: int, urls: Sequence[str], gone: Sequence[str], sent: dict[str, str]) -> Delivery:
-        weights = self._engine.hf_weights()
+        weights = sent_weights(self._engine)
         if self._portal is None:
             self._transport.send(weights, version, (), None)
             return Delivery(holders=())
@@ -182,9 +188,17 @@ def open_trainer(engine: Engine, config: GPPOConfig, stop_token_ids: Sequence[in
         return ServersWeights(engine, config.rollout)
     frequencies, scaling = inverse_frequencies(architecture)
     dtype = torch.float32 if config.rollout.dtype == "fp32" else DTYPES[config.model.dtype]
-    decoder = Decoder(architecture, frequencies, scaling, dtype, engine.topology.device)
+    keeps_routes = config.algorithm.router_replay == "sampler"
+    decoder = Decoder(architecture, frequencies, scaling, dtype, engine.topology.device, keep_routes=keeps_routes)
     sampler = LocalEngine(decoder, stop_token_ids=stop_token_ids, max_sequences=config.rollout.max_sequences)
     return OwnSampler(engine, sampler)
+
+
+def sent_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """What samplers are sent, whole, on every rank."""
+    if adapter_sent(engine.run.lora, engine.architecture) is None:
+        return engine.hf_weights()
+    return engine.adapter_weights()
 
 
 def _noted(

@@ -25,10 +25,13 @@ class Evidence:
 
     sampler: Values
     trainer: Values
-    """At the temperature of the run."""
+    """At the temperature of the run, and with the sampler's routes replayed where the run does."""
     temperature: float
     at_temperature: Mapping[float, Values] = field(default_factory=dict)
     """The trainer's at other temperatures."""
+    rerouted: Values | None = None
+    """The trainer's with the sampler's routes where the run does not replay them, and with its own where it does."""
+    is_replayed: bool = False
     exact: Values | None = None
     """From the trainer's weights in fp32 throughout."""
     top_p: float = 1.0
@@ -73,6 +76,8 @@ def diagnose(evidence: Evidence, tolerance: float) -> list[Finding]:
         _truncation(evidence, tolerance, matters and not undone),
         _tokenisation(evidence, tolerance, total, matters),
     ]
+    if evidence.rerouted is not None:
+        findings.append(_routing(evidence, evidence.rerouted, enough, matters))
     elsewhere = any(finding.verdict == "found" for finding in findings)
     return [*findings, _dtype(evidence, total, matters and not elsewhere)]
 
@@ -132,6 +137,16 @@ def _tokenisation(evidence: Evidence, tolerance: float, total: float, matters: b
     among = mean_difference([s for s, _ in whole], [t for _, t in whole])
     detail = f"{changed} of {len(marked)} responses change when decoded and encoded; the others: mean {among:.2e}"
     return _finding(cause, matters and changed > 0 and bool(whole) and among <= max(tolerance, 0.1 * total), detail)
+
+
+def _routing(evidence: Evidence, rerouted: Values, enough: float, matters: bool) -> Finding:
+    """Found where the same experts make the numbers equal again."""
+    other = mean_difference(evidence.sampler, rerouted)
+    if evidence.is_replayed:
+        detail = f"the sampler's experts are replayed; with the trainer's own: mean {other:.2e}"
+        return _finding("routing", False, detail)
+    detail = f'with the sampler\'s experts, as algorithm.router_replay = "sampler" has it: mean {other:.2e}'
+    return _finding("routing", matters and other <= enough, detail)
 
 
 def _dtype(evidence: Evidence, total: float, matters: bool) -> Finding:

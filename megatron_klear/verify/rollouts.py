@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.config.start import GPPOStart
 from megatron_klear.data.pack import pack
 from megatron_klear.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -25,7 +26,14 @@ from megatron_klear.rollout.local.decoder import Decoder
 from megatron_klear.rollout.weights.checksum import checksum
 from megatron_klear.train.rollouts import Rollouts
 from megatron_klear.train.turn_end import stop_tokens_of
-from megatron_klear.train.weight_sync import TOLERANCES, OwnSampler, ServersWeights, WeightsNotArrived, open_trainer
+from megatron_klear.train.weight_sync import (
+    TOLERANCES,
+    OwnSampler,
+    ServersWeights,
+    WeightsNotArrived,
+    open_trainer,
+    sent_weights,
+)
 from megatron_klear.types import Sample
 from megatron_klear.verify.mismatch import Evidence, Finding, diagnose, mean_difference
 
@@ -67,7 +75,7 @@ def verify_weights(start: GPPOStart, tolerance: float | None = None) -> RolloutR
 
 def verify_mismatch(start: GPPOStart, prompts: int = 4, tolerance: float | None = None) -> RolloutReport:
     """Sample a few prompts with the run's settings and say what a mismatch comes from."""
-    with _opened(start) as opened:
+    with _opened(_with_routes(start)) as opened:
         with suppress(WeightsNotArrived):  # the evidence says which, and what follows from it
             opened.rollouts.sync(_VERSION)
         samples = opened.rollouts.sample(prompts)
@@ -90,16 +98,25 @@ def gather(
     weights = {name: tensor.detach().float().cpu() for name, tensor in engine.hf_weights()}
     stale = [
         name
-        for name, tensor in engine.hf_weights()
+        for name, tensor in sent_weights(engine)
         if not all(_is_held(tensor, checksums.get(name)) for checksums in held.values())
     ]
     stale += sorted({f"samples of version {s.policy_version}" for s in samples if s.policy_version != _VERSION})
     responses = [sample.tokens[sample.trained] for sample in samples]
+    replays = start.config.algorithm.router_replay == "sampler"
+    own = [replace(sample, routes=None) for sample in samples]
+    routed = [sample for sample in samples if sample.routes is not None]
     return Evidence(
         sampler=[_response(sample, sample.logprobs) for sample in samples],
-        trainer=_rescore(engine, samples, temperature),
+        trainer=_rescore(engine, samples if replays else own, temperature),
+        rerouted=_rescore(engine, own if replays else samples, temperature) if routed else None,
+        is_replayed=replays,
         temperature=temperature,
-        at_temperature={other: _rescore(engine, samples, other) for other in _TEMPERATURES if other != temperature},
+        at_temperature={
+            other: _rescore(engine, samples if replays else own, other)
+            for other in _TEMPERATURES
+            if other != temperature
+        },
         exact=_exact(start, weights, samples, temperature),
         top_p=sampling.top_p,
         top_k=sampling.top_k,
@@ -131,6 +148,15 @@ def _opened(start: GPPOStart) -> Iterator[_Opened]:
             yield _Opened(engine=engine, rollouts=rollouts, trainer=trainer, tokenizer=tokenizer)
             rollouts.close()
         engine.close()
+
+
+def _with_routes(start: GPPOStart) -> GPPOStart:
+    """The run with a sampler that tells the experts of every token, where this process has it start so."""
+    rollout, algorithm = start.config.rollout, start.config.algorithm
+    if start.architecture.experts is None or (isinstance(rollout, VLLMRolloutConfig) and rollout.servers):
+        return start
+    told = algorithm.model_copy(update={"router_replay": "sampler"})
+    return replace(start, config=start.config.model_copy(update={"algorithm": told}))
 
 
 def _response(sample: Sample, values: npt.NDArray[np.generic] | None) -> npt.NDArray[np.float64]:
@@ -174,7 +200,7 @@ def _is_held(sent: Tensor, held: str | None) -> bool:
 
 
 def _count(engine: Engine) -> int:
-    return sum(1 for _ in engine.hf_weights())
+    return sum(1 for _ in sent_weights(engine))
 
 
 def _tokens(samples: Sequence[Sample]) -> int:

@@ -221,6 +221,7 @@ INLINE: dict[str, Runs | Refused | Exempt] = {
     "python tools/verify.py weights --config run.toml": Exempt("tests/end_to_end/test_verify_rollouts.py runs it"),
     "KLEAR_VLLM_EXPERTS=1 bash tests/run.sh -k experts_arrive": Exempt("minutes, with a real server of its own"),
     "pytest tests/distributed/test_memory.py": TESTS,
+    "pytest tests/distributed/test_activation_offload.py": TESTS,
     "KLEAR_KILL_VLLM=1 bash tests/run.sh -k killed_vllm": Exempt("minutes of real servers, in the run that this is in"),
     'python -c "from megatron_klear.kernels import available; print(available())"': Runs(shows="built=True"),
     "python tools/document_config.py": Runs("--check"),

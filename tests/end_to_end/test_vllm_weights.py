@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_rl_run import TOML, start
-from vllm_server import SHAPE, running_server
+from vllm_server import SHAPE, TIED_SHAPE, running_server
 
 from megatron_klear.config.base import (
     CheckpointConfig,
@@ -28,17 +28,19 @@ from megatron_klear.config.base import (
     ParallelConfig,
     SFTConfig,
 )
+from megatron_klear.config.checks_lora import adapter_sent
 from megatron_klear.config.rl import SamplingConfig
 from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.data.pack import num_predicted, pack
 from megatron_klear.data.tiny import write_tiny_model
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
+from megatron_klear.models.architecture import read_architecture
 from megatron_klear.orchestrator.trainer import TrainersWeights, send_weights
 from megatron_klear.rl.losses import NLL
 from megatron_klear.rollout.engine import GroupRequest
 from megatron_klear.rollout.vllm import engine as vllm
-from megatron_klear.rollout.vllm.client import ServerClient
+from megatron_klear.rollout.vllm.client import ADAPTER_NAME, ServerClient
 from megatron_klear.rollout.vllm.open import Access
 from megatron_klear.train import weight_sync
 from megatron_klear.train.weight_sync import WeightsNotArrived
@@ -164,6 +166,7 @@ class Run:
             decode=lambda ids: " ".join(map(str, ids)),
             stop_token_ids=stop_token_ids,
             vocab_size=self.engine.architecture.vocab_size,
+            model=ADAPTER_NAME if lora is not None and lora.sync == "adapter" else None,
         )
         self.version = -1
 
@@ -251,14 +254,16 @@ def broken_off(weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[st
     raise OSError("the network is gone")
 
 
-def send_under_way(model: Path, address: str, rollout: VLLMRolloutConfig) -> tuple[int, list[tuple[list[int], float]]]:
+def send_under_way(
+    model: Path, address: str, rollout: VLLMRolloutConfig, lora: LoraConfig | None = None
+) -> tuple[int, list[tuple[list[int], float]]]:
     """New weights while responses are drawn: their version, the versions in each response, and the difference of the
     part drawn with the last of them.
 
     The moment is tried for several times: the server may be done before it, or not have begun.
     """
     with world(ParallelConfig()) as topology:
-        run = Run(model, address, rollout, topology, stop_token_ids=())
+        run = Run(model, address, rollout, topology, stop_token_ids=(), lora=lora)
         run.send()
         for seconds in (0.1, 0.05, 0.2, 0.4, 0.8, 1.6):
             run.train(run.draw())
@@ -341,6 +346,26 @@ def test_the_server_samples_with_adapters_merged_into_the_weights(tied_vllm_serv
     (story,) = ranks(1, update_and_compare, tied_vllm_server.model, tied_vllm_server.address, rollout, 2, lora)
     assert max(story.differences) < 1e-4
     assert min(story.changes) > 1e-2
+
+
+@pytest.mark.skipif(
+    os.environ.get("KLEAR_VLLM_ADAPTERS") != "1", reason="with KLEAR_VLLM_ADAPTERS=1, as it starts a server of its own"
+)
+def test_adapters_alone_arrive_in_every_update_and_under_way(ranks, tmp_path):
+    lora = LoraConfig(rank=12, alpha=24.0, sync="adapter")
+    model = write_tiny_model(tmp_path / "model", "qwen3", TIED_SHAPE)
+    form = adapter_sent(lora, read_architecture(model))
+    with running_server(tmp_path, TIED_SHAPE, model=model, adapter=form) as server:
+        rollout = settings_in(server, tmp_path / "transfer")
+        arguments = server.model, server.address, rollout
+        (story,) = ranks(1, update_and_compare, *arguments, 3, lora, timeout_seconds=300.0)
+        ((version, found),) = ranks(1, send_under_way, *arguments, lora, timeout_seconds=300.0)
+    assert max(story.differences) < 1e-4
+    assert min(story.changes) > 1e-2
+    assert story.versions == [{version} for version in range(4)]
+    assert story.left == []
+    assert any(versions == [version - 1, version] for versions, _ in found)
+    assert all(difference < 1e-4 for versions, difference in found if versions[-1] == version)
 
 
 FAULTS = {

@@ -12,7 +12,7 @@ import pytest
 from fake_rollouts import FakeGrader, FakeRollouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rl_groups import fixed_groups, gppo_config
+from rl_groups import fixed_groups, gppo_config, with_routes
 
 from megatron_klear.config.rl import PromptSource
 from megatron_klear.data.prompts import PromptStream
@@ -363,9 +363,26 @@ def test_validation_takes_nothing_from_what_is_under_way(prompts):
     check(run)
 
 
+@pytest.mark.parametrize("replayed", [True, False])
+@pytest.mark.parametrize("mode", ["one_step_off", "asynchronous"])
+def test_a_run_goes_on_with_the_other_setting_of_replay(prompts, mode: str, replayed: bool):
+    """What was drawn ahead without routes is drawn again; routes that are not wanted any more are left out."""
+    run = Run(prompts, mode, 3, {"router_replay": "none" if replayed else "sampler"}, rollouts={"routes": not replayed})
+    while not run.feed.files():
+        run.step()
+    told = {"router_replay": "sampler" if replayed else "none"}
+    run.config = run.config.model_copy(update={"algorithm": run.config.algorithm.model_copy(update=told)})
+    run.rollouts, before = {"routes": replayed}, run.number
+    run.open()
+    check(run.whole())
+    later = [sample for _, got, _ in run.steps[before:] for group in got.graded for sample in group.samples]
+    assert {sample.routes is not None for sample in later} == {replayed}
+
+
 def test_groups_come_back_from_bytes_as_they_were():
     groups = fixed_groups(3, 4)
     groups[1].samples[2] = Sample(tokens=np.array([1, 2], np.int32), trained=np.array([False, True]))
+    groups[1].samples[1:4:2] = [with_routes(sample, 300) for sample in groups[1].samples[1:4:2]]
     ran = Score(reward=0.5, verdict=Verdict.WRONG, note="a", program=ProgramResult("failed", 1, 2))
     groups[0] = replace(groups[0], scores=[ran] * len(groups[0].samples))
     groups[2] = copy.replace(groups[2], scores=None) if hasattr(copy, "replace") else groups[2]
@@ -378,4 +395,6 @@ def test_groups_come_back_from_bytes_as_they_were():
             assert (a.logprobs is None) == (b.logprobs is None)
             assert a.logprobs is None or a.logprobs.tobytes() == b.logprobs.tobytes()
             assert (a.policy_version, a.version_spans, a.finish) == (b.policy_version, b.version_spans, b.finish)
+            assert (a.routes is None) == (b.routes is None)
+            assert a.routes is None or (a.routes.dtype == b.routes.dtype and (a.routes == b.routes).all())
     assert load_groups(dump_groups([]), known.__getitem__) == []

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_it_is_gone_when_rank_0_is(how: str):
 
 
 def test_its_death_ends_a_call_in_words():
-    rollouts = Rollouts({"not": "a start"})  # type: ignore[arg-type]
+    rollouts = Rollouts(SimpleNamespace(config=SimpleNamespace(reward=None)))
     rollouts._spawned.process.send_signal(signal.SIGKILL)
     with pytest.raises(OrchestratorLost, match=r"was ended by signal 9 \(SIGKILL\)"):
         rollouts.read_prompts()
@@ -92,8 +93,9 @@ def test_its_death_ends_a_call_in_words():
 
 LONG_STEP = """
 import os, signal, time
+from types import SimpleNamespace
 from megatron_klear.train.rollouts import Rollouts
-rollouts = Rollouts({})
+rollouts = Rollouts(SimpleNamespace(config=SimpleNamespace(reward=None)))
 os.kill(rollouts._spawned.process.pid, signal.SIGTERM)
 time.sleep(100)
 """

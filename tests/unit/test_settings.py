@@ -1,5 +1,6 @@
 """Settings: file, flags, defaults, errors in words, and the resolved file that loads back to the same run."""
 
+import json
 import re
 import subprocess
 import sys
@@ -97,6 +98,7 @@ def test_every_key_can_be_given_as_a_flag_with_its_default(toml: Path):
         # A key of this table brings the table in, and with it adapters.
         if not key.required and key.default != () and not key.name.startswith("lora."):
             word = "none" if key.default is None else str(key.default)
+            word = json.dumps(key.default) if isinstance(key.default, tuple) else word
             flags += [f"--{key.name}", word.lower() if isinstance(key.default, bool) else word]
     assert load(SFTConfig, ["--config", str(toml), *flags]) == config
     assert config.lora is None

@@ -2,6 +2,9 @@
 
 Plain torch on one device, whatever layout the trainer has. Each sequence has a row of the cache and a length of its
 own, so prompts need no padding on the left and a row can be given to the next sequence at any time.
+
+Values are rounded where the trainer rounds them, so that on the CPU a token's log-prob in bf16 is the trainer's to a
+few 1e-6 wherever both send it through the same experts.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from torch import Tensor
 
 from megatron_klear.models.architecture import Architecture
 
+_KEY_BLOCK = 16
+"""Keys are read in blocks of so many: on the CPU torch rounds the attention of a token over other numbers otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _MLP:
@@ -23,9 +29,13 @@ class _MLP:
     gate_up: Tensor
     down: Tensor
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Tokens [n, H], each output times its weight [n, 1] where there are some."""
         gate, up = F.linear(hidden, self.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down)
+        inner = F.silu(gate) * up
+        if weights is not None:
+            inner = (inner * weights).to(hidden.dtype)  # before the last matrix, as Megatron weighs experts
+        return F.linear(inner, self.down)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,18 +46,25 @@ class _Mixture:
     experts: tuple[_MLP, ...]
     chosen: int
     normalised: bool
+    routes: list[Tensor] | None = None
+    """Takes the experts [tokens, chosen] of every pass, where they are kept."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        probabilities = F.linear(hidden.float(), self.router.float()).softmax(-1)
-        weights, chosen = probabilities.topk(self.chosen, dim=-1)
-        if self.normalised:
-            weights = weights / weights.sum(-1, keepdim=True)
-        out = torch.zeros_like(hidden)
+        logits = F.linear(hidden.float(), self.router.float())
+        chosen = self.choose(logits)
+        if self.routes is not None:
+            self.routes.append(chosen)
+        weights = logits.gather(-1, chosen).softmax(-1) if self.normalised else logits.softmax(-1).gather(-1, chosen)
+        out = torch.zeros_like(hidden, dtype=torch.float32)
         for number in torch.unique(chosen).tolist():  # type: ignore[no-untyped-call]
             tokens, place = (chosen == number).nonzero(as_tuple=True)
-            own = self.experts[number](hidden[tokens]) * weights[tokens, place, None]
-            out.index_add_(0, tokens, own.to(hidden.dtype))
-        return out
+            own = self.experts[number](hidden[tokens], weights[tokens, place, None])
+            out.index_add_(0, tokens, own.float())
+        return out.to(hidden.dtype)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The experts [tokens, chosen] that tokens of these logits [tokens, experts] go through."""
+        return logits.topk(self.chosen, dim=-1).indices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,10 +105,14 @@ class Decoder:
         attention_scaling: float,
         dtype: torch.dtype,
         device: torch.device,
+        keep_routes: bool = False,
     ) -> None:
+        """With `keep_routes`, `routes` has the experts of the last pass."""
+        self._routes: list[Tensor] | None = [] if keep_routes else None
         self.architecture, self.dtype, self.device = architecture, dtype, device
         self.weights: dict[str, Tensor] = {}
         self._layers: list[_Layer] = []
+        self._head: Tensor | None = None
         self._inverse_frequencies = inverse_frequencies.to(device, torch.float32)
         self._scale = attention_scaling**2 / architecture.head_dim**0.5
 
@@ -108,25 +129,41 @@ class Decoder:
         if missing:
             raise ValueError(f"weights were not sent: {', '.join(sorted(missing)[:3])}")
         self._layers = [self._layer(index) for index in range(self.architecture.num_layers)]
+        head = self.weights["model.embed_tokens.weight" if self.architecture.tied_embeddings else "lm_head.weight"]
+        # The trainer's logits are not rounded; a GPU would take too long, or too much memory, to do without here.
+        self._head = head.float() if self.device.type == "cpu" else head
 
     def free(self) -> None:
         """Drop the fused copies of the weights; `load` makes them again."""
-        self._layers = []
+        self._layers, self._head = [], None
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache."""
         a = self.architecture
-        shape = (a.num_layers, rows, a.num_kv_heads, capacity, a.head_dim)
+        shape = (a.num_layers, rows, a.num_kv_heads, capacity + -capacity % _KEY_BLOCK, a.head_dim)
         return Cache(
             keys=torch.zeros(shape, dtype=self.dtype, device=self.device),
             values=torch.zeros(shape, dtype=self.dtype, device=self.device),
             lengths=torch.zeros(rows, dtype=torch.int64, device=self.device),
         )
 
+    @property
+    def keeps_routes(self) -> bool:
+        """Whether `routes` is to be had."""
+        return self._routes is not None
+
+    @property
+    def routes(self) -> Tensor:
+        """Experts [tokens, layers, chosen] int64 that the tokens of the last `prefill` or `step` went through."""
+        assert self._routes, "made without keep_routes, or nothing was read yet"
+        return torch.stack(self._routes, dim=1)
+
     @torch.no_grad()
     def prefill(self, cache: Cache, rows: Sequence[int], tokens: Tensor) -> Tensor:
         """Read one prompt [n] into all `rows` of the cache; the logits [V] after its last token."""
         count = tokens.shape[0]
+        padding = -count % _KEY_BLOCK
+        self._forget_routes()
         cosine, sine = self._angles(torch.arange(count, device=self.device))
         hidden = self._embed(tokens)
         index = torch.as_tensor(rows, device=self.device)
@@ -134,11 +171,11 @@ class Decoder:
             query, key, value = self._project(layer, hidden, cosine, sine)
             cache.keys[number, index, :, :count] = key.transpose(0, 1)
             cache.values[number, index, :, :count] = value.transpose(0, 1)
-            q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
+            q, k, v = (F.pad(t.transpose(0, 1)[None], (0, 0, 0, padding)) for t in (query, key, value))
             attended = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=self._scale, enable_gqa=q.shape[1] != k.shape[1]
             )
-            hidden = self._finish(layer, hidden, attended[0].transpose(0, 1).reshape(count, -1))
+            hidden = self._finish(layer, hidden, attended[0, :, :count].transpose(0, 1).reshape(count, -1))
         cache.lengths[index] = count
         return self._logits(hidden[-1:])[0]
 
@@ -147,6 +184,8 @@ class Decoder:
         """Append one token [B] to each of `rows` [B] (ascending, int64, on the device); logits [B, V] fp32."""
         lengths = cache.lengths[rows]
         longest = int(lengths.max()) + 1
+        longest += -longest % _KEY_BLOCK
+        self._forget_routes()
         cosine, sine = self._angles(lengths)
         hidden = self._embed(tokens)
         visible = torch.arange(longest, device=self.device)[None] <= lengths[:, None]
@@ -199,7 +238,12 @@ class Decoder:
             experts=tuple(gated(f"mlp.experts.{number}.") for number in range(experts.count)),
             chosen=experts.chosen,
             normalised=experts.normalised,
+            routes=self._routes,
         )
+
+    def _forget_routes(self) -> None:
+        if self._routes is not None:
+            self._routes.clear()
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.weights["model.embed_tokens.weight"])
@@ -223,8 +267,8 @@ class Decoder:
         return hidden + layer.mlp(self._norm(hidden, layer.mlp_norm))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        head = "model.embed_tokens.weight" if self.architecture.tied_embeddings else "lm_head.weight"
-        return F.linear(self._norm(hidden, self.weights["model.norm.weight"]), self.weights[head]).float()
+        assert self._head is not None, "no weights: call load"
+        return F.linear(self._norm(hidden, self.weights["model.norm.weight"]).to(self._head.dtype), self._head).float()
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, weight.shape, weight, self.architecture.norm_eps)

@@ -21,7 +21,7 @@ from megatron_klear.rollout.engine import Checksums
 from megatron_klear.rollout.local.decoder import Cache, Decoder
 from megatron_klear.rollout.local.draw import UniformStream, draw, log_distribution
 from megatron_klear.rollout.weights.checksum import checksum
-from megatron_klear.types import Prompt, Sample
+from megatron_klear.types import Prompt, Routes, Sample, route_type
 
 _UNIFORMS = 256
 
@@ -35,6 +35,8 @@ class _Sequence:
     uniforms: UniformStream
     tokens: list[int]
     logprobs: list[float]
+    routes: list[Routes]
+    """Of tokens as they were read, [tokens of the pass, layers, chosen]; empty where they are not kept."""
 
 
 class LocalEngine:
@@ -129,6 +131,10 @@ class _Batch:
                 device = self._decoder.device
                 rows = torch.tensor([row for row, _ in self._active], device=device)
                 logits = self._decoder.step(self._cache, rows, tokens[torch.tensor(kept, device=device)])
+                if self._decoder.keeps_routes:
+                    routes = self._routes()
+                    for place, (_, sequence) in enumerate(self._active):
+                        sequence.routes.append(routes[place : place + 1])
             logits = self._admit(logits if kept else None)
 
     def _admit(self, logits: Tensor | None) -> Tensor:
@@ -137,16 +143,22 @@ class _Batch:
         while self._free and self._waiting:
             index = self._waiting[0][0]
             rows: list[int] = []
+            admitted: list[_Sequence] = []
             while self._free and self._waiting and self._waiting[0][0] == index:
                 _, number = self._waiting.popleft()
                 row = self._free.pop()
                 stream = UniformStream(self._seed, self._prompts[index].id, number)
-                self._active.append(
-                    (row, _Sequence(prompt=index, number=number, uniforms=stream, tokens=[], logprobs=[]))
+                admitted.append(
+                    _Sequence(prompt=index, number=number, uniforms=stream, tokens=[], logprobs=[], routes=[])
                 )
                 rows.append(row)
+            self._active += zip(rows, admitted, strict=True)
             tokens = torch.from_numpy(self._prompts[index].tokens.astype(np.int64)).to(self._decoder.device)
             parts.append(self._decoder.prefill(self._cache, rows, tokens)[None].expand(len(rows), -1))
+            if self._decoder.keeps_routes:
+                of_prompt = self._routes()
+                for sequence in admitted:
+                    sequence.routes.append(of_prompt)
         if not parts:
             return torch.empty(0)
         # In order of cache rows, so that a full batch reads the cache as it lies.
@@ -154,6 +166,13 @@ class _Batch:
         self._active = [self._active[place] for place in order]
         joined = torch.cat(parts)
         return joined[torch.tensor(order, device=joined.device)]
+
+    def _routes(self) -> Routes:
+        """Of the last pass, on the host: a wait for the device."""
+        experts = self._decoder.architecture.experts
+        assert experts is not None
+        kept: Routes = self._decoder.routes.cpu().numpy().astype(route_type(experts.count))
+        return kept
 
     def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of every active sequence, and its log-prob under the distribution sampled from."""
@@ -177,4 +196,5 @@ def _as_sample(prompt: Prompt, sequence: _Sequence, finish: str, version: int) -
         logprobs=np.concatenate([np.zeros(head, dtype=np.float32), np.array(sequence.logprobs, dtype=np.float32)]),
         policy_version=version,
         finish="stop" if finish == "stop" else "length",
+        routes=np.concatenate(sequence.routes) if sequence.routes else None,
     )

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_klear.config.base import ModelConfig
-from megatron_klear.config.checks_rollout import CPU_KV_CACHE_GIB, Device, Served, server_gpus
+from megatron_klear.config.checks_rollout import CPU_KV_CACHE_GIB, LORA_RANKS, Device, Served, server_gpus
 from megatron_klear.config.rollout import ServerConfig, VLLMRolloutConfig
 from megatron_klear.models.architecture import Architecture
+from megatron_klear.models.peft import AdapterForm
 
 SERVED_NAME = "policy"
 """Name of the model in requests."""
@@ -82,9 +83,12 @@ def server_command(
     seed: int = 0,
     api_key: str | None = None,
     gpus: tuple[str, ...] = (),
+    routes: bool = False,
+    adapter: AdapterForm | None = None,
 ) -> ServerCommand:
     """Server `index` of the run; `longest_sequence` is of prompt and response together, `gpus` those of all servers.
 
+    With `routes` it tells the experts that each token went through; with `adapter` it takes those of that form.
     Reads the disk only to see whether the model folder has weights; where it has none, the first sync brings them.
     """
     from megatron_klear.rollout.weights.base import BACKENDS, WORKER_EXTENSION  # which imports torch
@@ -110,13 +114,17 @@ def server_command(
         "--disable-uvicorn-access-log",
         *(["--enforce-eager"] if eager else []),
         *(_whole_prompts(length) if device == "cpu" else []),
+        *(_routes(device) if routes else []),
+        *(_adapters(adapter) if adapter is not None else []),
         *(["--enable-sleep-mode"] if config.transfer == "cuda_ipc" else []),
         *(["--middleware", GUARD] if api_key else []),
         *server.arguments,
     ]
     return ServerCommand(
         arguments=tuple(arguments),
-        variables=_variables(config, device, index=index, api_key=api_key, gpus=gpus),
+        variables=_variables(config, device, index=index, api_key=api_key, gpus=gpus)
+        | ({"KLEAR_KEEP_ROUTES": "1"} if routes and device == "cpu" else {})
+        | ({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if adapter is not None else {}),
         dropped=(*_TRAINERS_OWN, config.api_key_variable),
         host=server.host,
         port=port,
@@ -128,6 +136,20 @@ def _whole_prompts(length: int) -> list[str]:
     Generator does not use offset").
     """
     return ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(length, 8192))]
+
+
+def _routes(device: Device) -> list[str]:
+    """On the CPU the worker keeps them, see `weights/route_keeper.py`."""
+    return ["--no-enable-prefix-caching" if device == "cpu" else "--enable-return-routed-experts"]
+
+
+def _adapters(form: AdapterForm) -> list[str]:
+    """On the run's matrices alone: vLLM would put one on the head too, whose code fails where log-probs of a prompt are
+    computed beside other requests (0.32, on the CPU).
+    """
+    rank = min(rank for rank in LORA_RANKS if rank >= form.rank)
+    shape = ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
+    return [*shape, "--lora-target-modules", *form.targets]
 
 
 def _memory(server: ServerConfig, device: Device) -> list[str]:
@@ -182,6 +204,8 @@ def run_commands(
             seed=served.seed,
             api_key=api_key,
             gpus=server_gpus(rollout.server, os.environ) if served.device == "cuda" else (),
+            routes=served.routes,
+            adapter=served.adapter,
         )
         for index, port in enumerate(ports)
     ]

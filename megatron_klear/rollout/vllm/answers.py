@@ -31,6 +31,8 @@ class Read(NamedTuple):
     logprobs: npt.NDArray[np.float32]
     finish: Literal["stop", "length", "abort"]
     version_spans: tuple[VersionSpan, ...]
+    routed_experts: Any
+    """As the server gave them, if it did."""
 
 
 def read_completion(answer: Any, *, max_tokens: int, vocab_size: int | None, stop: frozenset[int]) -> Read:
@@ -69,7 +71,8 @@ def read_completion(answer: Any, *, max_tokens: int, vocab_size: int | None, sto
         raise Malformed(f"{len(tokens)} tokens where at most {max_tokens} were asked for")
     if any(token in stop for token in tokens[:-1]):
         raise Malformed("a response goes on after a stop token")
-    return Read(ids, _logprobs(values), finish, _spans(choice.get("weight_versions"), len(tokens)))
+    spans = _spans(choice.get("weight_versions"), len(tokens))
+    return Read(ids, _logprobs(values), finish, spans, choice.get("routed_experts"))
 
 
 def read_prompt_logprobs(answer: Any, tokens: Sequence[int]) -> npt.NDArray[np.float32]:

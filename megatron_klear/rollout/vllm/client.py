@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import threading
+import uuid
 from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,8 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_klear.rollout.servers.metrics import ServerLoad, read_metrics
-from megatron_klear.rollout.vllm.answers import ForeignWeights, Malformed, read_completion, read_prompt_logprobs
-from megatron_klear.types import VersionSpan
+from megatron_klear.rollout.vllm.answers import (
+    ForeignWeights,
+    Malformed,
+    Read,
+    read_completion,
+    read_prompt_logprobs,
+)
+from megatron_klear.rollout.vllm.routes import RouteForm, read_routes
+from megatron_klear.types import Routes, VersionSpan
 
 if TYPE_CHECKING:
     from megatron_klear.config.rl import SamplingConfig
@@ -28,6 +36,8 @@ Result = TypeVar("Result")
 PauseMode = Literal["abort", "wait", "keep"]
 
 _GENERATE = "/inference/v1/generate"
+ADAPTER_NAME = "policy-adapter"
+"""What requests call the model that has the run's adapter on it."""
 _REQUEST_PREFIX = "generate-tokens-"  # what vLLM puts before a request's own id
 _HEALTH_SECONDS = 5.0
 _CONNECT_SECONDS = 10.0
@@ -75,16 +85,29 @@ class Completion:
     logprobs: npt.NDArray[np.float32]  # [n], of the distribution sampled from
     finish: Literal["stop", "length", "abort"]
     version_spans: tuple[VersionSpan, ...]
+    routes: Routes | None = None  # [tokens read but for the last and those left out, layers, chosen]
 
 
 class ServerClient:
     """The routes of one server; to be used on the event loop of its session."""
 
     def __init__(
-        self, url: str, *, session: aiohttp.ClientSession, api_key: str | None, vocab_size: int | None = None
+        self,
+        url: str,
+        *,
+        session: aiohttp.ClientSession,
+        api_key: str | None,
+        vocab_size: int | None = None,
+        routes: RouteForm | None = None,
+        model: str | None = None,
     ) -> None:
-        """`url` is `http://host:port`; answers with token ids of `vocab_size` or above are garbage."""
-        self.url = url.rstrip("/")
+        """`url` is `http://host:port`; answers with token ids of `vocab_size` or above are garbage.
+
+        With `routes` those without the experts of every token are, too. `model` is the one that requests are for, the
+        server's only one where it is not given.
+        """
+        self.url, self._routes = url.rstrip("/"), routes
+        self._named = {} if model is None else {"model": model}
         self._session, self._vocab_size = session, vocab_size
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
@@ -131,29 +154,24 @@ class ServerClient:
         stop_token_ids: Iterable[int],
         timeout_seconds: float | None = None,
         request_id: str | None = None,
+        routes_from: int = 0,
     ) -> Completion:
         """Draw one response to `tokens`, of at most `sampling.max_tokens`.
 
-        It may take as long as it takes where no timeout is given; `request_id` is its name for `abort`.
+        It may take as long as it takes where no timeout is given; `request_id` is its name for `abort`. Where routes
+        are asked for, those of the first `routes_from` tokens are left out.
 
         It ends at `stop_token_ids` and those of `sampling` alone, whatever the model's own settings say. Raises
         ServerError, and GarbageAnswer where the answer cannot be a sample.
         """
         stop = sorted({*stop_token_ids, *sampling.stop_token_ids})
-        parameters: dict[str, Any] = {
-            "n": 1,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "max_tokens": sampling.max_tokens,
-            "logprobs": 0,
-            "stop_token_ids": stop,
-            "ignore_eos": True,  # the stop tokens above are all there are
-            "detokenize": False,
-        }
-        if seed is not None:
-            parameters["seed"] = seed
-        body: dict[str, Any] = {"token_ids": [int(token) for token in tokens], "sampling_params": parameters}
+        parameters = _parameters(sampling, stop, seed)
+        if self._routes is not None and routes_from:
+            parameters["routed_experts_prompt_start"] = routes_from
+        ids = [int(token) for token in tokens]
+        body: dict[str, Any] = self._named | {"token_ids": ids, "sampling_params": parameters}
+        if self._routes is not None and request_id is None:
+            request_id = uuid.uuid4().hex
         if request_id is not None:
             body["request_id"] = request_id
         answer = await self.post(_GENERATE, body, timeout_seconds=timeout_seconds)
@@ -161,6 +179,8 @@ class ServerClient:
             read = read_completion(
                 answer, max_tokens=sampling.max_tokens, vocab_size=self._vocab_size, stop=frozenset(stop)
             )
+            # The last token was drawn and never read.
+            routes = await self._routes_of(read, request_id, routes_from, len(tokens) + len(read.token_ids) - 1)
         except ForeignWeights as error:
             raise WrongWeights(self.url, _GENERATE, 200, str(error)) from None
         except Malformed as error:
@@ -170,8 +190,22 @@ class ServerClient:
             # Greedy: all of the distribution lies on the token taken; servers report the model's own log-prob.
             logprobs = np.zeros_like(logprobs)
         return Completion(
-            token_ids=read.token_ids, logprobs=logprobs, finish=read.finish, version_spans=read.version_spans
+            token_ids=read.token_ids,
+            logprobs=logprobs,
+            finish=read.finish,
+            version_spans=read.version_spans,
+            routes=routes,
         )
+
+    async def _routes_of(self, read: Read, request_id: str | None, start: int, end: int) -> Routes | None:
+        """Routes of tokens `start` to `end`; None where none are asked for, or nothing was drawn. Raises Malformed."""
+        form = self._routes
+        if form is None or not len(read.token_ids):
+            return None
+        told = read.routed_experts
+        if form.kept_by_worker:
+            told, *_ = await self.rpc("klear_routes", [f"{_REQUEST_PREFIX}{request_id}", str(start), str(end)])
+        return read_routes(told, form, end - start)
 
     async def prompt_logprobs(
         self, tokens: Sequence[int] | npt.NDArray[np.int32], timeout_seconds: float = 300
@@ -180,7 +214,9 @@ class ServerClient:
         ids = [int(token) for token in tokens]
         parameters = {"n": 1, "temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
         answer = await self.post(
-            _GENERATE, {"token_ids": ids, "sampling_params": parameters}, timeout_seconds=timeout_seconds
+            _GENERATE,
+            self._named | {"token_ids": ids, "sampling_params": parameters},
+            timeout_seconds=timeout_seconds,
         )
         try:
             return read_prompt_logprobs(answer, ids)
@@ -243,6 +279,22 @@ class ServerClient:
     async def wake_up(self, tags: Sequence[str] = (), timeout_seconds: float = 300) -> None:
         """Take GPU memory again, all of it or that of `tags` (`weights`, `kv_cache`)."""
         await self.post("/wake_up", params={"tags": list(tags)} if tags else None, timeout_seconds=timeout_seconds)
+
+
+def _parameters(sampling: SamplingConfig, stop: Sequence[int], seed: int | None) -> dict[str, Any]:
+    """What a request says of how one response is drawn."""
+    parameters: dict[str, Any] = {
+        "n": 1,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_tokens,
+        "logprobs": 0,
+        "stop_token_ids": list(stop),
+        "ignore_eos": True,  # the stop tokens above are all there are
+        "detokenize": False,
+    }
+    return parameters if seed is None else parameters | {"seed": seed}
 
 
 def open_session(connections: int = 256) -> aiohttp.ClientSession:

@@ -24,7 +24,7 @@ from megatron_klear.rollout.engine import GroupRequest
 from megatron_klear.rollout.vllm.client import Completion, GarbageAnswer, ServerError, WrongWeights
 from megatron_klear.rollout.vllm.fleet import Fleet, NoServer, Withdrawn
 from megatron_klear.rollout.vllm.member import Member
-from megatron_klear.types import Sample, VersionSpan
+from megatron_klear.types import Routes, Sample, VersionSpan
 
 _MOST_PUT_OFF = 3
 _LATELY = 256
@@ -67,6 +67,13 @@ class _Response:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[npt.NDArray[np.float32]] = field(default_factory=list)
     spans: list[VersionSpan] = field(default_factory=list)
+    routes: list[Routes] = field(default_factory=list)
+    """From the prompt's first token on, where they are asked for."""
+
+    @property
+    def tokens_routed(self) -> int:
+        """Tokens of prompt and response whose routes are there: each keeps those with which it was first read."""
+        return sum(map(len, self.routes))
 
     def add(self, part: Completion) -> None:
         start = len(self.tokens)
@@ -78,6 +85,8 @@ class _Response:
                 self.spans.append(moved)
         self.tokens += part.token_ids.tolist()
         self.logprobs.append(part.logprobs)
+        if part.routes is not None:
+            self.routes.append(part.routes)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -216,6 +225,7 @@ class Dispatcher:
                 seed=sample_seed(request.seed, request.prompt.id, number, done) if self._seeded else None,
                 stop_token_ids=self._stop,
                 request_id=name,
+                routes_from=response.tokens_routed,
             )
         )
         member.attempts.add(asking)
@@ -295,4 +305,5 @@ def _as_sample(prompt: npt.NDArray[np.int32], response: _Response, *, stopped: b
         policy_version=spans[0].version,
         version_spans=moved if len(spans) > 1 else (),
         finish="stop" if stopped else "length",
+        routes=np.concatenate(response.routes) if response.routes else None,
     )

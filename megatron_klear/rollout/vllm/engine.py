@@ -20,10 +20,13 @@ from megatron_klear.rollout.vllm.dispatch import Dispatcher, Drawn, Whole
 from megatron_klear.rollout.vllm.fleet import Fleet
 from megatron_klear.rollout.vllm.fleet_control import CONTROL_SECONDS, LOOK_SECONDS, FleetControl
 from megatron_klear.rollout.vllm.member import Limits, ManagedServers, Member
+from megatron_klear.rollout.vllm.routes import RouteForm
 from megatron_klear.rollout.weights.update import TransferFailed
 from megatron_klear.types import Group, Prompt, Sample
 
 if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
     from megatron_klear.config.rl import SamplingConfig
     from megatron_klear.config.rollout import VLLMRolloutConfig
 
@@ -67,6 +70,8 @@ class VLLMEngine:
         decode: Callable[[Sequence[int]], str],
         stop_token_ids: Iterable[int],
         vocab_size: int,
+        routes: RouteForm | None = None,
+        model: str | None = None,
         api_key: str | None = None,
         servers: ManagedServers | None = None,
         limits: Limits | None = None,
@@ -74,7 +79,8 @@ class VLLMEngine:
         """Connect to the servers at `addresses`, and watch over `servers` where the run started them itself.
 
         `decode` turns token ids into text, special tokens included; `stop_token_ids` end a response, besides those of
-        the sampling; `api_key` is for requests to them. `servers` are taken over: `close` ends them.
+        the sampling; `routes` is given where those of tokens are asked for, `model` where servers have several;
+        `api_key` is for requests. `servers` are taken over: `close` ends them.
         """
         self._config, self._courier, self._servers = config, courier, servers
         self._decode = decode
@@ -90,7 +96,12 @@ class VLLMEngine:
         )
         self._portal = Portal()
         self._fleet, self._dispatcher = self._portal.run(
-            self._connect(addresses, sorted(self._stop), vocab_size, api_key)
+            self._connect(
+                addresses,
+                lambda session, url: ServerClient(
+                    url, session=session, api_key=api_key, vocab_size=vocab_size, routes=routes, model=model
+                ),
+            )
         )
         self._control = FleetControl(self._fleet, self._portal, servers)
         atexit.register(self.close)
@@ -218,16 +229,14 @@ class VLLMEngine:
                 self._servers.close()
 
     async def _connect(
-        self, addresses: Sequence[str], stop: Sequence[int], vocab: int, key: str | None
+        self, addresses: Sequence[str], client: Callable[[ClientSession, str], ServerClient]
     ) -> tuple[Fleet, Dispatcher]:
         self._session = session = open_session(len(addresses) * self._limits.requests_per_server)
-        clients = [ServerClient(url, session=session, api_key=key, vocab_size=vocab) for url in addresses]
-        router = None
-        if self._config.router is not None:
-            router = ServerClient(self._config.router, session=session, api_key=key, vocab_size=vocab)
+        clients = [client(session, url) for url in addresses]
+        router = None if self._config.router is None else client(session, self._config.router)
         fleet = Fleet(clients, self._limits, router=router)
         fleet.start()
-        return fleet, Dispatcher(fleet, stop_token_ids=stop, whole=self._whole, seeded=self._config.seed_requests)
+        return fleet, Dispatcher(fleet, stop_token_ids=self._stop, whole=self._whole, seeded=self._config.seed_requests)
 
     async def _disconnect(self) -> None:
         self._fleet.stop()

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from megatron_klear.config.rollout import VLLMRolloutConfig
+from megatron_klear.rollout.vllm.client import ADAPTER_NAME
 from megatron_klear.rollout.vllm.engine import Courier, VLLMEngine
+from megatron_klear.rollout.vllm.routes import RouteForm
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +56,8 @@ def open_vllm(
             decode=decode,
             stop_token_ids=stop_token_ids,
             vocab_size=served.architecture.vocab_size,
+            routes=RouteForm.of(served.architecture, kept_by_worker=served.device == "cpu") if served.routes else None,
+            model=ADAPTER_NAME if served.adapter is not None else None,
             api_key=key,
             servers=servers,
         )

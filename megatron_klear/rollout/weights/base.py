@@ -23,6 +23,7 @@ from megatron_klear.rollout.weights.update import TransferFailed, WeightUpdate
 
 if TYPE_CHECKING:
     from megatron_klear.config.rollout import VLLMRolloutConfig
+    from megatron_klear.models.peft import AdapterForm
 
 __all__ = ["BACKENDS", "WORKER_EXTENSION", "TransferFailed", "WeightTransport", "open_transport"]
 
@@ -75,9 +76,15 @@ class WeightTransport(Protocol):
 
 
 def open_transport(
-    config: VLLMRolloutConfig, *, dtype: torch.dtype, device: torch.device, rank: int, world_size: int
+    config: VLLMRolloutConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    adapter: AdapterForm | None = None,
 ) -> WeightTransport:
-    """The transport that `rollout.transfer` names.
+    """The transport that `rollout.transfer` names; with `adapter`, what is sent are adapters of this form, as files.
 
     `dtype` is what the servers hold and what is sent; `device` is this rank's. Raises UserError where the transport
     cannot work here.
@@ -98,6 +105,10 @@ def open_transport(
                     "name another folder in rollout.transfer_folder"
                 ) from None
         wait = _DISK_WAIT_SECONDS if on_disk else 0.0
+        if adapter is not None:
+            from megatron_klear.rollout.weights.adapter import AdapterTransport
+
+            return AdapterTransport(folder, adapter, dtype=dtype, timeout_seconds=timeout, wait_seconds=wait)
         return FileTransport(folder, dtype=dtype, bucket_bytes=bucket_bytes, timeout_seconds=timeout, wait_seconds=wait)
     if device.type != "cuda":
         raise UserError(
@@ -120,8 +131,13 @@ def open_transport(
     )
 
 
-async def check_server(server: ServerClient, backend: str, dtype: torch.dtype, timeout_seconds: float) -> int:
-    """Number of workers of a server that is fit to receive. Raises UserError naming what it was started with."""
+async def check_server(
+    server: ServerClient, backend: str, dtype: torch.dtype, timeout_seconds: float, *, lora_rank: int = 0
+) -> int:
+    """Number of workers of a server that is fit to receive, adapters up to `lora_rank` where that is given.
+
+    Raises UserError naming what it was started with.
+    """
     try:
         workers = await server.rpc("klear_describe", timeout_seconds=timeout_seconds)
     except ServerError as error:
@@ -140,6 +156,12 @@ async def check_server(server: ServerClient, backend: str, dtype: torch.dtype, t
                     f"{server.url} was started with {key} {worker[key]} and the run's [rollout] asks for {value}; "
                     "start both from the same settings"
                 )
+        if int(worker.get("lora_rank", 0)) < lora_rank:
+            raise UserError(
+                f"{server.url} takes adapters up to rank {worker.get('lora_rank', 0)}, and lora.sync = adapter sends "
+                f"some of rank {lora_rank}: start it with tools/serve_rollouts.py, or with --enable-lora and a larger "
+                "--max-lora-rank"
+            )
     return len(workers)
 
 

@@ -10,6 +10,7 @@ own, have not been run.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,11 +28,18 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
+from megatron_klear.models.peft import WEIGHTS_FILE
+from megatron_klear.rollout.vllm.routes import written
 from megatron_klear.rollout.weights.checksum import checksum
+from megatron_klear.rollout.weights.route_keeper import keep_routes
+
+if os.environ.get("KLEAR_KEEP_ROUTES") == "1":
+    keep_routes()  # before the worker makes its model runner
 
 
 class _Watched:
@@ -149,13 +157,17 @@ class _Files(WeightTransferEngine):
 
     def receive_weights(self, update_info: _FileUpdateInfo) -> None:
         path = Path(update_info.path)
-        deadline = time.monotonic() + update_info.wait_seconds
-        while not path.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is not there: servers must see the transfer files of the trainer")
+        _await_file(path, update_info.wait_seconds)
         with safe_open(path, framework="pt", device=str(self.device)) as file:
             self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+
+
+def _await_file(path: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: servers must see the transfer files of the trainer")
 
 
 class FileReceiver(_NotesChecksums, _Files):
@@ -185,6 +197,7 @@ class WeightReceiver:
             "backend": config.weight_transfer_config.backend if config.weight_transfer_config else "none",
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "device": str(worker.device),
+            "lora_rank": str(config.lora_config.max_lora_rank if config.lora_config else 0),
         }
 
     def klear_begin_update(self, version: str) -> None:
@@ -195,6 +208,24 @@ class WeightReceiver:
             worker.weight_transfer_engine.reset_weight_update_target()
         worker.klear_version = version
         worker.weight_transfer_engine.checksums = {}
+
+    def klear_load_adapter(self, name: str, path: str, wait_seconds: str) -> None:
+        """Put the adapter in a folder in the place of the one before, also for requests under way; note checksums."""
+        worker: Any = self
+        weights = Path(path) / WEIGHTS_FILE
+        _await_file(weights, float(wait_seconds))
+        # Numbers are given by the server when it hears a name; there is one name.
+        number = next(iter(worker.list_loras()), 1)
+        if not worker.add_lora(LoRARequest(name, number, path, load_inplace=True)):
+            raise RuntimeError(f"vLLM did not load the adapter in {path}")
+        with safe_open(weights, framework="pt") as file:
+            read = {key: checksum(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+        worker.weight_transfer_engine.checksums = read
+
+    def klear_routes(self, request: str, start: str, end: str) -> str:
+        """Experts of tokens `start` to `end` of a request, which are forgotten; see `rollout.vllm.routes`."""
+        worker: Any = self
+        return written(worker.model_runner.klear_routes.take(request, int(start), int(end)))
 
     def klear_checksums(self, version: str) -> dict[str, str]:
         """Checksums by name of what the update to `version` brought."""

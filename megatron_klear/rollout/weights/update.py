@@ -48,9 +48,12 @@ class WeightUpdate:
 
     def start(self) -> None:
         """Begin; an update that a trainer before left unfinished is given up."""
-        version = str(self.version)
-        self.each("beginning", lambda server: self._rpc(server, "klear_begin_update", version))
+        self.announce()
         self.each("start_weight_update", lambda server: self._post(server, "/start_weight_update"))
+
+    def announce(self) -> None:
+        """Tell the workers which version comes."""
+        self.each("beginning", lambda server: self._rpc(server, "klear_begin_update", str(self.version)))
 
     def send(self, info: dict[str, Any]) -> None:
         """Have the servers load one bucket; returns when all have."""
@@ -65,9 +68,13 @@ class WeightUpdate:
 
         Raises TransferFailed where a server dropped out in this or an earlier phase.
         """
-        version = str(self.version)
-        named = {"weight_version": version}
+        named = {"weight_version": str(self.version)}
         self.each("finish_weight_update", lambda server: self._post(server, "/finish_weight_update", named))
+        return self.prove()
+
+    def prove(self) -> Checksums:
+        """Drop what was computed with the old weights; checksums of what workers received. Raises TransferFailed."""
+        version = str(self.version)
         self.each("reset_prefix_cache", self._reset_cache)
         answers = self.each("checksums", lambda server: self._rpc(server, "klear_checksums", version))
         checksums: Checksums = {}
