@@ -64,7 +64,10 @@ class _Raised:
 class Pool:
     """Runs functions on gloo ranks; `close` ends the fork server, which the next call starts again."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: str = "", **environment: str) -> None:
+        """`first` is a module that the fork server imports before Megatron, with these variables of its environment."""
+        self._first = first
+        self._environment = environment
         self._server: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
@@ -116,8 +119,9 @@ class Pool:
                 "OMP_NUM_THREADS": "1",
                 "TORCHDYNAMO_DISABLE": "1",  # compiling costs more than the tiny cases gain
                 "CUDA_VISIBLE_DEVICES": "",
+                **self._environment,
             }
-            command = [sys.executable, __file__, str(theirs.fileno()), str(os.getpid())]
+            command = [sys.executable, __file__, str(theirs.fileno()), str(os.getpid()), self._first]
             self._server = subprocess.Popen(
                 command, env=environment, pass_fds=[theirs.fileno()], start_new_session=True, stdin=subprocess.DEVNULL
             )
@@ -154,7 +158,7 @@ def _results(case: _Case, endings: Sequence[str]) -> list[Any]:
     raise error
 
 
-def _serve(connection: Connection, parent: int) -> None:
+def _serve(connection: Connection, parent: int, first: str) -> None:
     """The server's loop: import what cases need, fork their ranks, report how each one ended."""
     while True:
         try:
@@ -163,7 +167,7 @@ def _serve(connection: Connection, parent: int) -> None:
             return
         sys.path[:] = case.search_path
         try:
-            _preload()
+            _preload(first)
             importlib.import_module(case.module)
         except Exception as error:
             connection.send(_portable(error))
@@ -174,11 +178,13 @@ def _serve(connection: Connection, parent: int) -> None:
         connection.send(endings)
 
 
-def _preload() -> None:
+def _preload(first: str) -> None:
     """Import what every case needs; on all calls but the first there is nothing left to do."""
     import torch
 
     torch.set_num_threads(1)
+    if first:
+        importlib.import_module(first)
     importlib.import_module("megatron_klear.mcore.engine")
 
 
@@ -335,5 +341,5 @@ def _portable(error: BaseException) -> BaseException:
 if __name__ == "__main__":
     # Cases refer to this module by its importable name; here it runs as __main__.
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    importlib.import_module("pool")._serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    importlib.import_module("pool")._serve(Connection(int(sys.argv[1])), int(sys.argv[2]), sys.argv[3])
     os._exit(0)  # taking torch and Megatron apart would cost seconds

@@ -107,6 +107,39 @@ def build_optimizer(run: RunConfig, chunks: list[DistributedDataParallel], overl
     return megatron_optimizer.get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
 
 
+def load_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load a checkpoint's optimizer state, whichever implementation of Adam wrote it.
+
+    Parameter groups are replaced by those of the checkpoint, which lack the options of another implementation.
+    """
+    _translate_steps(state)
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update({key: value for key, value in options.items() if group.get(key) is None})
+
+
+def _translate_steps(state: dict[str, Any]) -> None:
+    """Put the count of steps where this Adam has it: torch's in each parameter's state, fused ones in the group.
+
+    Of optimizers that are not distributed; Megatron does as much for the others.
+    """
+    for value in list(state.values()):
+        if isinstance(value, dict):
+            _translate_steps(value)
+    if not {"state", "param_groups"} <= state.keys():
+        return
+    states, groups = state["state"], state["param_groups"]
+    if megatron_optimizer.USING_PYTORCH_OPTIMIZER and "common_step" not in states:
+        steps = [group.pop("step") for group in groups if "step" in group]
+        if steps:
+            states["common_step"] = torch.tensor(float(steps[0]))
+    elif not megatron_optimizer.USING_PYTORCH_OPTIMIZER and "common_step" in states:
+        step = int(states.pop("common_step"))
+        for group in groups:
+            group["step"] = step
+
+
 def learning_rate(settings: OptimizerConfig, step: int, total_steps: int | None) -> float:
     """The rate of optimizer step `step` (the first is 0): linear warm-up, then decay to the minimum.
 

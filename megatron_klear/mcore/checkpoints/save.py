@@ -20,6 +20,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -40,6 +41,7 @@ from megatron_klear.mcore.checkpoints.adapters import BASE, Base, check_base
 from megatron_klear.mcore.checkpoints.manifest import CheckpointError
 from megatron_klear.mcore.lora import is_adapter
 from megatron_klear.mcore.model import PolicyModel
+from megatron_klear.mcore.optimizer import load_state
 from megatron_klear.mcore.topology import Topology
 from megatron_klear.models.stop_tokens import Turns
 
@@ -78,8 +80,15 @@ class TrainingState:
     """Of adapters, which are then all that is held of the models."""
 
     def holds(self, name: str) -> bool:
-        """Whether a parameter is part of it: an adapter, or in a whole model everything else."""
-        return is_adapter(name) == (self.base is not None)
+        """Whether a parameter is part of it: an adapter, or in a whole model everything else.
+
+        What transformer-engine's layers keep beside parameters (amax histories of delayed scaling, which no run uses)
+        is of no model: checkpoints are the same with its layers and without.
+        """
+        return is_adapter(name) == (self.base is not None) and not _EXTRA_STATE.search(name)
+
+
+_EXTRA_STATE = re.compile(r"\._extra_state\d*(/|$)")
 
 
 class Saver:
@@ -148,7 +157,7 @@ def load(path: Path, state: TrainingState, topology: Topology) -> Loaded:
     loaded = _read(path, _sharded_state(state, topology, loading=True), topology)
     _set_weights(state, loaded)
     assert state.optimizer is not None
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    load_state(state.optimizer, loaded["optimizer"])
     _set_rng(loaded["rng"], topology)
     return Loaded(step=int(training["step"]), extra=training["extra"])
 
