@@ -22,6 +22,11 @@ class Settings(BaseModel):
     )
 
 
+FP8_TOKENS = {"blockwise": 128, "tensorwise": 16}
+"""By recipe, what the tokens of a tensor must divide by: cuBLAS takes FP8 products of multiples of 16, and
+transformer-engine gathers block-scaled tensors over sequence shards in whole blocks."""
+
+
 class ModelConfig(Settings):
     """`[model]`: which weights, at which precision."""
 
@@ -39,6 +44,9 @@ class ModelConfig(Settings):
     """transformer-engine's linear and norm layers: `auto` uses them when importable and a GPU is present."""
     fp8: Literal["off", "e4m3", "hybrid"] = "off"
     """FP8 matrix products through transformer-engine; needs it and a Hopper GPU or newer."""
+    fp8_recipe: Literal["blockwise", "tensorwise", "delayed"] = "blockwise"
+    """What one FP8 scale is of: `blockwise` 128 values of a token (128 x 128 of a weight), `tensorwise` all of a row's
+    tensor. `delayed`, from the largest values of earlier passes, is refused: log-probs must be the weights' alone."""
     fused_loss: bool = True
     """The fused loss kernel (hidden states to gradients). Off computes logits and differentiates them, to debug."""
     logits_dtype: Literal["fp32", "model"] = "fp32"
@@ -52,6 +60,11 @@ class ModelConfig(Settings):
     """Before the first step of a pretrained model, compare a short row's log-probs with transformers' on the same
     folder and stop where they differ: rank 0 loads the model once more, in fp32, into host memory. `auto` does so up
     to 2 billion parameters where memory allows, and says so where it does not."""
+
+    @property
+    def shard_multiple(self) -> int:
+        """What each rank's share of a padded row must divide by: the tokens that FP8 products come in, else 1."""
+        return 1 if self.fp8 == "off" else FP8_TOKENS.get(self.fp8_recipe, 1)
 
 
 class ParallelConfig(Settings):
@@ -322,6 +335,12 @@ class RunConfig(Settings):
     offload: OffloadConfig = OffloadConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a padded row must divide by, for the layout and for FP8 products of every shard of it."""
+        shards = self.parallel.context * (self.parallel.tensor if self.parallel.sequence else 1)
+        return math.lcm(self.parallel.row_multiple, shards * self.model.shard_multiple)
 
 
 class SFTConfig(RunConfig):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_klear.config.base import RunConfig, SFTConfig
 from megatron_klear.config.checks_experts import check_experts, divisors
+from megatron_klear.config.checks_fp8 import fp8_problems
 from megatron_klear.config.checks_lora import adapter_problems, lora_problems
 from megatron_klear.config.read import differences
 from megatron_klear.data.sources import file_problem, find_files, nothing_found
@@ -208,6 +209,7 @@ def check_layout(config: RunConfig, architecture: Architecture, world_size: int)
         *offload_problems(config),
         *activation_offload_problems(config),
         *lora_problems(config, architecture),
+        *fp8_problems(config, architecture),
     ]
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_klear.config.base import RunConfig, SFTConfig
+from megatron_klear.config.checks_fp8 import fp8_lines
 from megatron_klear.config.memory import Memory, adapter_parameters, stage_memory, stage_parameters
 from megatron_klear.models.architecture import Architecture
 
@@ -216,6 +217,7 @@ def _model_lines(config: RunConfig, architecture: Architecture, plan: Plan) -> l
         _row("layout", layout),
         _row("parameters of the largest rank", f"{max(plan.stage_parameters):,}"),
         *([] if config.lora is None else [_row("trained, in adapters", f"{adapters:,} a rank")]),
+        *(_row(name, value) for name, value in fp8_lines(config)),
     ]
 
 

@@ -300,7 +300,7 @@ class Engine:
                     f"vocab_size {self.architecture.vocab_size}: tokenizer and model do not belong together"
                 )
         padded += [empty_batch(batches[0] if batches else None)] * (count - len(batches))
-        return [local_row(batch, topology) for batch in padded]
+        return [local_row(batch, topology, self.run.row_multiple) for batch in padded]
 
     def _run(self, rows: list[LocalRow], compute: Any, *, forward_only: bool = False) -> list[Any]:
         """Megatron's schedule over the rows; what `compute` returned for each, on the last stage only."""

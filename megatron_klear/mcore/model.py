@@ -149,7 +149,9 @@ def transformer_config(architecture: Architecture, run: RunConfig, topology: Top
 
 def _chosen_options(run: RunConfig) -> dict[str, Any]:
     """Recomputation and FP8: what Megatron is told only where a run asks for it."""
-    options: dict[str, Any] = {} if run.model.fp8 == "off" else {"fp8": run.model.fp8}
+    options: dict[str, Any] = {}
+    if run.model.fp8 != "off":
+        options |= {"fp8": run.model.fp8, "fp8_recipe": run.model.fp8_recipe}
     if run.recompute.granularity == "full":
         options |= {
             "recompute_granularity": "full",

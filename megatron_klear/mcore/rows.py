@@ -3,8 +3,8 @@
 Rows are laid out on the host and sent as the schedule asks for them, without waiting for the device.
 
 `PackedBatch` is layout-free. Here every segment is padded to two zig-zag chunks per context rank and the row to whole
-sequence-parallel shards (by a last segment of padding); padding has weight 0 and attends only to itself. Segment bounds
-travel with the row, so every pipeline stage has them.
+sequence-parallel shards, of as many tokens as FP8 products come in where they are on (by a last segment of padding);
+padding has weight 0 and attends only to itself. Segment bounds travel with the row, so every pipeline stage has them.
 """
 
 from __future__ import annotations
@@ -120,10 +120,14 @@ class LocalRow:
         )
 
 
-def local_row(batch: PackedBatch, topology: Topology) -> LocalRow:
-    """Pad a row and take this context rank's slice, on the host."""
+def local_row(batch: PackedBatch, topology: Topology, row_multiple: int | None = None) -> LocalRow:
+    """Pad a row and take this context rank's slice, on the host.
+
+    `row_multiple` is what the padded length divides by (`RunConfig.row_multiple`); by default the layout's own.
+    """
     cp, rank = topology.context.size, topology.context.rank
-    source, bounds = _pad(batch.cu_seqlens.tolist(), topology.parallel.segment_multiple, topology.parallel.row_multiple)
+    multiple = row_multiple or topology.parallel.row_multiple
+    source, bounds = _pad(batch.cu_seqlens.tolist(), topology.parallel.segment_multiple, multiple)
     mine = torch.from_numpy(zigzag_indices(bounds, cp, rank)) if cp > 1 else torch.arange(bounds[-1])
     positions = _positions(bounds)[mine]
     local_source = source[mine]
