@@ -237,6 +237,10 @@ def _block_spec(
         spec = get_gpt_layer_with_transformer_engine_spec(
             qk_layernorm=architecture.qk_norm, num_experts=config.num_moe_experts, moe_grouped_gemm=True
         )
+        if architecture.experts is not None:
+            # A norm of its own before experts; in checkpoints it has the name that Megatron's local layers give it.
+            names = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+            spec.submodules.sharded_state_dict_keys_map = spec.submodules.sharded_state_dict_keys_map | names
     else:
         spec = get_gpt_layer_local_spec(
             qk_layernorm=architecture.qk_norm, normalization="RMSNorm", num_experts=config.num_moe_experts
