@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from emulated_card import EmulatedCard
 
 from megatron_klear.config.base import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, SFTConfig
 from megatron_klear.data.pack import loss_weights, num_predicted, pack
@@ -136,3 +137,25 @@ def exported(config: SFTConfig, layout: Layout) -> dict[str, torch.Tensor]:
         engine = Engine(laid_out, topology)
         assert any(_origin(module) == "te.Linear" for chunk in engine.models for module in chunk.modules())
         return {name: tensor.clone() for name, tensor in engine.hf_weights()}
+
+
+def stepped_at_share(
+    config: SFTConfig, layout: Layout, share: float, steps: int, saved: Path, resume: Path | None = None
+) -> tuple[list[float], frozenset[str]]:
+    """On every rank, a card emulated: losses of `steps` steps with this share of the optimizer on the host, and a save.
+
+    Also the classes of the optimizers.
+    """
+    optimizer = config.optimizer.model_copy(update={"cpu_offload": share})
+    laid_out = layout.apply(config.model_copy(update={"optimizer": optimizer}))
+    with world(laid_out.parallel, laid_out.seed) as topology, EmulatedCard():
+        engine = Engine(laid_out, topology)
+        if resume is not None:
+            engine.load(resume)
+        losses = [engine.train_step(_rows(engine), NLL()).loss for _ in range(steps)]
+        engine.save(saved)
+        parts = engine.optimizer.chained_optimizers
+        inner = [part.optimizer for part in parts]
+        inner += [sub for one in inner for sub in getattr(one, "sub_optimizers", [])]
+        engine.close()
+        return losses, frozenset(map(_origin, inner))
