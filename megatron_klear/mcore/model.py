@@ -81,8 +81,22 @@ def use_transformer_engine(run: RunConfig) -> bool:
             raise RuntimeError(f"{wish} but transformer_engine does not import; install megatron-klear[te]")
         if not torch.cuda.is_available():
             raise RuntimeError(f"{wish} needs a CUDA device")
+        if model.fp8 != "off":
+            _check_recipe(model)
         return True
     return model.transformer_engine == "auto" and run.lora is None and importable and torch.cuda.is_available()
+
+
+def _check_recipe(model: ModelConfig) -> None:
+    """Raise RuntimeError, in transformer-engine's words, where this device or CUDA cannot compute the FP8 recipe."""
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager  # where Megatron has it from, in all versions
+
+    manager = FP8GlobalStateManager
+    blocks = model.fp8_recipe == "blockwise"
+    possible, reason = manager.is_fp8_block_scaling_available() if blocks else manager.is_fp8_available()
+    if not possible:
+        other = " and model.fp8_recipe = tensorwise may do" if blocks else ""
+        raise RuntimeError(f"model.fp8 = {model.fp8} with model.fp8_recipe = {model.fp8_recipe}: {reason}{other}")
 
 
 def transformer_config(architecture: Architecture, run: RunConfig, topology: Topology) -> TransformerConfig:

@@ -204,6 +204,7 @@ INLINE: dict[str, Runs | Refused | Exempt] = {
         "the build is run above; tests/end_to_end/test_curation_build.py trains on its sets"
     ),
     "bash tests/te/fetch_packages.sh": Exempt("continuous integration fetches the packages by it"),
+    'pip install "megatron-klear[te]"': Exempt("builds a CUDA extension"),
     "pip install": NAMED,
     'pip install "megatron-klear[curation]"': Exempt("setup_env.sh installs it for the tests of near duplicates"),
     'pip install "megatron-klear[ray]"': Exempt("setup_env.sh installs it for the tests of Ray"),

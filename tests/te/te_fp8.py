@@ -114,6 +114,23 @@ def _shape(*sizes: int) -> Tensor:
     return torch.empty(sizes, device="meta")
 
 
+def recipe_on(config: SFTConfig, major: int, minor: int, cuda: str) -> str:
+    """On a rank: what is told of a recipe on another card and CUDA, empty where it is built."""
+    from transformer_engine.pytorch import utils
+
+    from megatron_klear.mcore.model import use_transformer_engine
+
+    torch.version.cuda = cuda
+    properties = SimpleNamespace(major=major, minor=minor)
+    torch.cuda.get_device_properties = lambda *_: properties  # type: ignore[assignment]
+    for name in ("get_device_compute_capability", "_get_device_compute_capability"):
+        getattr(getattr(utils, name, None), "cache_clear", lambda: None)()
+    try:
+        return "" if use_transformer_engine(config) else "transformer-engine is not used"
+    except RuntimeError as error:
+        return str(error)
+
+
 def built_recipe(config: SFTConfig) -> tuple[str, set[str]]:
     """On a rank: the class of the recipe that a model is built for, and of the layers that were built."""
     from megatron.core.fp8_utils import get_fp8_recipe

@@ -161,6 +161,7 @@ def _keep_the_card_in_backward() -> None:
 
 def _show_a_card() -> None:
     cuda: Any = torch.cuda
+    torch.version.cuda = "13.0"
     cuda.get_device_capability = lambda *_: (9, 0)
     cuda.get_device_properties = lambda *_: HOPPER
     cuda.is_current_stream_capturing = lambda: False

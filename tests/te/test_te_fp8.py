@@ -6,7 +6,7 @@ KLEAR_TE_LAYOUTS=1 takes rows of every length from 1 to 4,096 in every layout, a
 import numpy as np
 import pytest
 import te_packages
-from te_fp8 import LAYOUTS, built_recipe, refused
+from te_fp8 import LAYOUTS, built_recipe, recipe_on, refused
 from te_runs import tiny
 
 from megatron_klear.config.base import FP8_TOKENS, ParallelConfig
@@ -71,6 +71,21 @@ def test_te_refuses_blocks_that_a_shard_cuts(config, te_ranks):
     found = te_ranks(1, refused, with_recipe(config, "blockwise"), sharded, [[64]], False)[0]
     assert any("as it is gathered" in problem for problem in found)
     assert te_ranks(1, refused, with_recipe(config, "tensorwise"), sharded, [[64]], False)[0] == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "card", "told"),
+    [
+        ("blockwise", (9, 0, "12.9"), None),
+        ("blockwise", (9, 0, "12.8"), "CUDA >= 12.9"),
+        ("tensorwise", (9, 0, "12.8"), None),
+        ("tensorwise", (8, 0, "12.8"), "compute capability 8.9"),
+    ],
+)
+def test_a_card_that_cannot_compute_the_recipe_is_told_before_a_model_is_built(config, te_ranks, recipe, card, told):
+    found = te_ranks(1, recipe_on, with_recipe(config, recipe), *card)[0]
+    assert told in found if told else not found
+    assert not told or f"model.fp8_recipe = {recipe}" in found
 
 
 @pytest.mark.parametrize(("recipe", "name"), RECIPES.items())
