@@ -50,18 +50,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 # Files whose tests share the session's vLLM server, and long ones that workers share out by what they are about.
 _ON_ONE_SERVER = re.compile(r"test_vllm_(server|weights)\.py|test_graded_text\.py.*\[vllm")
+_EMULATED = "tests/te/test_te_"  # share the session's pools, whose start takes seconds
 _SHARED_OUT = re.compile(r"(.*/test_(?:rollout_kills|layouts)\.py).*?(\[\w+|_vllm_)")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each worker of `pytest -n` whole files, in the order of collection, but for the two kinds above."""
+    """Give each worker of `pytest -n` whole files, in the order of collection, but for the kinds above."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             if _ON_ONE_SERVER.search(nodeid):
                 return "vLLM server"
+            if _EMULATED in nodeid:
+                return "transformer-engine"
             shared_out = _SHARED_OUT.match(nodeid)
             return "".join(shared_out.groups()) if shared_out else super()._split_scope(nodeid)
 

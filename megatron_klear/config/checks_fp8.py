@@ -59,6 +59,7 @@ def fp8_lines(config: RunConfig) -> list[tuple[str, str]]:
         (f"FP8 products ({model.fp8})", f"{model.fp8_recipe} scaling, by {scale}"),
         ("a log-prob is a function of", function),
         ("rows are padded to multiples of", f"{config.row_multiple} tokens"),
+        ("FP8 copies of weights", "2 bytes for each of a layer's, on top of the memory below"),
     ]
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_klear.config.base import ParallelConfig, SFTConfig
@@ -47,10 +48,13 @@ def row_sizes(run: SFTConfig, rows: Sequence[Sequence[int]], multiple: int) -> d
 def refused(
     config: SFTConfig, layouts: Sequence[ParallelConfig], rows: Sequence[Sequence[int]], padded: bool = True
 ) -> list[str]:
-    """On a rank: what transformer-engine refuses, and of which layout and row; `padded` leaves FP8's padding out."""
+    """What transformer-engine refuses, and of which layout and row, in this rank's share of the layouts.
+
+    Without `padded` rows are padded for the layout alone.
+    """
     architecture, found = read_architecture(config.model.path), []
     quantizers = _quantizers(config)
-    for parallel in layouts:
+    for parallel in layouts[dist.get_rank() :: dist.get_world_size()]:
         run = config.model_copy(update={"parallel": parallel})
         multiple = run.row_multiple if padded else run.parallel.row_multiple
         for tokens, lengths in row_sizes(run, rows, multiple).items():
@@ -72,7 +76,8 @@ def _quantizers(config: SFTConfig) -> list[Any]:
             module = importlib.import_module("transformer_engine.pytorch.quantization")
         except ImportError:
             module = importlib.import_module("transformer_engine.pytorch.fp8")  # its name before 2.8
-    states = (module.RecipeState.create(recipe, mode=mode, num_quantizers=1) for mode in ("forward", "backward"))
+    modes = {"forward": 3, "backward": 2}  # of a product: its input, weight and output; the gradients of two
+    states = (module.RecipeState.create(recipe, mode=mode, num_quantizers=count) for mode, count in modes.items())
     return [state.make_quantizers()[0] for state in states]
 
 
