@@ -34,12 +34,12 @@ def packed(lengths: Sequence[int]) -> PackedBatch:
     return PackedBatch(tokens=tokens, targets=tokens, weights=torch.zeros(len(tokens)), cu_seqlens=bounds)
 
 
-def row_sizes(run: SFTConfig, rows: Sequence[Sequence[int]], multiple: int) -> dict[int, Sequence[int]]:
+def row_sizes(parallel: ParallelConfig, rows: Sequence[Sequence[int]], multiple: int) -> dict[int, Sequence[int]]:
     """Tokens of a context rank's part of each row as the engine makes it, and the first row of that size."""
     sizes: dict[int, Sequence[int]] = {}
     for lengths in rows:
-        context = SimpleNamespace(rank=0, size=run.parallel.context)
-        row = local_row(packed(lengths), SimpleNamespace(context=context, parallel=run.parallel), multiple)
+        context = SimpleNamespace(rank=0, size=parallel.context)
+        row = local_row(packed(lengths), SimpleNamespace(context=context, parallel=parallel), multiple)
         assert row.num_tokens == sum(lengths)
         sizes.setdefault(row.tokens.shape[1], lengths)
     return sizes
@@ -53,11 +53,15 @@ def refused(
     Without `padded` rows are padded for the layout alone.
     """
     architecture, found = read_architecture(config.model.path), []
+    made: dict[tuple[int, int, int], dict[int, Sequence[int]]] = {}
     quantizers = _quantizers(config)
     for parallel in layouts[dist.get_rank() :: dist.get_world_size()]:
         run = config.model_copy(update={"parallel": parallel})
         multiple = run.row_multiple if padded else run.parallel.row_multiple
-        for tokens, lengths in row_sizes(run, rows, multiple).items():
+        made_by = (parallel.context, parallel.segment_multiple, multiple)  # all of a layout that a row's size knows
+        if made_by not in made:
+            made[made_by] = row_sizes(parallel, rows, multiple)
+        for tokens, lengths in made[made_by].items():
             problems = sorted(set(_problems(run, architecture, tokens, quantizers)))
             found += [f"{parallel!r} {list(lengths)}: {problem}" for problem in problems]
     return found
