@@ -66,7 +66,7 @@ def cases(all_layouts, *in_short):
     return pytest.mark.parametrize(("version", "name"), chosen)
 
 
-@cases(LAYOUTS, *((te_packages.NEWEST, name) for name in ("TP2", "TP2 SP", "PP2", "CP2", "DP2")), OLDEST_IN_SHORT)
+@cases(LAYOUTS, *((te_packages.NEWEST, name) for name in ("TP2 SP", "PP2", "CP2", "DP2")), OLDEST_IN_SHORT)
 def test_te_layers_give_the_numbers_of_local_ones(dense, te_pools, version, name):
     (layout,) = layouts_named([name])
     for one in check(dense, te_pools(version), layout, CLASSES - ({"te.RMSNorm"} if layout.pipeline > 1 else set())):
