@@ -76,6 +76,17 @@ struct Part {
     __device__ __forceinline__ uint4 load(int i, const RowPlace<T>& place) const {
         return masked_unit<T>(units[i], first + i, place.valid);
     }
+
+    // Calls `each` with this thread's units of [start, stop) and their index: first those that need no mask.
+    template <class Each>
+    __device__ __forceinline__ void sweep(int start, int stop, const RowPlace<T>& place, Each each) const {
+        const int whole = min(place.valid / Unit<T>::kSize - first, stop);
+        int i = start + static_cast<int>(threadIdx.x);
+#pragma unroll 2
+        for (; i < whole; i += kThreads) each(units[i], i);
+#pragma unroll 1
+        for (; i < stop; i += kThreads) each(load(i, place), i);
+    }
 };
 
 template <class T>
@@ -128,21 +139,30 @@ __device__ __forceinline__ float2 block_sums(float2 value) {
 // Statistics of this block's part, against its own maximum. Valid in the first warp.
 template <class T>
 __device__ __forceinline__ RowStats part_stats(const Part<T>& part, const RowPlace<T>& place, uint64_t* barriers) {
-    float largest = kNoMax;
+    Largest<T> largest;
 #pragma unroll 1
     for (int piece = 0; piece < kPieces; ++piece) {
         barrier_wait(&barriers[piece]);
         const int stop = min(part.count, (piece + 1) * part.per_piece);
+        if constexpr (kPairs) {
+            part.sweep(piece * part.per_piece, stop, place, [&](const uint4& raw, int) { largest.add(raw); });
+        } else {
 #pragma unroll 2
-        for (int i = piece * part.per_piece + threadIdx.x; i < stop; i += kThreads)
-            largest = fmaxf(largest, unit_max<T>(part.load(i, place)));
+            for (int i = piece * part.per_piece + threadIdx.x; i < stop; i += kThreads)
+                largest.add(part.load(i, place));
+        }
     }
-    const float max = scaled_max(block_max(largest), place.scale);
-    float2 sums = {0.0f, 0.0f};
+    const float max = scaled_max(block_max(largest.get()), place.scale);
+    Sums<T> own(0.0f, 0.0f);
+    if constexpr (kPairs) {
+        part.sweep(0, part.count, place,
+                   [&](const uint4& raw, int) { own.template add_unit<true>(raw, place.scale, max); });
+    } else {
 #pragma unroll 2
-    for (int i = threadIdx.x; i < part.count; i += kThreads)
-        add_unit<T>(part.load(i, place), place.scale, max, sums.x, sums.y);
-    sums = block_sums(sums);
+        for (int i = threadIdx.x; i < part.count; i += kThreads)
+            own.add_unit(part.load(i, place), place.scale, max);
+    }
+    const float2 sums = block_sums(own.get());
     return {max, sums.x, sums.y, INFINITY};
 }
 
@@ -205,9 +225,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) one_read_rows(const Ro
         fill_units<T, G>(place, first, last, kThreads, gradient.zero ? 0.0f : NAN);
         return;
     }
+    if constexpr (kPairs) {
+        part.sweep(0, count, place,
+                   [&](const uint4& raw, int i) { gradient_unit<T, G, true>(raw, first + i, place, gradient); });
+    } else {
 #pragma unroll 2
-    for (int i = threadIdx.x; i < count; i += kThreads)
-        gradient_unit<T, G>(part.load(i, place), first + i, place, gradient);
+        for (int i = threadIdx.x; i < count; i += kThreads)
+            gradient_unit<T, G>(part.load(i, place), first + i, place, gradient);
+    }
 #endif
 }
 

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda_pairs.cuh"
 #include "row_math.h"
 
 namespace klear {
@@ -146,22 +147,102 @@ __device__ __forceinline__ float unit_max<bf16>(const uint4& raw) {
     return fmaxf(low_half(pair), high_half(pair));
 }
 
+// The largest of a thread's units.
+template <class T>
+struct Largest {
+    float value = kNoMax;
+    static __device__ __forceinline__ Largest of(const uint4& raw) { return {unit_max<T>(raw)}; }
+    __device__ __forceinline__ void add(const uint4& raw) { value = fmaxf(value, unit_max<T>(raw)); }
+    __device__ __forceinline__ float get() const { return value; }
+};
+
+#if KLEAR_PAIRS
+template <>
+struct Largest<bf16> {
+    uint32_t pair = 0xcf00cf00u;  // kNoMax twice
+    static __device__ __forceinline__ Largest of(const uint4& raw) {
+        return {max_pairs(max_pairs(raw.x, raw.y), max_pairs(raw.z, raw.w))};
+    }
+    __device__ __forceinline__ void add(const uint4& raw) {
+        pair = max_pairs(pair, max_pairs(max_pairs(raw.x, raw.y), max_pairs(raw.z, raw.w)));
+    }
+    __device__ __forceinline__ float get() const { return fmaxf(low_half(pair), high_half(pair)); }
+};
+#endif
+
 __device__ __forceinline__ float scaled_max(float largest, float scale) {
     return largest * scale > kNoMax ? largest * scale : kNoMax;
 }
 
+// Sums over units of 2^a and 2^a * a, with a = logit * scale - max.
 template <class T>
-__device__ __forceinline__ void add_unit(const uint4& raw, float scale, float max, float& sum, float& spread) {
-    float x[Unit<T>::kSize];
-    Unit<T>::unpack(raw, x);
+struct Sums {
+    float sum, spread;
+    __device__ __forceinline__ Sums(float sum, float spread) : sum(sum), spread(spread) {}
+    template <bool kShared = false>
+    __device__ __forceinline__ void add_unit(const uint4& raw, float scale, float max) {
+        float x[Unit<T>::kSize];
+        Unit<T>::unpack(raw, x);
 #pragma unroll
-    for (int i = 0; i < Unit<T>::kSize; ++i) {
-        const float exponent = max_nan(fmaf(x[i], scale, -max), kMinExponent);
-        const float power = exp2_approx(exponent);
-        sum += power;
-        spread = fmaf(power, exponent, spread);
+        for (int i = 0; i < Unit<T>::kSize; ++i) {
+            const float exponent = max_nan(fmaf(x[i], scale, -max), kMinExponent);
+            const float power = exp2_approx(exponent);
+            sum += power;
+            spread = fmaf(power, exponent, spread);
+        }
     }
+    __device__ __forceinline__ float2 get() const { return {sum, spread}; }
+};
+
+#if KLEAR_PAIRS
+// -inf made finite, two halves at a time: 0 * -2^84 is 0 where 0 * -inf would be NaN. At temperatures between 1e-13 and
+// 1e15 what is left of it is finite and weighs nothing.
+__device__ __forceinline__ uint32_t bounded_halves(uint32_t halves) {
+    uint32_t y;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(halves), "r"(0xe980e980u));
+    return y;
 }
+
+// Exponents and powers of two of a unit's pair `i`. With `kShared` the last of four pairs goes by the polynomial, its
+// exponents bounded as such; those of the others are bounded as logits. Two reads are bound by the issue of
+// instructions: there the special-function unit makes all.
+template <bool kShared>
+__device__ __forceinline__ Pair pair_powers(const uint4& raw, int i, float scale, float max, Pair& exponents) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+    const bool polynomial = kShared && i == kPolynomialPair;
+    const uint32_t halves = polynomial ? words[i] : bounded_halves(words[i]);
+    float x = low_half(halves), y = high_half(halves);
+    exponents = multiply_add(make_pair(x, y), make_pair(scale, scale), make_pair(-max, -max));
+    take_apart(exponents, x, y);
+    if (!polynomial) return make_pair(exp2_approx(x), exp2_approx(y));
+    exponents = make_pair(max_nan(x, kMinPolynomial), max_nan(y, kMinPolynomial));
+    return exp2_polynomial(exponents);
+}
+
+// Two of each sum, as pairs have it.
+template <>
+struct Sums<bf16> {
+    Pair sum, spread;
+    __device__ __forceinline__ Sums(float sum, float spread)
+        : sum(make_pair(sum, 0.0f)), spread(make_pair(spread, 0.0f)) {}
+    template <bool kShared = false>
+    __device__ __forceinline__ void add_unit(const uint4& raw, float scale, float max) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            Pair exponents;
+            const Pair powers = pair_powers<kShared>(raw, i, scale, max, exponents);
+            sum = add(sum, powers);
+            spread = multiply_add(powers, exponents, spread);
+        }
+    }
+    __device__ __forceinline__ float2 get() const {
+        float a, b, c, d;
+        take_apart(sum, a, b);
+        take_apart(spread, c, d);
+        return {a + b, c + d};
+    }
+};
+#endif
 
 // Where the row is, what it needs, and whose its target is.
 template <class T>
@@ -204,18 +285,35 @@ __device__ __forceinline__ void fill_units(const RowPlace<T>& place, int first, 
 // A gradient that is one number: 0, or NaN in a row that means nothing.
 __device__ __forceinline__ bool constant_gradient(const RowGradient& g) { return g.zero || g.target != g.target; }
 
-// gradient = 2^a * (slope * a + offset), and `at_target` at the target.
-template <class T, class G>
-__device__ __forceinline__ void gradient_unit(const uint4& raw, int unit, const RowPlace<T>& place,
-                                              const RowGradient& g) {
-    constexpr int kSize = Unit<T>::kSize;
-    float x[kSize];
+template <class T, bool kShared>
+__device__ __forceinline__ void unit_gradients(const uint4& raw, float scale, const RowGradient& g,
+                                               float (&x)[Unit<T>::kSize]) {
+#if KLEAR_PAIRS
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            Pair exponents;
+            const Pair powers = pair_powers<kShared>(raw, i, scale, g.max, exponents);
+            const Pair factors = multiply_add(make_pair(g.slope, g.slope), exponents, make_pair(g.offset, g.offset));
+            take_apart(multiply(powers, factors), x[2 * i], x[2 * i + 1]);
+        }
+        return;
+    }
+#endif
     Unit<T>::unpack(raw, x);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-        const float exponent = max_nan(fmaf(x[i], place.scale, -g.max), kMinExponent);
+    for (int i = 0; i < Unit<T>::kSize; ++i) {
+        const float exponent = max_nan(fmaf(x[i], scale, -g.max), kMinExponent);
         x[i] = exp2_approx(exponent) * fmaf(g.slope, exponent, g.offset);
     }
+}
+
+// gradient = 2^a * (slope * a + offset), and `at_target` at the target.
+template <class T, class G, bool kShared = false>
+__device__ __forceinline__ void gradient_unit(const uint4& raw, int unit, const RowPlace<T>& place,
+                                              const RowGradient& g) {
+    float x[Unit<T>::kSize];
+    unit_gradients<T, kShared>(raw, place.scale, g, x);
     store_unit<T, G>(place.gradient, unit, x);
     if (unit == place.target_unit) store_column<G>(place.gradient, place.target, g.at_target);
 }

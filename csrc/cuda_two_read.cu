@@ -57,12 +57,16 @@ __device__ __forceinline__ Partial row_partial(const RowPlace<T>& place) {
     for (int start = 0; start < place.units; start += kThreads * kBatch) {
         uint4 raw[kBatch];
         load_batch<T>(place, start, kThreads, raw);
-        float largest = unit_max<T>(raw[0]);
+        Largest<T> largest = Largest<T>::of(raw[0]);
 #pragma unroll
-        for (int i = 1; i < kBatch; ++i) largest = fmaxf(largest, unit_max<T>(raw[i]));
-        raise(p, scaled_max(largest, place.scale));
+        for (int i = 1; i < kBatch; ++i) largest.add(raw[i]);
+        raise(p, scaled_max(largest.get(), place.scale));
+        Sums<T> sums(p.sum, p.spread);
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) add_unit<T>(raw[i], place.scale, p.max, p.sum, p.spread);
+        for (int i = 0; i < kBatch; ++i) sums.add_unit(raw[i], place.scale, p.max);
+        const float2 done = sums.get();
+        p.sum = done.x;
+        p.spread = done.y;
     }
     p = merge_warp(p);
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = p;

@@ -172,6 +172,7 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
     "pytest -m gpu tests/kernels/test_rows_cuda.py": TESTS,
     "pytest -k emulated tests/kernels/test_rows_cuda.py": TESTS,
     "pytest tests/kernels/test_rows_emulated.py tests/kernels/test_rows_choice.py": TESTS,
+    "pytest tests/kernels/test_rows_pairs.py": TESTS,
     "pytest tests/kernels/test_rows_planted.py": TESTS,
     "pytest tests/kernels/test_fused_emulated.py": TESTS,
     "compute-sanitizer --tool memcheck --error-exitcode 9 python -m pytest -m gpu tests/kernels/test_rows_cuda.py "

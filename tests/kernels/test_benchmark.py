@@ -74,9 +74,29 @@ def test_the_model_of_the_row_kernels_counts_the_path_of_full_units(model):
 
 def test_the_committed_estimates_follow_from_the_committed_counts(model):
     report = json.loads((ROOT / "tools/benchmark/results/row_kernel_model.json").read_text())
-    assert len(report["kernels"]) == 6
+    assert len(report["kernels"]) == 6 * len(model.CODES)
     sizes = dict(model.TYPES.values())
     for entry in report["kernels"]:
         size, to_size = (sizes[name] for name in entry["types"].split(" to "))
         found = [model.Loop(**loop) for loop in entry["loops"]]
-        assert entry["estimates"] == [model.estimate(entry["kernel"], size, to_size, found, gpu) for gpu in model.GPUS]
+        gpus = [gpu for gpu in model.GPUS if f"sm_{gpu.architecture}" == entry["architecture"]]
+        assert gpus
+        assert entry["estimates"] == [model.estimate(entry["kernel"], size, to_size, found, gpu) for gpu in gpus]
+
+
+def test_the_code_of_sm_100_issues_less():
+    """No loop issues more than before, and one read from bf16 to bf16 needs less of the arithmetic than of memory."""
+    report = json.loads((ROOT / "tools/benchmark/results/row_kernel_model.json").read_text())
+    rows = {
+        (row["pairs"], row["kernel"], row["types"]): row
+        for row in report["kernels"]
+        if row["architecture"] == "sm_100f"
+    }
+    assert len(rows) == 12
+    for (pairs, *names), row in rows.items():
+        for one, before in zip(row["loops"], rows[False, *names]["loops"], strict=True):
+            assert one["issue"] < before["issue"] or not pairs or names[0] == "two reads"
+            assert one["issue"] <= before["issue"]
+    before, after = (rows[pairs, "one read", "bf16 to bf16"]["estimates"][0] for pairs in (False, True))
+    assert after["arithmetic_clocks"] < 0.75 * before["arithmetic_clocks"]
+    assert after["arithmetic_clocks"] < 0.75 * after["memory_clocks"] < before["arithmetic_clocks"]

@@ -9,10 +9,9 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from emulator.build import build, read_sources, why_absent
 from emulator.device import SCHEDULES, CallError, EmulatedDevice, EmulatedFault
-from emulator.planted import plant
-from emulator.planted_faults import FAULTS, Fault
+from emulator.pairs import exp2_error
+from emulator.planted_faults import FAULTS, NEWER, Fault
 from row_devices import RowDevice, emulated_device, run_cpu
 from row_formula import Rows, policy_loss_rows, random_rows, relative_error, take_inputs
 
@@ -22,14 +21,6 @@ from megatron_klear.kernels.rows import RowOutputs, combine_stats
 pytestmark = pytest.mark.skipif(available().cpu_isa is None, reason=available().reason)
 NAMES = [field.name for field in fields(RowOutputs)]
 DEFAULT = 4  # every so many faults are tried by default, the others with the slow tests
-
-
-@pytest.fixture(scope="module")
-def faulty() -> EmulatedDevice:
-    """The row kernels with all faults in them, none of which is committed."""
-    if reason := why_absent():
-        pytest.skip(reason)
-    return EmulatedDevice(build(plant(read_sources())))
 
 
 def compare(chunk: Rows, out: RowOutputs, gradient: torch.Tensor, behind: torch.Tensor) -> None:
@@ -119,7 +110,13 @@ def far(device: RowDevice, emulated: EmulatedDevice, monkeypatch: pytest.MonkeyP
     compare(chunk, out, logits, torch.zeros(0))
 
 
-CASES: tuple[Callable[[RowDevice, EmulatedDevice, pytest.MonkeyPatch], None], ...] = (passes, shards, without_room, far)
+def powers(device: RowDevice, emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exponentials by the polynomial: within what PTX allows ex2.approx."""
+    assert exp2_error(emulated, np.linspace(-2, 0, 10_000, dtype=np.float32)) < 2.0**-22
+
+
+Case = Callable[[RowDevice, EmulatedDevice, pytest.MonkeyPatch], None]
+CASES: tuple[Case, ...] = (passes, shards, without_room, far, powers)
 
 
 def report(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
@@ -143,10 +140,15 @@ def test_nothing_is_noticed_where_no_fault_is_committed(
     assert list(report(faulty, monkeypatch)) == []
 
 
+def by_default(number: int, fault: Fault) -> bool:
+    """Whether a fault is tried without the slow tests too."""
+    return fault in NEWER or number % DEFAULT == 0
+
+
 @pytest.mark.parametrize(
     ("number", "fault"),
     [
-        pytest.param(number, fault, id=fault.name, marks=[pytest.mark.slow] if number % DEFAULT else [])
+        pytest.param(number, fault, id=fault.name, marks=[] if by_default(number, fault) else [pytest.mark.slow])
         for number, fault in enumerate(FAULTS, start=1)
     ],
 )

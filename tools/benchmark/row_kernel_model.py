@@ -2,15 +2,18 @@
 
     python tools/benchmark/row_kernel_model.py [--cuda-bin FOLDER] [--columns 151936] [--out FILE]
 
-Compiles csrc/ for sm_90a with nvcc, takes the loops over a row from cuobjdump's listing and counts, for an element of
-the row, bytes of device memory, exponentials (MUFU) and issue slots. Of each loop that path is counted which full units
-of 16 bytes take: the masks of a row's last unit are jumped over. On machines without CUDA, pip's nvidia-cuda-nvcc,
--runtime, -crt, -cccl, -cuobjdump, -nvdisasm and nvidia-nvvm bring what is needed.
+Compiles csrc/ for sm_90a, sm_100f and sm_120 with nvcc, for the last two without and with KLEAR_PAIRS: the code that
+sm_100 and its family have of their own, and that sm_120 has not because it gains nothing. Takes the loops over a row
+from cuobjdump's listing and counts, for an element of the row, bytes of device memory, exponentials (MUFU), fp32
+operations and issue slots. Of each loop that path is counted which full units of 16 bytes take: the masks of a row's
+last unit are jumped over. On machines without CUDA, pip's nvidia-cuda-nvcc, -runtime, -crt, -cccl, -cuobjdump,
+-nvdisasm and nvidia-nvvm bring what is needed.
 
-A multiprocessor issues the instructions of 4 warps and makes 16 exponentials in a clock. The share of copy bandwidth is
-that of a kernel that reads and writes the same bytes once, and is a range. At its low end all phases come after each
-other, and the second of two reads is from device memory; at its high end all that memory does not need is hidden behind
-it, and the second read is from cache.
+A multiprocessor issues the instructions of 4 warps, does 128 fp32 operations and makes 16 exponentials in a clock; an
+instruction of two fp32 operations takes one slot and counts as two of them. The share of copy bandwidth is that of a
+kernel that reads and writes the same bytes once, and is a range. At its low end all phases come after each other, and
+the second of two reads is from device memory; at its high end all that memory does not need is hidden behind it, and
+the second read is from cache.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-ISSUE_LANES, MUFU_LANES = 128, 16  # a clock and multiprocessor
+ISSUE_LANES, FMA_LANES, MUFU_LANES = 128, 128, 16  # a clock and multiprocessor
 COPY_EFFICIENCY = 0.92  # of the peak bandwidth that a copy reaches
 TYPES = {"f": ("fp32", 4), "NS_4bf16E": ("bf16", 2)}
 Code = list[tuple[int, str]]
@@ -35,9 +39,10 @@ Code = list[tuple[int, str]]
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Peak bytes a second of device memory, multiprocessors, and their clock under load."""
+    """Peak bytes a second of device memory, multiprocessors, their clock under load, and what code is theirs."""
 
     name: str
+    architecture: str
     bandwidth: float
     multiprocessors: int
     hertz: float
@@ -47,7 +52,14 @@ class Gpu:
         return size * self.multiprocessors * self.hertz / (COPY_EFFICIENCY * self.bandwidth)
 
 
-GPUS = (Gpu("H100 SXM", 3.35e12, 132, 1.755e9), Gpu("H200 SXM", 4.8e12, 132, 1.755e9))
+GPUS = (
+    Gpu("H100 SXM", "90a", 3.35e12, 132, 1.755e9),
+    Gpu("H200 SXM", "90a", 4.8e12, 132, 1.755e9),
+    Gpu("B200", "100f", 8e12, 148, 1.965e9),
+    Gpu("RTX PRO 6000", "120", 1.79e12, 188, 2.6e9),
+)
+CODES = (("90a", False), ("100f", False), ("100f", True), ("120", False), ("120", True))
+"""Architectures, and whether with the code of sm_100 and its family."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +68,22 @@ class Loop:
 
     name: str
     issue: float  # instructions of a thread
+    fma: float  # additions, multiplications and both at once, of fp32
     mufu: float
+
+    @property
+    def units(self) -> dict[str, float]:
+        """Clocks of a multiprocessor that each of its units takes."""
+        return {
+            "MUFU": self.mufu / MUFU_LANES,
+            "issue": self.issue / ISSUE_LANES,
+            "fp32": self.fma / FMA_LANES,
+        }
 
     @property
     def clocks(self) -> float:
         """Clocks of a multiprocessor, by the unit that takes longest."""
-        return max(self.issue / ISSUE_LANES, self.mufu / MUFU_LANES)
+        return max(self.units.values())
 
 
 def functions(listing: str) -> Iterator[tuple[str, Code]]:
@@ -105,20 +127,30 @@ def _path(code: Code, jumps: dict[int, int], first: int, last: int) -> list[str]
 
 
 def row_loops(code: Code, size: int) -> list[Loop]:
-    """The loops that load a row of elements of `size` bytes: maximum and sums, or statistics, and gradient."""
-    found = []
+    """The loops that load a row of elements of `size` bytes: maximum and sums, or statistics, and gradient.
+
+    Of two loops of one name, whole units and the ragged rest, the cheaper is that of whole units.
+    """
+    found: dict[str, Loop] = {}
     for path in loops(code):
         units = sum(bool(re.search(r"\b(LDS|LDG\.E)\.128\b", text)) for text in path)
         exponentials = sum("MUFU.EX2" in text for text in path)
         stores = any(re.search(r"\bSTG\b", text) for text in path)
-        largest = any(re.search(r"\b(FMNMX|HMNMX2)\b", text) for text in path)
+        largest = any(re.search(r"\b(FMNMX3?|V?HMNMX2?)\b", text) for text in path)
+        operations = sum(_operations(text) for text in path)
         if units == 0 or not largest:
             continue
         in_shared = any("LDS.128" in text for text in path)
         name = "gradient" if stores else "maximum" if not exponentials else "sums" if in_shared else "statistics"
         elements = units * 16 // size
-        found.append(Loop(name, len(path) / elements, exponentials / elements))
-    return sorted(found, key=lambda loop: ("maximum", "sums", "statistics", "gradient").index(loop.name))
+        loop = Loop(name, len(path) / elements, operations / elements, exponentials / elements)
+        found[name] = min(loop, found.get(name, loop), key=lambda one: one.issue)
+    return sorted(found.values(), key=lambda loop: ("maximum", "sums", "statistics", "gradient").index(loop.name))
+
+
+def _operations(text: str) -> int:
+    match = re.search(r"\b(?:FFMA|FADD|FMUL)(2?)\b", text)
+    return (2 if match[1] else 1) if match else 0
 
 
 def kernels(listing: str, columns: int) -> Iterator[tuple[str, str, int, int, Code]]:
@@ -142,7 +174,7 @@ def estimate(kernel: str, size: int, to_size: int, found: list[Loop], gpu: Gpu) 
     memory = gpu.clocks(size * (2 if kernel == "two reads" else 1) + to_size)
     arithmetic = sum(loop.clocks for loop in found)
     heaviest = max(found, key=lambda loop: loop.clocks)
-    unit = "MUFU" if heaviest.mufu / MUFU_LANES >= heaviest.issue / ISSUE_LANES else "issue"
+    unit = max(heaviest.units, key=lambda name: heaviest.units[name])
     return {
         "gpu": gpu.name,
         "memory_clocks": round(memory, 3),
@@ -152,8 +184,8 @@ def estimate(kernel: str, size: int, to_size: int, found: list[Loop], gpu: Gpu) 
     }
 
 
-def listing(cuda_bin: str) -> str:
-    """cuobjdump's listing of both row kernels, compiled for sm_90a."""
+def listing(cuda_bin: str, architecture: str, pairs: bool) -> str:
+    """cuobjdump's listing of both row kernels, compiled for an architecture."""
     path = os.pathsep.join(filter(None, (cuda_bin, os.environ.get("PATH", ""))))
     if missing := [tool for tool in ("nvcc", "cuobjdump", "nvdisasm") if not shutil.which(tool, path=path)]:
         raise SystemExit(f"needs {' and '.join(missing)}: on the PATH, or name their folder in --cuda-bin (see --help)")
@@ -161,12 +193,28 @@ def listing(cuda_bin: str) -> str:
     for name in ("cuda_one_read", "cuda_two_read"):
         with tempfile.TemporaryDirectory() as folder:
             made = f"{folder}/{name}.cubin"
-            arch = ["-gencode", "arch=compute_90a,code=sm_90a"]
+            arch = ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}", f"-DKLEAR_PAIRS={int(pairs)}"]
             command = ["nvcc", "-O3", "-std=c++17", *arch, "-cubin", "-o", made, str(ROOT / "csrc" / f"{name}.cu")]
             subprocess.run(command, check=True, env={**os.environ, "PATH": path})
             done = ["cuobjdump", "-sass", made]
             texts.append(subprocess.check_output(done, text=True, env={**os.environ, "PATH": path}))
     return "".join(texts)
+
+
+def counted(text: str, architecture: str, pairs: bool, columns: int) -> Iterator[dict[str, Any]]:
+    """What is written of each kernel of a listing."""
+    for kernel, types, size, to_size, code in kernels(text, columns):
+        found = row_loops(code, size)
+        yield {
+            "architecture": f"sm_{architecture}",
+            "pairs": pairs,
+            "kernel": kernel,
+            "types": types,
+            "loops": [asdict(loop) for loop in found],
+            "estimates": [
+                estimate(kernel, size, to_size, found, gpu) for gpu in GPUS if gpu.architecture == architecture
+            ],
+        }
 
 
 def main() -> None:
@@ -179,15 +227,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "tools/benchmark/results/row_kernel_model.json")
     options = parser.parse_args()
     rows = []
-    for kernel, types, size, to_size, code in kernels(listing(options.cuda_bin), options.columns):
-        found = row_loops(code, size)
-        estimates = [estimate(kernel, size, to_size, found, gpu) for gpu in GPUS]
-        rows.append(
-            {"kernel": kernel, "types": types, "loops": [asdict(loop) for loop in found], "estimates": estimates}
-        )
-        for answer in estimates:
-            counts = ", ".join(f"{loop.name} {loop.issue:.2f} / {loop.mufu:.2f}" for loop in found)
-            print(f"{kernel:9} {types:12} {answer} (issue / MUFU: {counts})")
+    for architecture, pairs in CODES:
+        for row in counted(listing(options.cuda_bin, architecture, pairs), architecture, pairs, options.columns):
+            rows.append(row)
+            counts = " + ".join(f"{loop['issue']:.2f}/{loop['fma']:.2f}/{loop['mufu']:.2f}" for loop in row["loops"])
+            for answer in row["estimates"]:
+                code = f"{row['architecture']:7} {'newer' if pairs else 'older'}"
+                print(f"{code} {row['kernel']:9} {row['types']:12} {counts} (issue/fp32/MUFU) {answer}")
     report = {"computed": "from machine code; nothing was run", "columns": options.columns, "kernels": rows}
     options.out.write_text(json.dumps(report, indent=1) + "\n")
 

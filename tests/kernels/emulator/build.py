@@ -54,18 +54,24 @@ def cache_folder() -> Path:
     return cache / "megatron_klear" / "emulated"
 
 
-def build(sources: dict[str, str] | None = None, one_read_for: int = 900, flags: tuple[str, ...] = ()) -> Path:
-    """The library of `sources` (None: those of csrc/), the one-read kernel as __CUDA_ARCH__ `one_read_for` makes it.
+def build(
+    sources: dict[str, str] | None = None,
+    architecture: int = 900,
+    one_read_for: int | None = None,
+    flags: tuple[str, ...] = (),
+) -> Path:
+    """The library of `sources` (None: those of csrc/) as __CUDA_ARCH__ `architecture` makes it.
 
-    Processes that want the same wait for the first. Raises RuntimeError with the compiler's words.
+    The one-read kernel is compiled for `one_read_for` where that is given. Processes that want the same wait for the
+    first. Raises RuntimeError with the compiler's words.
     """
     sources = read_sources() if sources is None else sources
     runtime = {path.name: path.read_text() for path in sorted(RUNTIME.iterdir())}
     translated = {name: translate(text, name) if ".cu" in name else text for name, text in sources.items()}
     objects = []
     for name in DEVICE_SOURCES:
-        architecture = one_read_for if name == "cuda_one_read.cu" else 900
-        device_flags = (*PLAIN, *DEVICE_FLAGS, f"-D__CUDA_ARCH__={architecture}", *flags)
+        compiled_for = one_read_for or architecture if name == "cuda_one_read.cu" else architecture
+        device_flags = (*PLAIN, *DEVICE_FLAGS, f"-D__CUDA_ARCH__={compiled_for}", *flags)
         objects.append(_object(name, translated, runtime, device_flags))
     own = [name for name in runtime if name.endswith(".cpp")]
     objects += [_object(name, runtime, {}, (*PLAIN, *RUNTIME_FLAGS)) for name in own]

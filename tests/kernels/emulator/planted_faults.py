@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ONE, TWO, ROW, MATH, HOST = (
+ONE, TWO, ROW, PAIRS, MATH, HOST = (
     "cuda_one_read.cu",
     "cuda_two_read.cu",
     "cuda_row.cuh",
+    "cuda_pairs.cuh",
     "row_math.h",
     "policy_loss_cuda.cu",
 )
@@ -224,7 +225,7 @@ PLACES = (
         "the last unit of a block left out",
         "values|incomplete",
         ONE,
-        "i < «count»; i += kThreads)\n        gradient_unit",
+        "part.sweep(0, «count», place,\n",
         "count - 1",
     ),
     Fault("fills a unit too much", "out of bounds|race", ROW, "«unit < last»; unit += threads", "unit <= last"),
@@ -352,4 +353,33 @@ NUMBERS = (
     Fault("shards merged from the last to the first", "values", HOST, _COMBINE, _BACKWARDS),
 )
 
-FAULTS = (*BARRIERS, *COPIES, *CLUSTERS, *PLACES, *NUMBERS)
+NEWER = (
+    Fault("a coefficient is wrong in its sixth digit", "values", PAIRS, "«2.402224392e-01f»", "2.402230000e-01f"),
+    Fault("the power of two is put a bit too low", "values", PAIRS, "__float_as_uint(second) << «23»", "22"),
+    Fault(
+        "the range is reduced towards the wrong side",
+        "values",
+        PAIRS,
+        "multiply_add(whole, «make_pair(-1.0f, -1.0f)», x)",
+        "make_pair(1.0f, 1.0f)",
+    ),
+    Fault("exponents far below the range", "values", ROW, "max_nan(y, «kMinPolynomial»)", "-300.0f"),
+    Fault(
+        "the ragged unit goes without its mask",
+        "values",
+        ONE,
+        "min(«place.valid / Unit<T>::kSize - first», stop)",
+        "stop",
+    ),
+    Fault(
+        "infinities are not made finite",
+        "values",
+        ROW,
+        "polynomial ? words[i] : «bounded_halves(words[i])»",
+        "words[i]",
+    ),
+    Fault("the second sum of a pair is forgotten", "values", ROW, "return {«a + b», c + d};", "a"),
+)
+"""In code that only sm_100 and its family run."""
+
+FAULTS = (*BARRIERS, *COPIES, *CLUSTERS, *PLACES, *NUMBERS, *NEWER)

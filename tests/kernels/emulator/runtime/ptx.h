@@ -50,6 +50,46 @@ inline void max_bf16x2(uint32_t& y, uint32_t a, uint32_t b) {
     y = larger_half(a >> 16, b >> 16) << 16 | larger_half(a & 0xffffu, b & 0xffffu);
 }
 
+inline uint32_t larger_half_or_nan(uint32_t a, uint32_t b) {
+    const bool either = is_nan(__uint_as_float(a << 16)) || is_nan(__uint_as_float(b << 16));
+    return either ? 0x7fffu : larger_half(a, b);
+}
+inline void max_NaN_bf16x2(uint32_t& y, uint32_t a, uint32_t b) {
+    y = larger_half_or_nan(a >> 16, b >> 16) << 16 | larger_half_or_nan(a & 0xffffu, b & 0xffffu);
+}
+
+// --- pairs of fp32
+
+inline void mov_b64(uint64_t& pair, float low, float high) {
+    pair = static_cast<uint64_t>(__float_as_uint(high)) << 32 | __float_as_uint(low);
+}
+inline void mov_b64(float& low, float& high, uint64_t pair) {
+    low = __uint_as_float(static_cast<uint32_t>(pair));
+    high = __uint_as_float(static_cast<uint32_t>(pair >> 32));
+}
+template <class Each>
+void each_of_pair(uint64_t& y, uint64_t a, uint64_t b, uint64_t c, Each each) {
+    float parts[3][2];
+    mov_b64(parts[0][0], parts[0][1], a);
+    mov_b64(parts[1][0], parts[1][1], b);
+    mov_b64(parts[2][0], parts[2][1], c);
+    float results[2];
+    for (int i = 0; i < 2; ++i) {
+        const float result = each(parts[0][i], parts[1][i], parts[2][i]);
+        results[i] = is_nan(result) ? canonical_nan() : result;
+    }
+    mov_b64(y, results[0], results[1]);
+}
+inline void add_rn_f32x2(uint64_t& y, uint64_t a, uint64_t b) {
+    each_of_pair(y, a, b, 0, [](float u, float v, float) { return u + v; });
+}
+inline void mul_rn_f32x2(uint64_t& y, uint64_t a, uint64_t b) {
+    each_of_pair(y, a, b, 0, [](float u, float v, float) { return u * v; });
+}
+inline void fma_rn_f32x2(uint64_t& y, uint64_t a, uint64_t b, uint64_t c) {
+    each_of_pair(y, a, b, c, [](float u, float v, float w) { return fmaf(u, v, w); });
+}
+
 // --- data and barriers
 
 inline uint32_t special_cluster_ctarank() { return cluster_rank(); }
