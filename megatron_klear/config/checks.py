@@ -205,11 +205,24 @@ def check_layout(config: RunConfig, architecture: Architecture, world_size: int)
         )
     return [
         *errors,
+        *_check_recompute(config, architecture),
         *check_experts(config, architecture, world_size),
         *offload_problems(config),
         *activation_offload_problems(config),
         *lora_problems(config, architecture),
         *fp8_problems(config, architecture),
+    ]
+
+
+def _check_recompute(config: RunConfig, architecture: Architecture) -> list[str]:
+    """Megatron's blocks of full recomputation must end with the layers of a chunk: it goes past them, and fails."""
+    recompute, chunks = config.recompute, config.parallel.pipeline * config.parallel.virtual_pipeline
+    layers = architecture.num_layers // chunks
+    if recompute.granularity != "full" or recompute.method == "block" or layers % recompute.layers == 0:
+        return []
+    return [
+        f"recompute.layers {recompute.layers} does not divide the {layers} layers that follow each other on a rank; "
+        f"use {divisors(layers, recompute.layers)}"
     ]
 
 

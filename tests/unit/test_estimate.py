@@ -216,6 +216,22 @@ def test_layout_errors_name_key_and_remedy(parallel: dict[str, int], world_size:
         assert words in shown
 
 
+def test_blocks_of_full_recomputation_end_with_the_layers_of_a_chunk():
+    def problems(layers: int, method: str = "uniform", **parallel: int) -> list[str]:
+        recompute = {"granularity": "full", "layers": layers, "method": method}
+        processes = parallel.get("pipeline", 1)
+        return check_layout(config(parallel=parallel, recompute=recompute), shape(), processes)
+
+    for layers in (3, 8):
+        (told,) = problems(layers)
+        assert f"recompute.layers {layers}" in told
+        assert "use 1, 2, 4" in told
+        assert problems(layers, "block") == []
+    assert problems(4) == []
+    (told,) = problems(4, pipeline=2)
+    assert "the 2 layers" in told
+
+
 def test_key_value_heads_divide_over_tensor_ranks():
     assert any("num_key_value_heads 2" in e for e in check_layout(config(parallel={"tensor": 4}), shape(), 4))
     assert check_layout(config(parallel={"tensor": 2}), shape(), 2) == []
