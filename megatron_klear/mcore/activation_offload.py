@@ -86,7 +86,8 @@ class ActivationOffload:
         if small or storage.data_ptr() in self._weights:
             return tensor
         # Several operators save the same tensor. Its address may be another's once its storage is gone.
-        key = (storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version)
+        place = storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
+        key = (*place, tensor.dtype, tensor._version)
         seen = row.by_storage.get(key)
         if seen is not None and not seen[0].expired():
             seen[1].uses += 1

@@ -204,3 +204,31 @@ def test_settings_that_win_nothing_are_refused(folder: Path) -> None:
     card = ParallelConfig(device="cuda")
     fine = settings(folder, layouts_named(["full recompute"])[0], True).model_copy(update={"parallel": card})
     assert activation_offload_problems(fine) == []
+
+
+class TwoReadings(torch.autograd.Function):
+    """Saves numbers, and the same memory read as whole numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor) -> Tensor:
+        ctx.save_for_backward(numbers, numbers.view(torch.int32))
+        return numbers * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        numbers, bits = ctx.saved_tensors
+        assert bits.dtype == torch.int32
+        assert torch.equal(bits, numbers.view(torch.int32))
+        return gradient * numbers
+
+
+def test_memory_that_is_saved_in_two_types_comes_back_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = Now()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: compute)
+    settings = OffloadConfig(activations=True, smallest_bytes=1, window=1)
+    offload = LateOffload(settings, [], torch.device("cpu"))
+    numbers = torch.arange(64.0, requires_grad=True)
+    with offload.row():
+        out: Tensor = TwoReadings.apply(numbers + 1)
+    out.sum().backward()
+    assert torch.equal(numbers.grad, torch.arange(64.0) + 1)
