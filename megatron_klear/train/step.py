@@ -147,8 +147,8 @@ class Step:
             touched = sum(step.metrics.get(f"clip_region_{region}_tokens", 0.0) for step in stats)
             metrics[f"clip_region_{region}"] = touched / trained
         for name in stats[0].metrics if stats else ():
-            if name.startswith("moe_"):
-                metrics[name] = _mean([step.metrics[name] for step in stats])
+            if name.startswith("moe_"):  # an update whose tokens all have weight 0 has no routes to compare
+                metrics[name] = _mean([step.metrics[name] for step in stats if name in step.metrics])
         if "moe_route_mismatch" in metrics:  # later updates have moved away from what drew
             metrics["moe_route_mismatch"] = stats[0].metrics["moe_route_mismatch"]
         metrics |= self.sampled | (self.mismatch or self._measure([], []))
