@@ -44,6 +44,11 @@ class _Kept:
     fetched: Any = None
     """The event after which `device` is whole again; None where it never left."""
 
+    def __del__(self) -> None:
+        """Of what was fetched and never asked for, the memory is given out again only behind the copy into it."""
+        if self.device is not None and self.fetched is not None:
+            torch.cuda.current_stream().wait_event(self.fetched)
+
 
 @dataclass(slots=True)
 class _Row:

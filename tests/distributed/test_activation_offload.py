@@ -232,3 +232,33 @@ def test_memory_that_is_saved_in_two_types_comes_back_in_both(monkeypatch: pytes
         out: Tensor = TwoReadings.apply(numbers + 1)
     out.sum().backward()
     assert torch.equal(numbers.grad, torch.arange(64.0) + 1)
+
+
+class Watched(LateOffload):
+    """Notes of what is fetched whether its copy was made when its memory was let go of."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.made: list[bool] = []
+
+    def _copy(self, to: Tensor, source: Tensor, stream: Late) -> None:
+        super()._copy(to, source, stream)
+        if stream is self._to_device:
+            weakref.finalize(to, self._note, len(stream.queue))
+
+    def _note(self, place: int) -> None:
+        self.made.append(self._to_device.done >= place)
+
+
+def test_memory_is_not_given_out_again_before_the_copy_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = Now()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: compute)
+    offload = Watched(OffloadConfig(activations=True, smallest_bytes=1, window=1), [], torch.device("cpu"))
+    numbers = torch.ones(64, requires_grad=True)
+    with offload.row():
+        unread = (numbers * 2).exp().sin()  # saved, and nothing that the loss reads
+        out = (numbers * 3).exp().cos().sum() + (numbers * 5).exp().sum()
+    out.backward()
+    del unread, out
+    assert len(offload.made) >= 2
+    assert all(offload.made)
