@@ -96,6 +96,11 @@ def _check_routes(config: GPPOConfig) -> list[str]:
             f"{key} asks a server on the CPU for its routes behind its answer, and behind rollout.router nobody knows "
             "which one answered; leave out rollout.router, or use servers on GPUs"
         )
+    if on_cpu and "--enable-prefix-caching" in rollout.server.arguments:
+        errors.append(
+            f"{key} needs a server on the CPU to read every token of a prompt, and rollout.server.arguments has "
+            "--enable-prefix-caching; leave it out"
+        )
     if not on_cpu and "--no-enable-prefix-caching" in rollout.server.arguments:
         errors.append(
             f"{key} needs vLLM's prefix caching (0.32 keeps routes beside its blocks), and rollout.server.arguments "

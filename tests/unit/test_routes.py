@@ -120,6 +120,8 @@ def test_what_cannot_be_replayed_is_refused(tmp_path: Path):
         "behind rollout.router nobody knows": servers | {"server": {"device": "cpu"}},
         "has --no-enable-prefix-caching; leave it out": servers
         | {"server": {"device": "cuda", "arguments": ["--no-enable-prefix-caching"]}},
+        "has --enable-prefix-caching; leave it out": servers
+        | {"router": None, "server": {"device": "cpu", "arguments": ["--enable-prefix-caching"]}},
     }
     for words, rollout in cases.items():
         config = replaying(tmp_path, "qwen3_moe", rollout=rollout)
