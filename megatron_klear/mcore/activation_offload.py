@@ -2,7 +2,8 @@
 
 What a layer saves for its backward pass is copied away as it is saved, on a stream of its own, and fetched one tensor
 ahead of its use. It goes with any recomputation: of a fully recomputed layer it is the layer's input that waits on the
-host, of others whatever is kept. Nothing here makes the host wait for the device.
+host, of others whatever is kept. Nothing here makes the host wait for the device. As with all hooks on saved tensors,
+torch does not see a tensor that is changed in place after it was saved: without offloading that is an error.
 
 Megatron's own (`fine_grained_activation_offloading`, arXiv 2504.14960) is not used: it learns in the first step how
 many micro-batches a step has and which tensors each saves, and keeps a host buffer for every shape it has met. Packed

@@ -32,7 +32,7 @@ from .process import ENVIRONMENT, import_paths
 # A program of the standard library alone, started and never imported.
 _SUPERVISOR = Path(__file__).resolve().parents[1] / "rollout" / "servers" / "supervisor.py"
 _RAY = "import sys; from ray.scripts.scripts import main; sys.exit(main())"
-_START_SECONDS = 180.0  # a dozen processes on a busy machine
+START_SECONDS = 180.0  # a dozen processes on a busy machine
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 5.0
 _STORE_BYTES = 80_000_000  # Ray's least; what it holds is the responses under way
@@ -147,13 +147,13 @@ class RayNode:
             self._lock = -1
 
     def _wait(self, wanted: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + _START_SECONDS
+        deadline = time.monotonic() + START_SECONDS
         while not self._is_up():
             self.check()
             if not wanted():
                 raise RewardError("the run's own Ray was ended while it started")
             if time.monotonic() > deadline:
-                raise RewardError(f"the run's own Ray was not up within {_START_SECONDS:g} s{self._tail()}")
+                raise RewardError(f"the run's own Ray was not up within {START_SECONDS:g} s{self._tail()}")
             time.sleep(_POLL_SECONDS)
 
     def _is_up(self) -> bool:

@@ -24,7 +24,7 @@ from .plain import PlainError
 from .pool import MEMORY_BYTES, usable_cores
 from .process import Task, import_paths
 from .ray_actor import GradingActor
-from .ray_node import Head, RayNode, check_ray
+from .ray_node import START_SECONDS, Head, RayNode, check_ray
 from .wire import RemoteJob, read_told, write_job, write_request
 from .worker import READY, NoAnswerError, Refused, Request, WorkerJob
 
@@ -33,7 +33,7 @@ _MAX_TRIES = 3
 _MAX_FAILED_STARTS = 3
 _START_SECONDS = 180.0
 _KNOCK_SECONDS = 10.0
-_NODE_SECONDS = 120.0  # for the other nodes of a run to join
+_NODE_SECONDS = START_SECONDS + 60.0  # for the other nodes of a run to join
 _KILL_AFTER_SECONDS = 60.0  # an actor kills its worker in time by itself: past this the actor hangs, or its node
 _LOOK_SECONDS = 1.0
 _STOP_SECONDS = 5.0

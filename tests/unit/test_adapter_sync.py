@@ -119,6 +119,22 @@ def test_a_server_without_room_for_the_rank_is_refused(receivers, tmp_path):
         receivers.portal.run(transport_in(tmp_path).attach([client]))
 
 
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"lora_targets": "o_proj"}, r"puts adapters on o_proj alone, and .* sends q_proj as well"),
+        ({"base": "replaced"}, r"was sent whole weights since it was started"),
+    ],
+)
+def test_a_server_of_others_that_would_compute_another_model_is_refused(receivers, tmp_path, told, words):
+    server = fit()
+    server.description |= told
+    with pytest.raises(UserError, match=words):
+        receivers.portal.run(transport_in(tmp_path).attach([receivers.add(server)]))
+    server.description |= {"lora_targets": "o_proj q_proj", "base": "as started"}
+    receivers.portal.run(transport_in(tmp_path).attach([receivers.add(server)]))
+
+
 def test_requests_are_for_the_model_with_the_adapter():
     async def ask(server: FakeServer) -> None:
         async with open_session() as session:

@@ -54,8 +54,7 @@ class AdapterTransport:
         """Check the servers that are new."""
 
         async def attach_one(server: ServerClient) -> None:
-            backend, rank = BACKENDS["disk"], self._form.rank
-            await check_server(server, backend, self._dtype, self._timeout_seconds, lora_rank=rank)
+            await check_server(server, BACKENDS["disk"], self._dtype, self._timeout_seconds, adapter=self._form)
             self._attached.add(server.url)
 
         await asyncio.gather(*(attach_one(server) for server in servers if server.url not in self._attached))

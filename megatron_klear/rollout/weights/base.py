@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -132,9 +132,14 @@ def open_transport(
 
 
 async def check_server(
-    server: ServerClient, backend: str, dtype: torch.dtype, timeout_seconds: float, *, lora_rank: int = 0
+    server: ServerClient,
+    backend: str,
+    dtype: torch.dtype,
+    timeout_seconds: float,
+    *,
+    adapter: AdapterForm | None = None,
 ) -> int:
-    """Number of workers of a server that is fit to receive, adapters up to `lora_rank` where that is given.
+    """Number of workers of a server that is fit to receive: whole weights, or adapters of a form.
 
     Raises UserError naming what it was started with.
     """
@@ -156,13 +161,30 @@ async def check_server(
                     f"{server.url} was started with {key} {worker[key]} and the run's [rollout] asks for {value}; "
                     "start both from the same settings"
                 )
-        if int(worker.get("lora_rank", 0)) < lora_rank:
-            raise UserError(
-                f"{server.url} takes adapters up to rank {worker.get('lora_rank', 0)}, and lora.sync = adapter sends "
-                f"some of rank {lora_rank}: start it with tools/serve_rollouts.py, or with --enable-lora and a larger "
-                "--max-lora-rank"
-            )
+        if adapter is not None:
+            _check_adapters(server.url, worker, adapter)
     return len(workers)
+
+
+def _check_adapters(url: str, worker: Mapping[str, str], form: AdapterForm) -> None:
+    """Raise UserError where a worker would leave out part of an adapter, or put it on another base."""
+    if int(worker.get("lora_rank", 0)) < form.rank:
+        raise UserError(
+            f"{url} takes adapters up to rank {worker.get('lora_rank', 0)}, and lora.sync = adapter sends "
+            f"some of rank {form.rank}: start it with tools/serve_rollouts.py, or with --enable-lora and a larger "
+            "--max-lora-rank"
+        )
+    targets = worker.get("lora_targets", "").split()
+    if targets and (left_out := sorted(set(form.targets) - set(targets))):
+        raise UserError(
+            f"{url} puts adapters on {', '.join(targets)} alone, and lora.sync = adapter sends {', '.join(left_out)} "
+            "as well: start it with tools/serve_rollouts.py, or name them in its --lora-target-modules"
+        )
+    if worker.get("base") == "replaced":
+        raise UserError(
+            f"{url} was sent whole weights since it was started, and lora.sync = adapter needs the base that it was "
+            "started with: start it again"
+        )
 
 
 class FileTransport:

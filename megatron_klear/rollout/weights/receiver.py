@@ -69,9 +69,12 @@ class _NotesChecksums(WeightTransferEngine):
         super().__init__(*arguments, **options)
         self.checksums: dict[str, str] = {}
 
+    replaced = False
+    """Whether the weights that the server was started with were touched."""
+
     def start_weight_update(self) -> None:
         """Begin; what is left of an update that was never finished is forgotten."""
-        self.checksums = {}
+        self.checksums, self.replaced = {}, True
         for layer in self.model.modules():
             reloading = get_layerwise_info(layer)
             if reloading.can_load():
@@ -198,6 +201,9 @@ class WeightReceiver:
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "device": str(worker.device),
             "lora_rank": str(config.lora_config.max_lora_rank if config.lora_config else 0),
+            # Empty is every matrix that vLLM knows.
+            "lora_targets": " ".join((config.lora_config and config.lora_config.target_modules) or ()),
+            "base": "replaced" if getattr(worker.weight_transfer_engine, "replaced", False) else "as started",
         }
 
     def klear_begin_update(self, version: str) -> None:
