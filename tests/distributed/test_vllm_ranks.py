@@ -53,7 +53,7 @@ def opened(url: str, transport: Transport):
     engine = SimpleNamespace(
         hf_weights=lambda: iter([("model.norm.weight", torch.ones(2))]),
         architecture=SimpleNamespace(vocab_size=VOCAB),
-        run=SimpleNamespace(model=SimpleNamespace(dtype="fp32")),
+        run=SimpleNamespace(model=SimpleNamespace(dtype="fp32"), lora=None),
         topology=SimpleNamespace(device=torch.device("cpu"), rank=dist.get_rank(), size=2),
         logprobs=lambda batches: [torch.full_like(batches[0].weights, -1.0)],
     )
