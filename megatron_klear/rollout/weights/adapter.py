@@ -7,7 +7,6 @@ makes the name known, and the workers are told to load through the extension of 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import shutil
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,7 @@ from megatron_klear.models.peft import WEIGHTS_FILE, AdapterForm, write_adapter_
 from megatron_klear.rollout.engine import Checksums
 from megatron_klear.rollout.servers.command import SERVED_NAME
 from megatron_klear.rollout.vllm.client import ADAPTER_NAME, Portal, ServerClient, ServerError
-from megatron_klear.rollout.weights.base import BACKENDS, check_server
+from megatron_klear.rollout.weights.base import BACKENDS, ByFiles, check_server
 from megatron_klear.rollout.weights.files import BucketFolder
 from megatron_klear.rollout.weights.update import WeightUpdate
 
@@ -29,10 +28,8 @@ _LOAD = "/v1/load_lora_adapter"
 _KNOWN = "already been loaded"  # by a trainer before this one
 
 
-class AdapterTransport:
+class AdapterTransport(ByFiles):
     """The WeightTransport of `lora.sync = "adapter"`: `weights` are the adapters, under PEFT's names."""
-
-    needs_shared_device = False
 
     def __init__(
         self,
@@ -43,25 +40,15 @@ class AdapterTransport:
         timeout_seconds: float,
         wait_seconds: float = 0.0,
     ) -> None:
-        """`folder` is None on ranks that only take part in gathering."""
-        self._folder, self._form, self._dtype = folder, form, dtype
-        self._timeout_seconds, self._wait_seconds = timeout_seconds, wait_seconds
-        self._attached: set[str] = set()
+        """Adapters of one form; otherwise as ByFiles."""
+        super().__init__(folder, dtype=dtype, timeout_seconds=timeout_seconds, wait_seconds=wait_seconds)
+        self._form = form
         self._named: set[str] = set()
         self._sent = 0
 
-    async def attach(self, servers: Sequence[ServerClient]) -> None:
-        """Check the servers that are new."""
-
-        async def attach_one(server: ServerClient) -> None:
-            await check_server(server, BACKENDS["disk"], self._dtype, self._timeout_seconds, adapter=self._form)
-            self._attached.add(server.url)
-
-        await asyncio.gather(*(attach_one(server) for server in servers if server.url not in self._attached))
-
     def detach(self, url: str) -> None:
         """Forget a server: one that is started again knows no adapter."""
-        self._attached.discard(url)
+        super().detach(url)
         self._named.discard(url)
 
     def send(
@@ -94,10 +81,8 @@ class AdapterTransport:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def close(self) -> None:
-        """Remove the folder."""
-        if self._folder is not None:
-            self._folder.close()
+    async def _check(self, server: ServerClient) -> None:
+        await check_server(server, BACKENDS["disk"], self._dtype, self._timeout_seconds, adapter=self._form)
 
     def _write(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         staging = folder.with_suffix(".partial")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -187,10 +188,44 @@ def _check_adapters(url: str, worker: Mapping[str, str], form: AdapterForm) -> N
         )
 
 
-class FileTransport:
-    """Weights as files that the servers read: in /dev/shm for those on this host, on a shared disk for any."""
+class ByFiles(ABC):
+    """By files that the servers read: in /dev/shm for those on this host, on a shared disk for any."""
 
     needs_shared_device = False
+
+    def __init__(
+        self, folder: BucketFolder | None, *, dtype: torch.dtype, timeout_seconds: float, wait_seconds: float = 0.0
+    ) -> None:
+        """`folder` is None on ranks that only take part in gathering."""
+        self._folder, self._dtype = folder, dtype
+        self._timeout_seconds, self._wait_seconds = timeout_seconds, wait_seconds
+        self._attached: set[str] = set()
+
+    async def attach(self, servers: Sequence[ServerClient]) -> None:
+        """Check the servers that are new."""
+
+        async def attach_one(server: ServerClient) -> None:
+            await self._check(server)
+            self._attached.add(server.url)
+
+        await asyncio.gather(*(attach_one(server) for server in servers if server.url not in self._attached))
+
+    def detach(self, url: str) -> None:
+        """Forget a server."""
+        self._attached.discard(url)
+
+    def close(self) -> None:
+        """Remove the folder."""
+        if self._folder is not None:
+            self._folder.close()
+
+    @abstractmethod
+    async def _check(self, server: ServerClient) -> None:
+        """Raise UserError where a server that is new cannot receive."""
+
+
+class FileTransport(ByFiles):
+    """Weights as buckets, a file each."""
 
     def __init__(
         self,
@@ -201,24 +236,13 @@ class FileTransport:
         timeout_seconds: float,
         wait_seconds: float = 0.0,
     ) -> None:
-        """`folder` is None on ranks that only take part in gathering."""
-        self._folder, self._dtype, self._bucket_bytes = folder, dtype, bucket_bytes
-        self._timeout_seconds, self._wait_seconds = timeout_seconds, wait_seconds
-        self._attached: set[str] = set()
+        """Files of about `bucket_bytes`, for servers that start to read within `wait_seconds` of hearing of them."""
+        super().__init__(folder, dtype=dtype, timeout_seconds=timeout_seconds, wait_seconds=wait_seconds)
+        self._bucket_bytes = bucket_bytes
 
-    async def attach(self, servers: Sequence[ServerClient]) -> None:
-        """Check the servers that are new."""
-
-        async def attach_one(server: ServerClient) -> None:
-            await check_server(server, BACKENDS["disk"], self._dtype, self._timeout_seconds)
-            await server.post("/init_weight_transfer_engine", {"init_info": {}}, timeout_seconds=self._timeout_seconds)
-            self._attached.add(server.url)
-
-        await asyncio.gather(*(attach_one(server) for server in servers if server.url not in self._attached))
-
-    def detach(self, url: str) -> None:
-        """Forget a server."""
-        self._attached.discard(url)
+    async def _check(self, server: ServerClient) -> None:
+        await check_server(server, BACKENDS["disk"], self._dtype, self._timeout_seconds)
+        await server.post("/init_weight_transfer_engine", {"init_info": {}}, timeout_seconds=self._timeout_seconds)
 
     def send(
         self,
@@ -245,11 +269,6 @@ class FileTransport:
             if bucket is not None:
                 bucket.remove()
         return update.finish()
-
-    def close(self) -> None:
-        """Remove the folder."""
-        if self._folder is not None:
-            self._folder.close()
 
     def _add(self, update: WeightUpdate, bucket: Bucket | None, name: str, tensor: Tensor) -> Bucket | None:
         assert self._folder is not None
