@@ -31,7 +31,7 @@ from .worker import READY, NoAnswerError, Refused, Request, WorkerJob
 _AT_ONCE = 2  # responses an actor has: the next is there when one is graded
 _MAX_TRIES = 3
 _MAX_FAILED_STARTS = 3
-_START_SECONDS = 180.0
+_GRADER_SECONDS = 180.0  # for a grader to import its rewards on a busy machine
 _KNOCK_SECONDS = 10.0
 _NODE_SECONDS = START_SECONDS + 60.0  # for the other nodes of a run to join
 _KILL_AFTER_SECONDS = 60.0  # an actor kills its worker in time by itself: past this the actor hangs, or its node
@@ -45,7 +45,7 @@ class _Actor:
     def __init__(self, handle: Any, node: str) -> None:
         self.handle, self.node = handle, node
         self.ready = False
-        self.deadline = time.monotonic() + _START_SECONDS
+        self.deadline = time.monotonic() + _GRADER_SECONDS
         self.tasks: dict[Task, float] = {}
         """What it is at, each with the time at which it must be graded."""
 
