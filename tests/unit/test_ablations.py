@@ -36,8 +36,7 @@ def test_every_command_of_every_recipe_has_valid_settings(path, monkeypatch):
     """At each scale: what a stage reads is what an earlier one leaves, and arms differ."""
     monkeypatch.chdir(ROOT)
     config = recipe(path)
-    assert "tiny" in config.scales
-    assert {"8b", "30b"} & config.scales.keys(), "the recipe of a real model"
+    assert {"tiny", "8b"} <= config.scales.keys()
     for name, scale in config.scales.items():
         planned = arm_runs(config, scale, f"{path.stem}_{name}", Path("runs/ablations"), (0, 1), ())
         assert len({json.dumps(one.stages).replace(str(one.folder), "") for one in planned}) == len(planned)
