@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from megatron_klear.config.base import ModelConfig
 from megatron_klear.config.rollout import ServerConfig, VLLMRolloutConfig
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
@@ -16,10 +18,26 @@ from megatron_klear.models.architecture import read_architecture
 from megatron_klear.models.peft import AdapterForm
 from megatron_klear.rollout.servers.command import server_command
 from megatron_klear.rollout.servers.servers import Servers, choose_ports
+from megatron_klear.types import Prompt
 
 SHAPE = TinyShape(hidden_size=128, ffn_hidden_size=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32)
 TIED_SHAPE = replace(SHAPE, tied_embeddings=True)
 LONGEST_SEQUENCE = 512
+
+
+def prompts(*sizes: int) -> list[Prompt]:
+    """One of each size, the same every time, so that a cache of prompts is in use."""
+    generator = np.random.default_rng(0)
+    return [
+        Prompt(
+            id=f"p{index}",
+            data_source="test",
+            tokens=generator.integers(0, 500, size=size).astype(np.int32),
+            text="",
+            ground_truth="",
+        )
+        for index, size in enumerate(sizes)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm_server import SHAPE, running_server
+from vllm_server import SHAPE, prompts, running_server
 
 from megatron_klear.config.base import CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, SFTConfig
 from megatron_klear.config.rl import SamplingConfig
@@ -26,7 +25,7 @@ from megatron_klear.rollout.vllm.engine import VLLMEngine
 from megatron_klear.rollout.vllm.open import Access
 from megatron_klear.rollout.vllm.routes import RouteForm
 from megatron_klear.train.weight_sync import ServersWeights
-from megatron_klear.types import Prompt, Sample
+from megatron_klear.types import Sample
 
 pytestmark = [
     pytest.mark.vllm,
@@ -37,20 +36,6 @@ pytestmark = [
 
 SAMPLING = SamplingConfig(samples_per_prompt=3, max_tokens=60, temperature=0.9)
 NUDGE = 1e-6
-
-
-def prompts() -> list[Prompt]:
-    generator = np.random.default_rng(0)
-    return [
-        Prompt(
-            id=f"p{size}",
-            data_source="test",
-            tokens=generator.integers(0, 500, size=size).astype(np.int32),
-            text="",
-            ground_truth="",
-        )
-        for size in (5, 40, 200)
-    ]
 
 
 def nudged(weights: Iterator[tuple[str, torch.Tensor]], seed: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -127,7 +112,7 @@ def draw_and_replay(model: Path, address: str, rollout: VLLMRolloutConfig, updat
 
         for version in range(updates):
             send(version)
-            groups = rollouts.generate(prompts(), SAMPLING, seed=version)
+            groups = rollouts.generate(prompts(5, 40, 200), SAMPLING, seed=version)
             samples = [sample for group in groups for sample in group.samples]
             found.replayed.append(differ(engine, samples, replayed=True))
             found.free.append(differ(engine, samples, replayed=False))
@@ -143,7 +128,7 @@ def crossing(rollouts: VLLMEngine, send: Any, version: int) -> int:
     """Responses drawn with two versions of weights, whose routes `pack` takes: all of their tokens."""
     long = SAMPLING.model_copy(update={"max_tokens": 200, "stop_token_ids": ()})
     for seconds in (0.2, 0.1, 0.4, 0.8):
-        rollouts.submit([GroupRequest(prompt=prompt, sampling=long, seed=version) for prompt in prompts()])
+        rollouts.submit([GroupRequest(prompt=prompt, sampling=long, seed=version) for prompt in prompts(5, 40, 200)])
         time.sleep(seconds)
         send(version)
         version += 1

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_rl_run import TOML, start
-from vllm_server import SHAPE, TIED_SHAPE, running_server
+from vllm_server import SHAPE, TIED_SHAPE, prompts, running_server
 
 from megatron_klear.config.base import (
     CheckpointConfig,
@@ -44,7 +43,7 @@ from megatron_klear.rollout.vllm.client import ADAPTER_NAME, ServerClient
 from megatron_klear.rollout.vllm.open import Access
 from megatron_klear.train import weight_sync
 from megatron_klear.train.weight_sync import WeightsNotArrived
-from megatron_klear.types import Prompt, Sample, VersionSpan
+from megatron_klear.types import Sample, VersionSpan
 from megatron_klear.verify.rollouts import RolloutReport, verify_weights
 
 pytestmark = pytest.mark.vllm
@@ -52,21 +51,6 @@ pytestmark = pytest.mark.vllm
 SAMPLING = SamplingConfig(samples_per_prompt=3, max_tokens=40, temperature=0.8)
 # A fifth of the model: several buckets an update.
 BUCKET_BYTES = 400_000
-
-
-def prompts() -> list[Prompt]:
-    """The same every time, so that a cache of prompts is in use; one is longer than a block of it."""
-    generator = np.random.default_rng(0)
-    return [
-        Prompt(
-            id=f"p{index}",
-            data_source="test",
-            tokens=generator.integers(0, 500, size=size).astype(np.int32),
-            text="",
-            ground_truth="",
-        )
-        for index, size in enumerate((5, 40, 300))
-    ]
 
 
 ANSWERS = {"swallowed": {"results": [None]}, "failed": {"success": False}}
@@ -179,7 +163,7 @@ class Run:
 
     def draw(self) -> list[Sample]:
         """Samples from the server."""
-        groups = self.rollouts.generate(prompts(), SAMPLING, seed=self.version)
+        groups = self.rollouts.generate(prompts(5, 40, 300), SAMPLING, seed=self.version)
         return [sample for group in groups for sample in group.samples]
 
     def difference(self, samples: list[Sample]) -> float:
@@ -277,7 +261,7 @@ def send_under_way(
 def interrupted(run: Run, seconds: float) -> list[Sample]:
     """Long responses, with new weights some seconds after they were asked for."""
     long = SAMPLING.model_copy(update={"max_tokens": 200, "stop_token_ids": ()})
-    run.rollouts.submit([GroupRequest(prompt=prompt, sampling=long, seed=5) for prompt in prompts()])
+    run.rollouts.submit([GroupRequest(prompt=prompt, sampling=long, seed=5) for prompt in prompts(5, 40, 300)])
     time.sleep(seconds)
     run.send()
     samples: list[Sample] = []

@@ -1,8 +1,10 @@
-"""Fixtures that several tests of curation share."""
+"""Fixtures that several files share."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
+from fake_vllm import FakeServer
 from teacher import Teacher
 
 from megatron_klear.evaluation import chat_api
@@ -15,6 +17,13 @@ def teacher(monkeypatch):
     server = Teacher()
     yield server
     server.close()
+
+
+@pytest.fixture
+def servers() -> Iterator[list[FakeServer]]:
+    """Two servers that stand in for vLLM's."""
+    with FakeServer() as first, FakeServer() as second:
+        yield [first, second]
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -24,12 +23,6 @@ from megatron_klear.errors import UserError
 from megatron_klear.rollout.engine import GroupRequest
 from megatron_klear.rollout.vllm.dispatch import sample_seed
 from megatron_klear.rollout.vllm.engine import WeightsNeeded
-
-
-@pytest.fixture
-def servers() -> Iterator[list[FakeServer]]:
-    with FakeServer() as first, FakeServer() as second:
-        yield [first, second]
 
 
 def test_generate_gives_whole_groups_in_order(servers: list[FakeServer]):

@@ -1,7 +1,5 @@
 """Servers that share the trainer's cards: asleep while it trains, awake whole or not at all."""
 
-from collections.abc import Iterator
-
 import pytest
 from engine_on_fakes import (
     FakeServers,
@@ -17,12 +15,6 @@ from fake_vllm import FakeServer, sampling
 
 from megatron_klear.errors import UserError
 from megatron_klear.rollout.vllm.engine import VLLMEngine
-
-
-@pytest.fixture
-def servers() -> Iterator[list[FakeServer]]:
-    with FakeServer() as first, FakeServer() as second:
-        yield [first, second]
 
 
 def test_sleep_is_for_servers_on_the_trainers_cards(servers: list[FakeServer]):
