@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Aggregation = Literal["token_mean", "sequence_mean"]
+Number = TypeVar("Number", bound=np.generic)
 
 
 def loss_weights(trained_counts: npt.NDArray[np.integer], aggregation: Aggregation) -> npt.NDArray[np.float64]:
@@ -61,12 +62,18 @@ def pack(
             raise ValueError(
                 f"sample {index} of a row has {len(sample.tokens)} tokens and {len(sample.trained)} marks of training"
             )
-    bounds = np.concatenate([[0], np.cumsum([len(sample.tokens) for sample in samples])])
-    predicted = _shifted([sample.trained for sample in samples]).astype(np.bool_)
+    # Arrays of a step's rows are many pages that the kernel hands out one by one, which takes longer than filling them:
+    # each is made once, in its own type.
+    lengths = np.array([len(sample.tokens) for sample in samples])
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    unpredicted = ~_shifted([sample.trained for sample in samples], np.bool_)
+
+    def zeroed(values: npt.NDArray[np.float32]) -> Tensor:
+        np.putmask(values, unpredicted, 0)
+        return torch.from_numpy(values)
 
     def spread(numbers: Sequence[float]) -> Tensor:
-        of_tokens = np.repeat(np.asarray(numbers, dtype=np.float32), np.diff(bounds))
-        return torch.from_numpy(np.where(predicted, of_tokens, np.float32(0)))
+        return zeroed(np.repeat(np.asarray(numbers, dtype=np.float32), lengths))
 
     logprobs = [sample.logprobs for sample in samples if sample.logprobs is not None]
     if logprobs and len(logprobs) != len(samples):
@@ -75,16 +82,16 @@ def pack(
     if routes and len(routes) != len(samples):
         raise ValueError("some samples of a row carry routes and some do not")
     return PackedBatch(
-        tokens=torch.from_numpy(np.concatenate([sample.tokens for sample in samples]).astype(np.int64)),
-        targets=torch.from_numpy(_shifted([sample.tokens for sample in samples]).astype(np.int64)),
+        tokens=torch.from_numpy(
+            np.concatenate([sample.tokens for sample in samples], dtype=np.int64, casting="unsafe")
+        ),
+        targets=torch.from_numpy(_shifted([sample.tokens for sample in samples], np.int64)),
         weights=spread(weights),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         advantages=None if advantages is None else spread(advantages),
-        sampler_logprobs=torch.from_numpy(np.where(predicted, _shifted(logprobs), 0).astype(np.float32))
-        if logprobs
-        else None,
+        sampler_logprobs=zeroed(_shifted(logprobs, np.float32)) if logprobs else None,
         nll_weights=None if nll_weights is None else spread(nll_weights),
-        sampler_routes=torch.from_numpy(_routes(routes, np.diff(bounds))) if routes else None,
+        sampler_routes=torch.from_numpy(_routes(routes, lengths)) if routes else None,
         sample_numbers=tuple(sample_numbers),
     )
 
@@ -99,7 +106,7 @@ def _routes(routes: Sequence[Routes], lengths: npt.NDArray[np.integer]) -> npt.N
     return laid
 
 
-def _shifted(arrays: Sequence[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
+def _shifted(arrays: Sequence[npt.NDArray[np.generic]], dtype: type[Number]) -> npt.NDArray[Number]:
     """Each array one place to the left with a zero at its end, all laid end to end."""
-    pieces = [piece for array in arrays for piece in (array[1:], np.zeros(1, dtype=array.dtype))]
-    return np.concatenate(pieces)
+    zero = np.zeros(1, dtype)
+    return np.concatenate([piece for array in arrays for piece in (array[1:], zero)], dtype=dtype, casting="unsafe")
