@@ -40,8 +40,8 @@ ALLOWED = {
     "curation": BOTTOM | {"data", "rewards", "statistics", "config", "runs", "evaluation"},
     # Starts the commands of others, and reads what they left.
     "ablations": BOTTOM | {"statistics", "config", "runs"},
-    # Another process than the trainer's: it meets no rank and no Megatron.
-    "orchestrator": BOTTOM | ISLANDS | {"config", "rollout", "runs"},
+    # Another process than the trainer's: it meets no rank and no Megatron, but its messages have the form of theirs.
+    "orchestrator": BOTTOM | RANKS | ISLANDS | {"config", "rollout", "runs"},
     "train": UP_TO_RUNS | {"evaluation", "orchestrator"},
     "verify": UP_TO_TRAIN,
     "cli": UP_TO_TRAIN | {"verify"},

@@ -10,20 +10,23 @@ Errors cross as words: a UserError arrives as one, anything else as RuntimeError
 from __future__ import annotations
 
 import contextlib
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatron_klear.distributed import wire
 from megatron_klear.errors import UserError
 
 Result = TypeVar("Result")
 
 BEAT_SECONDS = 30.0
 """How often ranks that wait for work of hours tell each other that they do; far below any collective's time-out."""
+
+CHUNK_BYTES = 1 << 20
+"""What a rank has received of an array before it begins to send it on."""
 
 _FAILED = "klear/failed"  # key of the store
 _group: dist.ProcessGroup | None = None
@@ -88,36 +91,34 @@ def gather_first(value: Result) -> list[Result]:
     # Not torch's gather_object, which pads every message to the longest: where one rank of each replica has something
     # to tell, rank 0 would receive it once for every rank of the world.
     if not is_first():
-        _send(_pickled(value), 0)
+        _send(value, 0)
         return []
-    return [value, *(_unpickled(_receive(sender)) for sender in range(1, size()))]
+    return [value, *(_pass_on(sender, None) for sender in range(1, size()))]
 
 
 def give_each(parts: Sequence[Result], receivers: Sequence[Sequence[int]]) -> Result:
     """To every rank the part that is meant for it: part i of rank 0's goes to the ranks of `receivers[i]`.
 
     Every rank passes the same `receivers`, which name each rank once; `parts` is rank 0's alone. A part leaves rank 0
-    once, for the first of its receivers, and goes on from there along a binary tree: no rank receives another's.
+    once, for the first of its receivers, and goes on from rank to rank: each sends what it has of it while it receives
+    the rest, so that the last has it hardly later than the first. No rank receives another's.
     """
     if size() == 1:
         return parts[0]
     own = next(part for part, ranks in enumerate(receivers) if rank() in ranks)
-    message: torch.Tensor | None = None
-    if is_first():
-        message = _pickled(parts[own])
-        for part, ranks in enumerate(receivers):
-            if part != own:
-                _send(_pickled(parts[part]), ranks[0])
-    # Rank 0, where it is among them, is the root, for it has the part.
-    tree = sorted(receivers[own], key=lambda member: member != 0)
-    place = tree.index(rank())
-    if message is None:
-        message = _receive(tree[(place - 1) // 2] if place else 0)
-    for child in (2 * place + 1, 2 * place + 2):
-        if child < len(tree):
-            _send(message, tree[child])
-    result: Result = _unpickled(message)
-    return result
+    # Rank 0, where it is among them, goes before them, for it has the part.
+    chain = sorted(receivers[own], key=lambda member: member != 0)
+    place = chain.index(rank())
+    after = chain[place + 1] if place + 1 < len(chain) else None
+    if not is_first():
+        passed: Result = _pass_on(chain[place - 1] if place else 0, after)
+        return passed
+    for part, ranks in enumerate(receivers):
+        if part != own:
+            _send(parts[part], ranks[0])
+    if after is not None:
+        _send(parts[own], after)
+    return parts[own]
 
 
 def from_first_rank(function: Callable[[], Result]) -> Result:
@@ -203,26 +204,51 @@ def _of_first(function: Callable[[], Result], *, everywhere: bool) -> Any:
     return told if everywhere else result
 
 
-def _pickled(value: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(pickle.dumps(value, pickle.HIGHEST_PROTOCOL)), dtype=torch.uint8)
+def _send(value: Any, to: int) -> None:
+    # Lengths, then the bytes, so that nothing is padded to the longest part.
+    head, beside = wire.taken_apart(value)
+    sizes = [buffer.nbytes for buffer in beside]
+    for message in (torch.tensor([len(sizes), len(head)]), torch.tensor(sizes), _tensor(head)):
+        if len(message):
+            dist.send(message, to, group=_group)
+    for buffer in beside:
+        _wait_for([dist.isend(chunk, to, group=_group) for chunk in _chunks(_tensor(buffer))])
 
 
-def _unpickled(message: torch.Tensor) -> Any:
-    return pickle.loads(message.numpy().data)
+def _pass_on(sender: int, to: int | None) -> Any:
+    """What `sender` sends; where `to` is a rank, it gets the bytes as they come."""
+    sent: list[dist.Work | None] = []
+
+    def passed(message: torch.Tensor) -> torch.Tensor:
+        dist.recv(message, sender, group=_group)
+        if to is not None:
+            sent.append(dist.isend(message, to, group=_group))
+        return message
+
+    count, length = passed(torch.zeros(2, dtype=torch.int64)).tolist()
+    sizes = passed(torch.zeros(count, dtype=torch.int64)).tolist() if count else []
+    head = passed(torch.empty(length, dtype=torch.uint8))
+    beside = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    for buffer in beside:
+        for chunk in _chunks(buffer):
+            passed(chunk)
+    _wait_for(sent)
+    return wire.put_together(head.numpy().data, [buffer.numpy().data for buffer in beside])
 
 
-def _send(message: torch.Tensor, to: int) -> None:
-    # A length, then the bytes, so that nothing is padded to the longest part.
-    dist.send(torch.tensor([len(message)]), to, group=_group)
-    dist.send(message, to, group=_group)
+def _chunks(buffer: torch.Tensor) -> Iterator[torch.Tensor]:
+    return (buffer[start : start + CHUNK_BYTES] for start in range(0, len(buffer), CHUNK_BYTES))
 
 
-def _receive(sender: int) -> torch.Tensor:
-    length = torch.zeros(1, dtype=torch.int64)
-    dist.recv(length, sender, group=_group)
-    content = torch.empty(int(length), dtype=torch.uint8)
-    dist.recv(content, sender, group=_group)
-    return content
+def _wait_for(sent: Sequence[dist.Work | None]) -> None:
+    for work in sent:
+        if work is not None:  # as torch has it for a rank outside of the group
+            work.wait()
+
+
+def _tensor(content: bytes | memoryview) -> torch.Tensor:
+    # The memory itself, but of what may not be written a copy, for torch has no tensor of it.
+    return torch.frombuffer(bytearray(content) if memoryview(content).readonly else content, dtype=torch.uint8)
 
 
 def _told(error: Exception) -> tuple[bool, str]:

@@ -1,7 +1,8 @@
 """Messages between rank 0 and its orchestrator, over a pair of sockets that no other process can open.
 
-A message is a length and a pickle, so that arrays cross as the bytes they are. Both ends are this program, and what a
-model wrote crosses as text and numbers; answers of grading processes, which run near to such text, are JSON instead.
+A message is lengths, a pickle and the bytes of large arrays, from the memory of one process to that of the other. Both
+ends are this program, and what a model wrote crosses as text and numbers; answers of grading processes, which run near
+to such text, are JSON instead.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ import select
 import socket
 import struct
 from typing import Any
+
+import numpy as np
+
+from megatron_klear.distributed import wire
 
 _LENGTH = struct.Struct("<Q")
 _CHUNK = 1 << 20
@@ -29,10 +34,12 @@ class Link:
 
     def send(self, message: Any) -> None:
         """Hand a message over. Raises LinkClosedError."""
-        content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        head, beside = wire.taken_apart(message)
+        sizes = [len(head), *(buffer.nbytes for buffer in beside)]
         try:
-            self._socket.sendall(_LENGTH.pack(len(content)))
-            self._socket.sendall(content)
+            self._socket.sendall(b"".join(_LENGTH.pack(number) for number in (len(sizes), *sizes)) + head)
+            for buffer in beside:
+                self._socket.sendall(buffer)
         except OSError as error:
             raise LinkClosedError from error
 
@@ -40,17 +47,18 @@ class Link:
         """The next message, or None where none begins in time. Raises LinkClosedError."""
         if not select.select([self._socket], [], [], timeout_seconds)[0]:
             return None
-        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
-        return pickle.loads(self._read(length))
+        (count,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        sizes = [length for (length,) in _LENGTH.iter_unpack(self._read(count * _LENGTH.size))]
+        head, *beside = [self._read(size) for size in sizes]
+        return wire.put_together(head, beside)
 
     def close(self) -> None:
         """Let go of this end, which the other hears of."""
         with contextlib.suppress(OSError):
             self._socket.close()
 
-    def _read(self, size: int) -> bytearray:
-        content = bytearray(size)
-        view, done = memoryview(content), 0
+    def _read(self, size: int) -> memoryview:
+        view, done = np.empty(size, np.uint8).data, 0  # not a bytearray, which would first be filled with zeros
         while done < size:
             try:
                 count = self._socket.recv_into(view[done : done + _CHUNK])
@@ -59,7 +67,7 @@ class Link:
             if not count:
                 raise LinkClosedError
             done += count
-        return content
+        return view
 
 
 def told(error: Exception, trace: str) -> Exception:

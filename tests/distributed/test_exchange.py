@@ -8,17 +8,22 @@ from pool import Pool
 from megatron_klear.distributed import exchange
 from megatron_klear.errors import UserError
 
-RECEIVERS = ((0, 3), (1,), (4, 2))
+RECEIVERS = ((3, 0, 1), (5,), (4, 2))
+MARKS = np.frombuffer(b"x" * 70_001, np.uint8)  # may not be written
 
 
 def verbs() -> dict[str, object]:
-    """What every verb gives this rank of five."""
+    """What every verb gives this rank of six."""
     rank = exchange.rank()
-    parts = [{"part": number, "tokens": np.full(100_000, number)} for number in range(3)] if rank == 0 else []
+    tokens = 3 * exchange.CHUNK_BYTES // 8 + 5  # of eight bytes: some chunks and a bit
+    parts = [{"part": part, "marks": MARKS, "tokens": np.full(tokens, part)} for part in range(3)] if rank == 0 else []
     part = exchange.give_each(parts, RECEIVERS)
+    assert part["tokens"].flags.aligned
+    assert part["tokens"].flags.writeable
     return {
         "part": part["part"],
-        "tokens": int(part["tokens"].sum()),
+        "marks": int(part["marks"].sum()),
+        "tokens": (len(part["tokens"]) - tokens, set(part["tokens"].tolist())),
         "told": exchange.tell_all(f"by {rank}"),
         "gathered": exchange.gather_all(rank),
         "first": exchange.gather_first(rank * 10),
@@ -29,14 +34,15 @@ def verbs() -> dict[str, object]:
 
 
 def test_every_rank_gets_what_is_meant_for_it(ranks: Pool):
-    for rank, found in enumerate(ranks(5, verbs)):
+    for rank, found in enumerate(ranks(6, verbs)):
         part = next(number for number, receivers in enumerate(RECEIVERS) if rank in receivers)
         assert found == {
             "part": part,
-            "tokens": 100_000 * part,
+            "marks": int(MARKS.sum()),
+            "tokens": (0, {part}),
             "told": "by 0",
-            "gathered": [0, 1, 2, 3, 4],
-            "first": [0, 10, 20, 30, 40] if rank == 0 else [],
+            "gathered": [0, 1, 2, 3, 4, 5],
+            "first": [0, 10, 20, 30, 40, 50] if rank == 0 else [],
             "of first": 7,
             "on first": 7 if rank == 0 else None,
             "agreed": rank,

@@ -6,13 +6,15 @@
 No cluster is involved. What is called simulated is one process that does in turn what the ranks of a world would do at
 once: planning, cutting and pickling are really done and timed, transfers are computed.
 
-A step of made-up groups (8 samples a prompt, log-normal lengths up to 32K) is planned, cut into parts and pickled as
+A step of made-up groups (8 samples a prompt, log-normal lengths up to 32K) is planned, cut into parts and serialised as
 `distributed.exchange` sends it, for each stated layout; every byte counted is a byte that was serialised. Beside it is
 the former way on the same step: all groups pickled to every rank, once drawn and once graded, and four floats a token.
-Seconds are measured here, but for the transfer: bytes a second over gloo are measured between local processes, and the
-seconds of a simulated world are computed from them, with one stream out of rank 0. That is a loopback figure of one
-machine, not of a network. The rollout file is written for real, of the first groups of the step; its size says
-little, as texts are one repeated letter (tests/unit/test_rollout_files.py has the bound on real ones).
+Seconds are measured here, the way from the orchestrator's process among them, but for the transfer: bytes a second over
+gloo are measured between two local processes and along a chain of three, and the seconds of a simulated world are
+computed from them, with one stream out of rank 0. That is a loopback figure of one machine, not of a network. The
+smallest world's rows are given out among as many local processes too, which share the machine's cores.
+The rollout file is written for real, of the first groups of the step; its size says little, as texts are one repeated
+letter (tests/unit/test_rollout_files.py has the bound on real ones).
 Sockets are counted in /proc of real gloo processes; those of a world on NCCL follow from its one gloo group.
 """
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -44,9 +47,10 @@ import torch.distributed as dist
 from megatron_klear.config.base import ParallelConfig
 from megatron_klear.config.rl import AlgorithmConfig
 from megatron_klear.data.packing import RowSettings, sequence_work
-from megatron_klear.distributed import exchange
+from megatron_klear.distributed import exchange, wire
 from megatron_klear.mcore.topology import world
 from megatron_klear.models.architecture import architecture_from_config
+from megatron_klear.orchestrator.link import Link
 from megatron_klear.orchestrator.step_numbers import StepNumbers, TokenArrays
 from megatron_klear.rl.advantages import advantages_of
 from megatron_klear.rl.mismatch import MismatchSums
@@ -62,10 +66,11 @@ SAMPLES, PROMPT_TOKENS, CAP_TOKENS, MEAN_TOKENS = 8, 256, 32768, 16384
 LAYOUTS = {8: (4, 1, 1), 64: (4, 2, 1), 256: (8, 2, 1), 1024: (8, 4, 1)}  # ranks: tensor, context, pipeline
 RANKS_OF_NODE = 8
 TRANSFER_BYTES = 32 << 20
+GIVEN_BYTES = 151_000_000  # rows of 16.8 M tokens
 TEXT_BYTES = 4  # of a token
 SIMULATED = (
-    "No cluster: one process on this machine planned, cut and pickled what each world's ranks would. Seconds named "
-    "_computed, and wait_seconds with them, are bytes over the rate between two local gloo processes, not a network's. "
+    "No cluster: one process on this machine planned, cut and packed what each world's ranks would. Seconds named "
+    "_computed, and wait_seconds with them, are bytes over the rate between local gloo processes, not a network's. "
     "Sockets are counted in real local processes."
 )
 Report = dict[str, Any]
@@ -101,7 +106,25 @@ def _group(generator: np.random.Generator, index: int, lengths: list[int]) -> Gr
 
 def size_of(value: Any) -> int:
     """Bytes of a value as the exchange sends it."""
-    return len(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+    head, beside = wire.taken_apart(value)
+    return len(head) + sum(buffer.nbytes for buffer in beside)
+
+
+def over_link(parts: list[TokenArrays]) -> tuple[list[TokenArrays], float]:
+    """The parts as rank 0 has them from the orchestrator, another process, and the seconds from its send to there."""
+    ours, theirs = socket.socketpair()
+    if not os.fork():
+        theirs.recv(1)
+        Link(theirs).send(parts)
+        os._exit(0)
+    start = time.perf_counter()
+    ours.send(b"1")
+    received: list[TokenArrays] = Link(ours).receive()
+    seconds = time.perf_counter() - start
+    os.wait()
+    for end in (ours, theirs):
+        end.close()
+    return received, seconds
 
 
 def former_bytes(groups: list[Group], tokens: int) -> int:
@@ -126,8 +149,11 @@ def plans_of(numbers: StepNumbers, data_size: int) -> list[UpdatePlan]:
     ]
 
 
-def simulate(groups: list[Group], ranks: int, gloo_rate: float) -> Report:
-    """Bytes and seconds of one step's control plane in a world of `ranks`."""
+def simulate(groups: list[Group], ranks: int, gloo_rate: float, chain_rate: float) -> Report:
+    """Bytes and seconds of one step's control plane in a world of `ranks`.
+
+    Rates are bytes a second, from one process to another and along a chain of them.
+    """
     tensor, context, pipeline = LAYOUTS[ranks]
     data_size = ranks // (tensor * context * pipeline)
     replica = ranks // data_size
@@ -138,16 +164,15 @@ def simulate(groups: list[Group], ranks: int, gloo_rate: float) -> Report:
     plans = plans_of(numbers, data_size)
     clock.append(time.perf_counter())
     samples = [sample for group in groups for sample in group.samples]
-    parts: list[int] = []
-    own = b""
-    for data_rank in range(data_size):
-        chosen = [number for plan in plans for number in plan.numbers_of(data_rank)]
-        part = pickle.dumps(TokenArrays.of({number: samples[number] for number in chosen}), pickle.HIGHEST_PROTOCOL)
-        parts.append(len(part))
-        if len(part) == max(parts):
-            own, largest = part, data_rank
+    numbers_of_parts = [[number for plan in plans for number in plan.numbers_of(rank)] for rank in range(data_size)]
+    made = [TokenArrays.of({number: samples[number] for number in chosen}) for chosen in numbers_of_parts]
     clock.append(time.perf_counter())
-    received = pickle.loads(own).samples()
+    arrays, link = over_link(made)
+    parts = [size_of(part) for part in arrays]
+    largest = int(np.argmax(parts))
+    head, beside = wire.taken_apart(arrays[largest])
+    clock.append(time.perf_counter())
+    received = wire.put_together(head, beside).samples()
     batches = [batch for plan in plans for batch in pack_rows(plan, largest, received)]
     clock.append(time.perf_counter())
     values = torch.zeros(1)
@@ -155,12 +180,14 @@ def simulate(groups: list[Group], ranks: int, gloo_rate: float) -> Report:
     mismatch = 8 * (len(sums.sums) + len(sums.histogram) + 1)
     ratios = {n: [np.ones(len(sample.tokens), np.float32)] for n, sample in received.items()}
     gathered = size_of(ratios) * data_size
-    seconds = dict(zip(("numbers", "plan", "parts", "unpack_and_pack"), np.diff(clock).tolist(), strict=True))
-    # Rank 0 sends every other part once, and its own at most twice.
-    leaving = sum(parts) - parts[0] + min(2, replica - 1) * parts[0]
+    seconds = dict(zip(("numbers", "plan", "parts", "link", "unpack_and_pack"), np.diff(clock).tolist(), strict=True))
+    seconds["link"] = link
+    # Rank 0 sends every part once: its own too, to the next of its replica.
+    leaving = sum(parts) - (parts[0] if replica == 1 else 0)
     seconds["transfer_computed"] = leaving / gloo_rate
-    # A part goes on within its replica along a binary tree, and every place sends it twice, one after the other.
-    seconds["replica_computed"] = 2 * (replica.bit_length() - 1) * max(parts) / gloo_rate
+    # Within its replica a part goes from rank to rank in chunks: what a chain is slower, and a chunk's way along it.
+    slower = max(0.0, 1 / chain_rate - 1 / gloo_rate)
+    seconds["replica_computed"] = max(parts) * slower + (replica - 1) * exchange.CHUNK_BYTES / chain_rate
     seconds["ratios_computed"] = gathered / gloo_rate
     control = told + 2 * mismatch  # a ring receives an all-reduce's values at most twice
     return {
@@ -215,18 +242,22 @@ def _in_process(rank: int, size: int, port: int, lazy: bool, what: str, answers:
             dist.barrier()
         return
     dist.init_process_group("gloo")
-    if what == "transfer":
-        # As the exchange sends, without the pickling, which is timed where parts are made and read.
-        message = torch.ones(TRANSFER_BYTES, dtype=torch.uint8)
-        rates = []
+    if what in ("transfer", "give"):
+        # An array from rank 0 along a chain of all others, or to each data rank of the smallest world its rows.
+        message, receivers = np.ones(TRANSFER_BYTES, np.uint8), [list(range(size))]
+        if what == "give":
+            replica = math.prod(LAYOUTS[size])
+            receivers = [list(range(first, first + replica)) for first in range(0, size, replica)]
+            message = np.ones(GIVEN_BYTES // len(receivers), np.uint8)
+        seconds = []
         for _ in range(5):
             dist.barrier()
             start = time.perf_counter()
-            exchange._send(message, 1) if rank == 0 else exchange._receive(0)
+            exchange.give_each([message] * len(receivers), receivers)
             dist.barrier()
-            rates.append(TRANSFER_BYTES / (time.perf_counter() - start))
+            seconds.append(time.perf_counter() - start)
         if rank == 0:
-            answers.put(("rate", sorted(rates)[2]))
+            answers.put(("seconds", sorted(seconds)[2]))
     else:
         exchange.tell_all("x")
         exchange.gather_all(rank)
@@ -248,7 +279,7 @@ def among_processes(size: int, what: str, *, lazy: bool = False) -> list[float]:
     ]
     for process in processes:
         process.start()
-    found = [answers.get(timeout=120)[1] for _ in range(1 if what == "transfer" else size)]
+    found = [answers.get(timeout=120)[1] for _ in range(1 if what in ("transfer", "give") else size)]
     for process in processes:
         process.join()
     return sorted(found)
@@ -263,17 +294,22 @@ def main() -> int:
     parser.add_argument("--sockets", nargs="*", type=int, default=[2, 4, 8], help="sizes of real gloo worlds")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scale_cpu.json")
     arguments = parser.parse_args()
-    (rate,) = among_processes(2, "transfer")
-    print(f"gloo between two local processes, median of five: {rate / 1e6:.0f} MB/s")
+    rate, chain_rate = (TRANSFER_BYTES / among_processes(size, "transfer")[0] for size in (2, 3))
+    print(
+        f"gloo, medians of five: two local processes {rate / 1e6:.0f} MB/s, chain of three {chain_rate / 1e6:.0f} MB/s"
+    )
+    (given,) = among_processes(min(LAYOUTS), "give")
+    print(f"{GIVEN_BYTES / 1e6:.0f} MB of rows among {min(LAYOUTS)} local processes, median of five: {given:.2f} s")
     report: Report = {"benchmark": "scale", "device": cpu_name(), "load_average_at_start": os.getloadavg()[0]}
-    report |= {"simulated": SIMULATED, "gloo_bytes_a_second": rate, "steps": {}}
+    report |= {"simulated": SIMULATED, "gloo_bytes_a_second": rate, "gloo_chain_bytes_a_second": chain_rate}
+    report |= {"rows_given_out_measured": {"ranks": min(LAYOUTS), "bytes": GIVEN_BYTES, "seconds": given}, "steps": {}}
     met = True
     for name in arguments.steps:
         groups = made_up_groups(STEPS[name])
         tokens = sum(len(sample.tokens) for group in groups for sample in group.samples)
         former = former_bytes(groups, tokens)
         print(f"{name}: {tokens:,} tokens; the former way {former / 1e6:,.0f} MB to every rank")
-        worlds = [simulate(groups, ranks, rate) for ranks in LAYOUTS]
+        worlds = [simulate(groups, ranks, rate, chain_rate) for ranks in LAYOUTS]
         for one in worlds:
             print(_line(one), flush=True)
         files = write_rollouts(groups[:16])
