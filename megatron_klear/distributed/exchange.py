@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -25,7 +26,7 @@ Result = TypeVar("Result")
 BEAT_SECONDS = 30.0
 """How often ranks that wait for work of hours tell each other that they do; far below any collective's time-out."""
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 4 << 20
 """What a rank has received of an array before it begins to send it on."""
 
 _FAILED = "klear/failed"  # key of the store
@@ -228,12 +229,13 @@ def _pass_on(sender: int, to: int | None) -> Any:
     count, length = passed(torch.zeros(2, dtype=torch.int64)).tolist()
     sizes = passed(torch.zeros(count, dtype=torch.int64)).tolist() if count else []
     head = passed(torch.empty(length, dtype=torch.uint8))
-    beside = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    # NumPy's memory, not torch's: it asks for huge pages, and small ones take longer to get than to fill.
+    beside = [np.empty(size, np.uint8) for size in sizes]
     for buffer in beside:
-        for chunk in _chunks(buffer):
+        for chunk in _chunks(torch.from_numpy(buffer)):
             passed(chunk)
     _wait_for(sent)
-    return wire.put_together(head.numpy().data, [buffer.numpy().data for buffer in beside])
+    return wire.put_together(head.numpy().data, [buffer.data for buffer in beside])
 
 
 def _chunks(buffer: torch.Tensor) -> Iterator[torch.Tensor]:

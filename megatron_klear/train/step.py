@@ -26,7 +26,7 @@ from megatron_klear.rl.losses import BatchLoss, SequenceLoss
 from megatron_klear.rl.mismatch import MismatchSums
 from megatron_klear.runs.log import RunLog
 from megatron_klear.train.rollouts import Rollouts
-from megatron_klear.train.token_ratios import SampleRatios, ratios_by_sample
+from megatron_klear.train.token_ratios import SampleRatios, laid_out, ratios_by_sample, taken_apart
 from megatron_klear.train.updates import UpdatePlan, cut_into_updates, pack_rows, plan_update
 from megatron_klear.types import PackedBatch, Sample, StepStats, TokenLoss
 
@@ -133,7 +133,8 @@ class Step:
     def ratios(self) -> dict[int, npt.NDArray[np.float32]]:
         """Rank 0: ratios of the tokens, as the loss had them, by the number of their sample. Collective."""
         own = self.own_ratios if self.engine.topology.leads_replica else {}
-        return {number: ratios for share in exchange.gather_first(own) for number, ratios in share.items()}
+        shares = exchange.gather_first(laid_out(own))
+        return {number: ratios for share in shares for number, ratios in taken_apart(share).items()}
 
     def summary(self, stats: Sequence[StepStats], *, sync_seconds: float) -> StepStats:
         """The rollout step's record: means over its updates, and what was sampled."""
