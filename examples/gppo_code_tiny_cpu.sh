@@ -5,8 +5,8 @@
 #     bash examples/gppo_code_tiny_cpu.sh                          CASES=2 bash examples/gppo_code_tiny_cpu.sh
 #     bash examples/gppo_code_tiny_cpu.sh --reward.code.kind hard --output runs/hard
 #
-# Soft against hard reward over seeds: tools/benchmark/code_reward.py. Stopped half way, it goes on from the last
-# checkpoint; remove runs/code_tiny_data and runs/sft_code_tiny_cpu to start again.
+# Soft against hard reward over seeds: klear ablate examples/ablations/soft_reward.toml. Stopped half way, it goes on from
+# the last checkpoint; remove runs/code_tiny_data and runs/sft_code_tiny_cpu to start again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/setup_env.sh
