@@ -14,6 +14,7 @@ from megatron_klear.config.base import RunConfig, SFTConfig
 from megatron_klear.config.checks_fp8 import fp8_lines
 from megatron_klear.config.memory import Memory, adapter_parameters, stage_memory, stage_parameters
 from megatron_klear.models.architecture import Architecture
+from megatron_klear.types import route_type
 
 if TYPE_CHECKING:
     from megatron_klear.config.rl import GPPOConfig
@@ -25,6 +26,9 @@ PROCESS_BYTES = 3 * GIB
 
 CARD_BYTES = round(79.6 * GIB)
 """Of the 80 GB cards that a plan made on a machine without any is for."""
+
+SAMPLE_BYTES_OF_TOKEN = 9
+"""Of a sample: its token, whether that is trained, its log-prob."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,12 +165,24 @@ def describe_rl_plan(
         _row("optimizer steps", f"{updates} of {algorithm.prompts_per_update} prompts, {sequences} responses"),
         _row("tokens per optimizer step, at most", f"{batch.max_tokens_per_step:,}"),
         _row("rollout steps", f"{config.train.steps:,}"),
+        *_samples_lines(config, architecture, generated * sampling.samples_per_prompt * longest),
     ]
     whole = [*_model_lines(config, architecture, plan), "", *lines, "", *_memory_lines(config, plan)]
     whole += _turns_lines(config, plan, device_memory_bytes)
     if device_memory_bytes is not None:
         whole.append(_row("the device has", f"{device_memory_bytes / GIB:.2f} GiB"))
     return "\n".join(whole)
+
+
+def _samples_lines(config: GPPOConfig, architecture: Architecture, tokens: int) -> list[str]:
+    """What the `tokens` of a drawn batch take, at most, on the host of rank 0, whose orchestrator holds them."""
+    experts, layers = architecture.experts, architecture.num_layers
+    routes = 0
+    if experts is not None and config.algorithm.router_replay == "sampler":
+        routes = layers * experts.chosen * route_type(experts.count)(0).itemsize
+    of_token = SAMPLE_BYTES_OF_TOKEN + routes
+    parts = f"{of_token} bytes a token" + (f", {routes} of them routes" if routes else "")
+    return [_row("samples on rank 0's host, at most", f"{tokens * of_token / GIB:.2f} GiB ({parts})")]
 
 
 def turns_bytes(config: GPPOConfig, plan: Plan, device_memory_bytes: int) -> tuple[int, int] | None:

@@ -1,13 +1,18 @@
 """Models with experts: how config.json is read, what is refused before work starts, and what a rank holds."""
 
+import numpy as np
 import pytest
 import transformers
+from rl_groups import gppo_config
 
 from megatron_klear.config.base import SFTConfig
 from megatron_klear.config.checks import check_layout
 from megatron_klear.config.memory import stage_experts, stage_memory, stage_parameters
+from megatron_klear.config.plan import describe_rl_plan
 from megatron_klear.data.tiny import TinyShape, tiny_config
 from megatron_klear.models.architecture import ArchitectureError, architecture_from_config
+from megatron_klear.orchestrator.step_numbers import TokenArrays
+from megatron_klear.types import Sample, route_type
 
 CONFIG = tiny_config("qwen3_moe", TinyShape())
 MOE = architecture_from_config(CONFIG)
@@ -94,3 +99,27 @@ def test_flops_are_those_of_the_chosen_experts():
     chosen = 3 * 64 * 32 * 2
     layer = 64 * (2 * 64 + 2 * 32) + 8 * 64 + chosen
     assert MOE.flops_per_token(0) == 6 * (4 * layer + 512 * 64)
+
+
+@pytest.mark.parametrize("replayed", [True, False])
+def test_the_plan_counts_what_samples_take_on_the_first_ranks_host(tmp_path, replayed: bool):
+    a3b = {**CONFIG, "num_hidden_layers": 48, "num_experts": 128, "num_experts_per_tok": 8}
+    algorithm = {"prompts_per_step": 64, **({"router_replay": "sampler"} if replayed else {})}
+    train = {"tokens_per_microbatch": 16512}
+    gppo = gppo_config(tmp_path, {"sampling": {"max_tokens": 16384}, "algorithm": algorithm, "train": train})
+    length = gppo.prompts.max_tokens + gppo.sampling.max_tokens
+    routes = np.zeros((length - 1, 48, 8), route_type(128)) if replayed else None
+    tokens, trained = np.zeros(length, np.int32), np.ones(length, np.bool_)
+    sample = Sample(tokens=tokens, trained=trained, logprobs=np.zeros(length, np.float32), routes=routes)
+    drawn = gppo.algorithm.prompts_per_step * gppo.sampling.samples_per_prompt
+    gib = drawn * sum(len(part.ravel().view(np.uint8)) for part in arrays_of(sample)) / 2**30
+    plan = describe_rl_plan(gppo, architecture_from_config(a3b), 1)
+    (line,) = [line for line in plan.split("\n") if "samples on rank 0's host" in line]
+    assert ("393 bytes a token, 384 of them routes" if replayed else "9 bytes a token") in line
+    assert gib > 0.01
+    assert f"{gib:.2f} GiB" in line
+
+
+def arrays_of(sample: Sample) -> list[np.ndarray]:
+    arrays = TokenArrays.of({0: sample})
+    return [part for part in (arrays.tokens, arrays.trained, arrays.logprobs, arrays.routes) if part is not None]
