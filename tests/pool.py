@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib
 import os
 import pickle
@@ -27,6 +28,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 MAX_RANKS = 8
+PRELOADED = (
+    "megatron_klear.config.start",  # the first: its classes' docstrings are found by a search of all modules there are
+    "megatron_klear.mcore.engine",
+    "megatron_klear.train.sft",
+    "megatron_klear.train.rl_run",
+    # What an engine imports when it is made, a second of every rank's: how transformers reads config.json.
+    "transformers.modeling_rope_utils",
+    "transformers.models.llama.configuration_llama",
+    "transformers.models.qwen2.configuration_qwen2",
+    "transformers.models.qwen3.configuration_qwen3",
+    "transformers.models.qwen3_moe.configuration_qwen3_moe",
+)
 _GRACE_SECONDS = 3.0  # for the other ranks to end after the first one failed
 _PR_SET_PDEATHSIG = 1
 _STARTED = "pool/started"  # key of the store: ranks that have met the others
@@ -185,7 +198,10 @@ def _preload(first: str) -> None:
     torch.set_num_threads(1)
     if first:
         importlib.import_module(first)
-    importlib.import_module("megatron_klear.mcore.engine")
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # ranks neither search what they were forked with nor, by that, copy its pages
 
 
 def _run(case: _Case, connection: Connection, parent: int) -> list[str] | None:

@@ -26,6 +26,12 @@ import torch.multiprocessing as multiprocessing
 from megatron_klear.errors import UserError
 
 T = TypeVar("T")
+_PRELOADED = (
+    "megatron_klear.config.start",  # the first: its classes' docstrings are found by a search of all modules there are
+    "megatron_klear.mcore.engine",
+    "transformers.models.auto.configuration_auto",  # an engine reads config.json by these too, and imports them then
+    "transformers.modeling_rope_utils",
+)
 
 
 class ProcessFailure(UserError, RuntimeError):
@@ -43,7 +49,7 @@ class Processes:
                 'CUDA_VISIBLE_DEVICES="" to run it on the CPU'
             )
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, "megatron_klear.mcore.engine", function.__module__])
+        context.set_forkserver_preload([*_PRELOADED, __name__, function.__module__])
         self._folder = Path(tempfile.mkdtemp(prefix="klear-ranks-"))
         self._processes = [
             context.Process(target=_process, args=(rank, size, str(self._folder), function, args))
