@@ -8,6 +8,7 @@ In a checkout, train_gppo.py is the same: torchrun --nproc-per-node 8 train_gppo
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 from megatron_klear.config.start import start_gppo
@@ -19,5 +20,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = start_gppo(arguments, description=__doc__)
     from megatron_klear.train import rl_run
 
+    gc.freeze()  # Megatron collects garbage at every save; what was imported never is any
     with exit_on_error():
         rl_run.run(start)

@@ -9,6 +9,7 @@ In a checkout, pretrain_sft.py is the same: torchrun --nproc-per-node 8 pretrain
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 from megatron_klear.config.start import start_sft
@@ -20,5 +21,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = start_sft(arguments, description=__doc__)
     from megatron_klear.train import sft
 
+    gc.freeze()  # Megatron collects garbage at every save; what was imported never is any
     with exit_on_error():
         sft.run(start)

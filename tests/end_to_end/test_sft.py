@@ -1,5 +1,6 @@
 """The entry script as people start it: alone, under torchrun, and for its plan."""
 
+import gc
 import json
 import os
 import subprocess
@@ -7,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_rl_run
 from tiny_run import write_run
 
+from megatron_klear.cli import gppo, sft
 from megatron_klear.mcore.checkpoints import manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,3 +87,21 @@ def test_a_dry_run_prints_a_plan_and_writes_nothing(trained: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
     refused = call(SCRIPT, "--config", str(trained / "run.toml"), "--dry-run=3", code=2)
     assert "rows_per_step 2" in refused.stderr
+
+
+def searched_in_training(command, module: str, toml: Path) -> tuple[int, int]:
+    """Objects that the collector searches before a training command, and where its training begins."""
+    gc.unfreeze()  # what this rank was forked with
+    before, searched = len(gc.get_objects()), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"megatron_klear.train.{module}.run", lambda start: searched.append(len(gc.get_objects())))
+        command(["--config", str(toml)])
+    return before, searched[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "write"), [(sft.main, "sft", write_run), (gppo.main, "rl_run", tiny_rl_run.write_run)]
+)
+def test_collections_at_saves_leave_out_what_was_imported(command, module: str, write, tmp_path: Path, ranks):
+    before, searched = ranks(1, searched_in_training, command, module, write(tmp_path))[0]
+    assert searched < before / 20
