@@ -12,6 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_klear.cli.environment import heavy_imports
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -29,8 +31,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Convert; exit code 1 with a message where that fails."""
     options = parser().parse_args(arguments)
-    from megatron_klear.errors import UserError
-    from megatron_klear.mcore.checkpoints.convert import hf_to_megatron
+    with heavy_imports():
+        from megatron_klear.errors import UserError
+        from megatron_klear.mcore.checkpoints.convert import hf_to_megatron
 
     try:
         verdict = hf_to_megatron(

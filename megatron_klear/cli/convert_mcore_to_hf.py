@@ -16,6 +16,8 @@ import re
 import sys
 from pathlib import Path
 
+from megatron_klear.cli.environment import heavy_imports
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -42,9 +44,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Convert; exit code 1 with a message where that fails."""
     options = parser().parse_args(arguments)
-    from megatron_klear.errors import UserError
-    from megatron_klear.mcore.checkpoints.adapters import Base, megatron_to_peft
-    from megatron_klear.mcore.checkpoints.convert import megatron_to_hf
+    with heavy_imports():
+        from megatron_klear.errors import UserError
+        from megatron_klear.mcore.checkpoints.adapters import Base, megatron_to_peft
+        from megatron_klear.mcore.checkpoints.convert import megatron_to_hf
 
     try:
         adapted = Base.read(options.mcore) is not None

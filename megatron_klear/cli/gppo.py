@@ -8,9 +8,9 @@ In a checkout, train_gppo.py is the same: torchrun --nproc-per-node 8 train_gppo
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 
+from megatron_klear.cli.environment import heavy_imports
 from megatron_klear.config.start import start_gppo
 from megatron_klear.errors import exit_on_error
 
@@ -18,8 +18,8 @@ from megatron_klear.errors import exit_on_error
 def main(arguments: Sequence[str] | None = None) -> None:
     """Refuse what cannot work, then train; the heavy imports wait until the settings are known to be good."""
     start = start_gppo(arguments, description=__doc__)
-    from megatron_klear.train import rl_run
+    with heavy_imports():
+        from megatron_klear.train import rl_run
 
-    gc.freeze()  # Megatron collects garbage at every save; what was imported never is any
     with exit_on_error():
         rl_run.run(start)

@@ -9,9 +9,9 @@ In a checkout, pretrain_sft.py is the same: torchrun --nproc-per-node 8 pretrain
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 
+from megatron_klear.cli.environment import heavy_imports
 from megatron_klear.config.start import start_sft
 from megatron_klear.errors import exit_on_error
 
@@ -19,8 +19,8 @@ from megatron_klear.errors import exit_on_error
 def main(arguments: Sequence[str] | None = None) -> None:
     """Refuse what cannot work, then train; the heavy imports wait until the settings are known to be good."""
     start = start_sft(arguments, description=__doc__)
-    from megatron_klear.train import sft
+    with heavy_imports():
+        from megatron_klear.train import sft
 
-    gc.freeze()  # Megatron collects garbage at every save; what was imported never is any
     with exit_on_error():
         sft.run(start)
