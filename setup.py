@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 CPU_SOURCES = ["bind.cpp", "policy_loss_cpu.cpp", "cpu_scalar.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp"]
-CUDA_SOURCES = ["policy_loss_cuda.cu", "cuda_two_read.cu", "cuda_one_read.cu"]
+CUDA_SOURCES = ["policy_loss_cuda.cu", "cuda_two_read.cu", "cuda_one_read.cu", "cuda_sharded.cu"]
 DEFAULT_ARCHS = "80;90a;100f;120+PTX"
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 

@@ -1,8 +1,11 @@
 // The one binding: raw addresses in, nothing out. Shapes, types and devices are checked by kernels/rows.py.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "policy_loss.h"
 
@@ -64,6 +67,26 @@ static void bind_structs(py::module_& module) {
              py::arg("region"), py::arg("status"));
 }
 
+// klear_peers with the list that it points to.
+struct Peers {
+    std::vector<int64_t> mailboxes;
+    klear_peers peers;
+};
+
+static void bind_peers(py::module_& module) {
+    py::class_<Peers>(module, "Peers")
+        .def(py::init([](std::vector<int64_t> mailboxes, Address ticket, int64_t capacity, int64_t timeout_ns,
+                         int64_t generation, int rank) {
+                 auto made = std::make_unique<Peers>();
+                 made->mailboxes = std::move(mailboxes);
+                 made->peers = {made->mailboxes.data(), at<uint32_t>(ticket), capacity, timeout_ns, generation,
+                                static_cast<int32_t>(made->mailboxes.size()), rank};
+                 return made;
+             }),
+             py::kw_only(), py::arg("mailboxes"), py::arg("ticket"), py::arg("capacity"), py::arg("timeout_ns"),
+             py::arg("generation"), py::arg("rank"));
+}
+
 static void bind_cpu(py::module_& module) {
     module.def("cpu_rows", [](const klear_logits& logits, const klear_tokens& tokens, const klear_coefficients& loss,
                               const klear_outputs& out, int threads) {
@@ -101,6 +124,18 @@ static void bind_cuda(py::module_& module) {
             return klear_cuda_finish(&logits, &tokens, &loss, at<float>(combined), &out, device, at<void>(stream));
         });
     });
+    module.def("cuda_sharded_rows", [](const klear_logits& logits, const klear_tokens& tokens,
+                                       const klear_coefficients& loss, const klear_outputs& out, const Peers& peers,
+                                       int device, Address stream) {
+        launch([&] {
+            return klear_cuda_sharded_rows(&logits, &tokens, &loss, &out, &peers.peers, device, at<void>(stream));
+        });
+    });
+    module.def("cuda_sharded_fits", [](const klear_logits& logits, int device) {
+        const int error = klear_cuda_sharded_fits(&logits, device);
+        return std::string(error ? klear_error_string(error) : "");
+    });
+    module.def("cuda_mailbox_bytes", &klear_cuda_mailbox_bytes);
     module.def("cuda_archs", &klear_cuda_archs);
     module.def("cuda_devices", [] {
         int count = 0;
@@ -112,6 +147,7 @@ static void bind_cuda(py::module_& module) {
 PYBIND11_MODULE(_policy_loss, module) {
     module.doc() = "Row kernels of the fused policy loss; called through megatron_klear.kernels.rows.";
     bind_structs(module);
+    bind_peers(module);
     bind_cpu(module);
     bind_cuda(module);
 }

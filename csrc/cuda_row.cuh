@@ -322,6 +322,10 @@ cudaError_t launch_two_read(const RowArguments& arguments, int phase, cudaStream
 // cudaErrorNotSupported where the device or the code has no clusters, no cluster finds room, or the row does not fit in
 // eight blocks' shared memory. Needs a gradient to write.
 cudaError_t launch_one_read(const RowArguments& arguments, cudaStream_t stream);
+// The same of a shard, for which its peers run too.
+cudaError_t launch_sharded(const RowArguments& arguments, const klear_peers& peers, cudaStream_t stream);
+cudaError_t sharded_fits(const klear_logits& logits);
+int64_t post_bytes();  // of a rank's statistics of a row in a mailbox
 
 enum Phase { kOnePass = 0, kStats = 1, kFinish = 2 };
 

@@ -169,6 +169,26 @@ int klear_cuda_combine(const float* stats, int64_t ranks, int64_t rows, float* c
                        void* stream);
 int klear_cuda_finish(const klear_logits*, const klear_tokens*, const klear_coefficients*, const float* combined,
                       const klear_outputs*, int device, void* stream);
+
+// One pass over a sharded vocabulary that reads this shard's logits once. All ranks make the same calls in the same order,
+// with the same rows and generation; the kernels meet through mailboxes and wait for each other on the devices
+// (cuda_sharded.cu says why they cannot stand still). Not to be captured in a CUDA graph: a generation is used once.
+enum { KLEAR_MOST_RANKS = 16 };
+typedef struct {
+    const int64_t* mailboxes;  // on the host, [ranks]: addresses of the ranks' mailboxes as this device reaches them
+    uint32_t* ticket;          // on this device, 0 before the first call
+    int64_t capacity;          // rows that fit in a mailbox
+    int64_t timeout_ns;        // how long a row waits for a peer before the kernel traps
+    int64_t generation;        // 1 at the first call with these mailboxes, one more at each that follows
+    int32_t ranks;
+    int32_t rank;
+} klear_peers;
+int klear_cuda_sharded_rows(const klear_logits*, const klear_tokens*, const klear_coefficients*, const klear_outputs*,
+                            const klear_peers*, int device, void* stream);
+// 0 where the device can run it for rows of this width and these types. Every rank must be able to before any starts.
+int klear_cuda_sharded_fits(const klear_logits*, int device);
+// Of a mailbox, which holds zeros before the first call; at a multiple of 32.
+int64_t klear_cuda_mailbox_bytes(int64_t ranks, int64_t capacity);
 int klear_cuda_device_count(int* count);
 const char* klear_cuda_archs(void);  // what the CUDA part was compiled for, "" without one
 const char* klear_cuda_error_string(int error);

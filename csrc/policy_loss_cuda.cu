@@ -85,6 +85,27 @@ int klear_cuda_finish(const klear_logits* logits, const klear_tokens* tokens, co
     return cudaGetLastError();
 }
 
+int klear_cuda_sharded_rows(const klear_logits* logits, const klear_tokens* tokens, const klear_coefficients* loss,
+                            const klear_outputs* out, const klear_peers* peers, int device, void* stream) {
+    const klear_peers& p = *peers;
+    if (!valid(*logits) || !logits->gradient || p.ranks < 2 || p.ranks > KLEAR_MOST_RANKS || p.rank < 0 ||
+        p.rank >= p.ranks || logits->rows > p.capacity || p.generation < 1 || p.timeout_ns < 1)
+        return KLEAR_BAD_ARGUMENT;
+    for (int i = 0; i < p.ranks; ++i)
+        if (!p.mailboxes[i] || p.mailboxes[i] % 32) return KLEAR_BAD_ARGUMENT;
+    const cudaError_t error = cudaSetDevice(device);
+    if (error != cudaSuccess || logits->rows == 0) return error;
+    return launch_sharded({*logits, *tokens, *loss, *out, nullptr}, p, static_cast<cudaStream_t>(stream));
+}
+
+int klear_cuda_sharded_fits(const klear_logits* logits, int device) {
+    if (!valid(*logits)) return KLEAR_BAD_ARGUMENT;
+    const cudaError_t error = cudaSetDevice(device);
+    return error == cudaSuccess ? sharded_fits(*logits) : error;
+}
+
+int64_t klear_cuda_mailbox_bytes(int64_t ranks, int64_t capacity) { return 2 * ranks * capacity * post_bytes(); }
+
 int klear_cuda_device_count(int* count) { return cudaGetDeviceCount(count); }
 
 const char* klear_cuda_archs(void) { return KLEAR_CUDA_ARCHS; }

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from megatron_klear.kernels import gemm, rows
+from megatron_klear.kernels import gemm, mailboxes, rows
 from megatron_klear.kernels.inputs import Terms, Tokens
 from megatron_klear.kernels.rows import RowOutputs
 from megatron_klear.kernels.selection import Chosen, Group, Selection
@@ -70,6 +70,9 @@ def _row_losses(head: Head, logits: Tensor, tokens: Tokens, terms: Terms, gradie
     if head.shard.group is None:
         return rows.policy_loss_rows(logits, tokens, terms, vocab_size=head.vocab_size, gradient=gradient)
     start, size = head.shard.start, head.vocab_size
+    if mailboxes.wanted():
+        peers = mailboxes.group_mailboxes(head.shard.group, logits, gradient)
+        return rows.sharded_rows(logits, tokens, terms, peers, vocab_start=start, vocab_size=size, gradient=gradient)
     stats = rows.combine_stats(
         gather_shards(rows.stats_rows(logits, tokens, vocab_start=start, vocab_size=size), head.shard)
     )

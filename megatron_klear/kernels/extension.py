@@ -87,10 +87,15 @@ class CudaCore:
     """Rows start at multiples of 16 bytes, and own the columns up to the next multiple of 8."""
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Run `rows`, `stats`, `combine` or `finish` of csrc/policy_loss.h, with the GIL released."""
+        """Run `rows`, `stats`, `combine`, `finish` or `sharded_rows` of csrc/policy_loss.h, with the GIL released."""
         kernel = (_row_kernel(),) if name == "rows" else ()
         with self.launch_place() as place:
             getattr(self.module, f"cuda_{name}")(*arguments, *kernel, *place)
+
+    def sharded_refusal(self, struct: Any) -> str:
+        """Why the device cannot read the rows of a shard `struct` once, in CUDA's words; empty where it can."""
+        with self.launch_place() as (device, _):
+            return str(self.module.cuda_sharded_fits(struct, device))
 
     @contextmanager
     def launch_place(self) -> Iterator[tuple[int, int]]:

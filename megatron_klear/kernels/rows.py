@@ -4,19 +4,20 @@ Each function takes a chunk of C rows. The formulas, the meaning of the regions 
 written in csrc/policy_loss.h. A row's result depends on that row alone, not on threads or chunks.
 
 One pass where the vocabulary is whole (`policy_loss_rows`, `logprob_rows`); three phases where it is sharded:
-`stats_rows` on each rank, an all-gather and `combine_stats`, then `finish_rows` (or `logprobs_from_stats`).
+`stats_rows` on each rank, an all-gather and `combine_stats`, then `finish_rows` (or `logprobs_from_stats`). Where ranks
+reach each other's memory, `sharded_rows` does the three in one launch on each.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from megatron_klear.kernels.extension import core
+from megatron_klear.kernels.extension import CudaCore, core
 from megatron_klear.kernels.inputs import Terms, Tokens
 from megatron_klear.types import KLEstimator, LossCoefficients, LossKind
 
@@ -138,6 +139,41 @@ def finish_rows(
     return rows.run(rows.tokens(tokens, required=True), _loss(rows.module, terms, tokens.advantages), out, stats)
 
 
+class Peers(Protocol):
+    """How the kernels of a vocabulary's shards reach each other (`mailboxes.Mailboxes`)."""
+
+    def turn(self, module: Any, rows: int) -> Any:
+        """The kernel's argument for the next launch, of `rows` rows."""
+
+
+def sharded_rows(
+    logits: Tensor,
+    tokens: Tokens,
+    terms: Terms,
+    peers: Peers,
+    *,
+    vocab_start: int,
+    vocab_size: int | None = None,
+    gradient: Tensor | None = None,
+    out: RowOutputs | None = None,
+) -> RowOutputs:
+    """Losses and this shard's gradient, the shard's logits read once: for CUDA, at the same time on all ranks.
+
+    Every rank must call it with the same tokens and terms; a kernel waits for those of the others while it runs.
+    Outputs have the same bits on every rank; statistics add up a shard in another order than `stats_rows`. Otherwise
+    as `policy_loss_rows`.
+    """
+    rows = _Rows(logits, logits if gradient is None else gradient, vocab_start, vocab_size, None)
+    checked = rows.tokens(tokens, required=True)
+    return rows.run(checked, _loss(rows.module, terms, tokens.advantages), out, peers=peers)
+
+
+def sharded_refusal(logits: Tensor, gradient: Tensor) -> str:
+    """Why the device of `logits` cannot run `sharded_rows` on rows so wide, in CUDA's words; empty where it can."""
+    rows = _Rows(logits, gradient, 0, None, None)
+    return rows.core.sharded_refusal(rows.struct) if isinstance(rows.core, CudaCore) else "it is no CUDA device"
+
+
 def logprobs_from_stats(stats: Tensor, *, out: RowOutputs | None = None, threads: int | None = None) -> RowOutputs:
     """What `logprob_rows` gives, from the combined statistics [4, C] alone."""
     rows = _Rows(stats.new_empty((stats.shape[-1], 0)), None, 0, None, threads)
@@ -207,8 +243,10 @@ class _Rows:
         addresses["temperatures"] = self._address("temperature", per_token)
         return self.module.Tokens(**addresses, temperature=number)
 
-    def run(self, tokens: Any, loss: Any, out: RowOutputs | None, stats: Tensor | None = None) -> RowOutputs:
-        """One pass, or the finish from `stats`."""
+    def run(
+        self, tokens: Any, loss: Any, out: RowOutputs | None, stats: Tensor | None = None, peers: Peers | None = None
+    ) -> RowOutputs:
+        """One pass, alone or with `peers`, or the finish from `stats`."""
         result = RowOutputs.empty(self.count, self.device) if out is None else out
         addresses = {field.name: self._address(field.name, getattr(result, field.name)) for field in fields(result)}
         outputs = self.module.Outputs(**addresses)
@@ -220,6 +258,8 @@ class _Rows:
             return result
         if stats is not None:
             self.core.call("finish", self.struct, tokens, loss, stats.data_ptr(), outputs)
+        elif peers is not None:
+            self.core.call("sharded_rows", self.struct, tokens, loss, outputs, peers.turn(self.module, self.count))
         else:
             self.core.call("rows", self.struct, tokens, loss, outputs)
         return result

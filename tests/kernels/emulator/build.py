@@ -16,7 +16,8 @@ from emulator.translate import translate
 
 CSRC = Path(__file__).resolve().parents[3] / "csrc"
 RUNTIME = Path(__file__).resolve().parent / "runtime"
-DEVICE_SOURCES = ("cuda_one_read.cu", "cuda_two_read.cu", "policy_loss_cuda.cu")
+DEVICE_SOURCES = ("cuda_one_read.cu", "cuda_sharded.cu", "cuda_two_read.cu", "policy_loss_cuda.cu")
+CLUSTER_SOURCES = ("cuda_one_read.cu", "cuda_sharded.cu")
 KEPT_SECONDS = 30 * 24 * 3600  # what was not used for so long is deleted
 PLAIN = ("-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-Wall", "-Wextra")
 RUNTIME_FLAGS = ("-O2",)
@@ -70,7 +71,7 @@ def build(
     translated = {name: translate(text, name) if ".cu" in name else text for name, text in sources.items()}
     objects = []
     for name in DEVICE_SOURCES:
-        compiled_for = one_read_for or architecture if name == "cuda_one_read.cu" else architecture
+        compiled_for = one_read_for or architecture if name in CLUSTER_SOURCES else architecture
         device_flags = (*PLAIN, *DEVICE_FLAGS, f"-D__CUDA_ARCH__={compiled_for}", *flags)
         objects.append(_object(name, translated, runtime, device_flags))
     own = [name for name in runtime if name.endswith(".cpp")]

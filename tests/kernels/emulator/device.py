@@ -102,8 +102,10 @@ class EmulatedDevice:
         self.lib.emulated_window.argtypes = window
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self.lib.klear_cuda_combine.argtypes = [pointer, number, number, pointer, ctypes.c_int, pointer]
+        self.lib.klear_cuda_mailbox_bytes.restype = number
         self.launches: list[Launch] = []
         """Of the last call."""
+        self.owner = -1
 
     def schedule(self, schedule: Schedule) -> None:
         """How the following calls run."""
@@ -138,6 +140,7 @@ class EmulatedDevice:
     def cuda_combine(self, stats: int, ranks: int, rows: int, combined: int, device: int, stream: int) -> None:
         """klear_cuda_combine."""
         self.lib.emulated_reset()
+        self.owner = -1
         self._array("stats", stats, 16 * ranks * rows, 4)
         self._array("combined", combined, 16 * rows, 4, write=True)
         self._call(self.lib.klear_cuda_combine, stats, ranks, rows, combined, device, None)
@@ -153,8 +156,29 @@ class EmulatedDevice:
             self.lib.klear_cuda_finish, *structures, _pointer(combined), ctypes.byref(out), device, _pointer(stream)
         )
 
+    @staticmethod
+    def Peers(*, mailboxes: list[int], **fields: int) -> Any:  # noqa: N802 - a structure's name
+        """klear_peers."""
+        addresses = (ctypes.c_int64 * len(mailboxes))(*mailboxes)
+        peers = _HEADER["klear_peers"](
+            mailboxes=ctypes.cast(addresses, ctypes.c_void_p), ranks=len(mailboxes), **fields
+        )
+        peers.kept = addresses
+        return peers
+
+    def cuda_sharded_fits(self, logits: Any, device: int) -> str:
+        """klear_cuda_sharded_fits, in words."""
+        code = self.lib.klear_cuda_sharded_fits(ctypes.byref(logits), device)
+        return str(self.lib.klear_cuda_error_string(code).decode()) if code else ""
+
+    def cuda_mailbox_bytes(self, ranks: int, capacity: int) -> int:
+        """klear_cuda_mailbox_bytes."""
+        return int(self.lib.klear_cuda_mailbox_bytes(ctypes.c_int64(ranks), ctypes.c_int64(capacity)))
+
     def _call(self, function: Any, *arguments: Any) -> None:
-        code = function(*arguments)
+        self._finish(function(*arguments))
+
+    def _finish(self, code: int) -> None:
         if not code:
             self.lib.emulated_check_complete()
         self.launches = [self._launch(i) for i in range(self.lib.emulated_launches())]
@@ -174,10 +198,14 @@ class EmulatedDevice:
         if address and size:
             shift = granule.bit_length() - 1
             self.lib.emulated_array(name.encode(), address, size, shift, write, not write, write)
+            self.lib.emulated_owner(self.owner, self.owner)
             self.lib.emulated_window(address, size, size, 1, WRITE if write else READ, None)
 
-    def _declare(self, logits: Any, tokens: Any, out: Any | None) -> None:
-        self.lib.emulated_reset()
+    def _declare(self, logits: Any, tokens: Any, out: Any | None, owner: int | None = None) -> None:
+        """The arrays of a call. Those of device `owner` join those of other launches."""
+        if owner is None:
+            self.lib.emulated_reset()
+        self.owner = -1 if owner is None else owner
         if logits.rows and logits.columns and logits.rows < 1 << 28:
             self._declare_rows(logits, tokens)
         for name, kind in self.Tokens._fields_:
@@ -205,9 +233,11 @@ class EmulatedDevice:
         self, source: _Matrix, target: _Matrix, in_place: bool, shift: int, closed: np.ndarray
     ) -> None:
         self.lib.emulated_array(b"logits", source.address, source.extent, shift, in_place, 1, 0)
+        self.lib.emulated_owner(self.owner, self.owner)
         self._window(source, READ, closed.ctypes.data)
         if target.address and not in_place:
             self.lib.emulated_array(b"gradient", target.address, target.extent, shift, 1, 0, 1)
+            self.lib.emulated_owner(self.owner, self.owner)
         if target.address:
             self._window(target, WRITE, None)
 

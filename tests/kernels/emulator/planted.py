@@ -1,7 +1,7 @@
 """Faults that the tests of the row kernels must notice: put into csrc/ all at once, committed one at a time.
 
 Each is another text for the part between « and » of a place of the source. All are compiled into one library, each
-behind `emulated::planted(number)`; numbers count from 1 in the order of `FAULTS`.
+behind `emulated::planted(number)`; numbers count from 1 in the order of `PLANTED`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
-from emulator.planted_faults import FAULTS, Fault
+from emulator import planted_faults, planted_sharded
+from emulator.planted_faults import Fault
+
+PLANTED = (*planted_faults.FAULTS, *planted_sharded.FAULTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +24,13 @@ class _Span:
 
 
 def plant(sources: dict[str, str]) -> dict[str, str]:
-    """The sources with every fault of `FAULTS` in them, none committed.
+    """The sources with every fault of `PLANTED` in them, none committed.
 
     Raises ValueError where the place of a fault is not in its file exactly once, or two places overlap without being
     the same.
     """
     spans: dict[str, dict[_Span, list[tuple[int, Fault]]]] = defaultdict(lambda: defaultdict(list))
-    for number, fault in enumerate(FAULTS, start=1):
+    for number, fault in enumerate(PLANTED, start=1):
         spans[fault.file][_find(sources[fault.file], fault)].append((number, fault))
     planted = dict(sources)
     for name, found in spans.items():

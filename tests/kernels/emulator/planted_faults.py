@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ONE, TWO, ROW, PAIRS, MATH, HOST = (
+ONE, CLUSTER, TWO, ROW, PAIRS, MATH, HOST = (
     "cuda_one_read.cu",
+    "cuda_cluster.cuh",
     "cuda_two_read.cu",
     "cuda_row.cuh",
     "cuda_pairs.cuh",
@@ -45,14 +46,14 @@ BARRIERS = (
     Fault(
         "no barrier in block_max",
         "uninitialised read|race",
-        ONE,
+        CLUSTER,
         "«__syncthreads();»\n    value = warps[0];\n#pragma unroll\n    for (int i = 1; i < kWarps; ++i) value",
         "",
     ),
     Fault(
         "no barrier in block_sums",
         "uninitialised read|race",
-        ONE,
+        CLUSTER,
         "«__syncthreads();»\n    value = warps[0];\n#pragma unroll\n    for (int i = 1; i < kWarps; ++i) {",
         "",
     ),
@@ -98,41 +99,41 @@ COPIES = (
     Fault(
         "waits for three pieces of four",
         "uninitialised read|race",
-        ONE,
+        CLUSTER,
         "«barrier_wait(&barriers[piece]);»",
         "if (piece != 2) barrier_wait(&barriers[piece]);",
     ),
     Fault(
         "waits for the other parity",
         "uninitialised read|race",
-        ONE,
+        CLUSTER,
         "«barrier_wait(&barriers[piece]);»",
         _WAIT_FOR_THE_OTHER,
     ),
     Fault(
         "expects a unit too little",
         "deadlock",
-        ONE,
+        CLUSTER,
         "barrier_expect(&barriers[i], «bytes»);",
         "bytes ? bytes - 16 : 0",
     ),
-    Fault("expects a unit too much", "deadlock", ONE, "barrier_expect(&barriers[i], «bytes»);", "bytes + 16"),
-    Fault("copies a unit too much", "out of bounds", ONE, "? «units * 16u» : 0u", "units * 16u + (i == 3) * 16u"),
-    Fault("copies 8 bytes too little", "alignment", ONE, "? «units * 16u» : 0u", "units * 16u - 8u"),
+    Fault("expects a unit too much", "deadlock", CLUSTER, "barrier_expect(&barriers[i], «bytes»);", "bytes + 16"),
+    Fault("copies a unit too much", "out of bounds", CLUSTER, "? «units * 16u» : 0u", "units * 16u + (i == 3) * 16u"),
+    Fault("copies 8 bytes too little", "alignment", CLUSTER, "? «units * 16u» : 0u", "units * 16u - 8u"),
     Fault(
         "no fence for the async proxy",
         "async proxy",
-        ONE,
+        CLUSTER,
         '«asm volatile("fence.proxy.async.shared::cta;" ::: "memory");»',
         "",
     ),
-    Fault("an mbarrier of two arrivals", "deadlock", ONE, _INIT, _INIT.strip("«»").replace(", 1;", ", 2;")),
+    Fault("an mbarrier of two arrivals", "deadlock", CLUSTER, _INIT, _INIT.strip("«»").replace(", 1;", ", 2;")),
     Fault(
         "too little shared memory",
         "out of bounds",
-        ONE,
-        "shared_bytes = «static_cast<int>((bytes + kCluster - 1) / kCluster + 15) / 16 * 16»;",
-        "static_cast<int>((bytes + kCluster - 1) / kCluster) / 16 * 16 - 16",
+        CLUSTER,
+        "dynamicSmemBytes = «static_cast<size_t>((bytes + kCluster - 1) / kCluster + 15) / 16 * 16»;",
+        "static_cast<size_t>((bytes + kCluster - 1) / kCluster) / 16 * 16 - 16",
     ),
     Fault(
         "the target read after its barrier",
@@ -144,26 +145,26 @@ COPIES = (
 )
 
 CLUSTERS = (
-    Fault("peers written before they started", "lifetime|cluster", ONE, "«cluster_wait();»  // the peers", ""),
-    Fault("peers read before they wrote", "uninitialised read|race|lifetime", ONE, _MEET, ""),
+    Fault("peers written before they started", "lifetime|cluster", CLUSTER, "«cluster_wait();»  // the peers", ""),
+    Fault("peers read before they wrote", "uninitialised read|race|lifetime", CLUSTER, _MEET, ""),
     Fault(
         "only one warp arrives",
         "cluster",
-        ONE,
+        CLUSTER,
         _MEET,
         "if (threadIdx.x < 32) cluster_arrive(); cluster_wait();",
     ),
     Fault(
         "a block goes on without waiting for the parts",
         "race|cluster|uninitialised read",
-        ONE,
+        CLUSTER,
         _MEET,
         "cluster_arrive(); if (rank) cluster_wait();",
     ),
     Fault(
         "the parts are published without a release",
         "race",
-        ONE,
+        CLUSTER,
         _MEET,
         "cluster_arrive_started(); cluster_wait();",
     ),
@@ -184,11 +185,11 @@ CLUSTERS = (
     Fault(
         "parts written to the wrong place",
         "out of bounds|race",
-        ONE,
+        CLUSTER,
         "store_to_peer(&parts[«rank * 4 + i»]",
         "rank * 4 + i + 1",
     ),
-    Fault("a peer beyond the cluster", "cluster", ONE, "if («threadIdx.x < kCluster»)", "threadIdx.x <= kCluster"),
+    Fault("a peer beyond the cluster", "cluster", CLUSTER, "if («threadIdx.x < kCluster»)", "threadIdx.x <= kCluster"),
     Fault(
         "a cluster without room is started",
         "values",
@@ -367,7 +368,7 @@ NEWER = (
     Fault(
         "the ragged unit goes without its mask",
         "values",
-        ONE,
+        CLUSTER,
         "min(«place.valid / Unit<T>::kSize - first», stop)",
         "stop",
     ),

@@ -76,9 +76,10 @@ uint32_t warp_exchange(WarpOperation operation, uint32_t mask, uint32_t value, u
 static std::pair<Block*, uint32_t> decode(uint32_t address, Site site) {
     const uint32_t rank = address >> 24, offset = (address & 0xffffff) - kFirstAddress;
     Fibre& fibre = *device.running;
-    if (rank > device.blocks.size() || offset >= kWindow)
+    auto& blocks = fibre.block->cluster->blocks;
+    if (rank > blocks.size() || offset >= kWindow)
         fatal("out of bounds", "shared address " + std::to_string(address) + " of " + who(fibre.actor), site);
-    return {rank ? device.blocks[rank - 1].get() : fibre.block, offset};
+    return {rank ? blocks[rank - 1].get() : fibre.block, offset};
 }
 
 static Mbarrier& mbarrier_at(uint32_t address, Site site) {
@@ -150,10 +151,14 @@ void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier_a
         fatal("alignment", "a bulk copy whose addresses or size are no multiples of 16", site);
     if (!barrier.fenced)
         fault("async proxy", "a bulk copy completes on an mbarrier whose initialisation was not fenced, " + at(site));
-    if (device.copies_made >= kMostCopies) fatal("limit", "more bulk copies than the emulator has clocks for", site);
+    if (device.idle_copies.empty()) fatal("limit", "more bulk copies than the emulator has clocks for", site);
     const auto [block, offset] = decode(to, site);
     Copy copy;
-    copy.actor.id = static_cast<uint32_t>(device.threads) + device.copies_made++;
+    const uint32_t number = device.idle_copies.back();
+    device.idle_copies.pop_back();
+    copy.actor.id = static_cast<uint32_t>(device.threads) + number;
+    copy.actor.time = copy.actor.born = ++device.copy_times[number];
+    copy.actor.device = fibre.actor.device;
     Published start;
     publish(fibre.actor, start);
     copy.actor.seen = std::make_shared<const Clock>(std::move(start.clock));
@@ -180,6 +185,9 @@ void finish_copy(size_t index) {
     }
     Mbarrier& barrier = block.mbarriers.at(copy.barrier);
     publish(copy.actor, barrier.arrivals);
+    const uint32_t number = copy.actor.id - static_cast<uint32_t>(device.threads);
+    device.copy_times[number] = copy.actor.time;
+    device.idle_copies.push_back(number);
     barrier.bytes -= copy.bytes;
     settle(block, copy.barrier);
 }
@@ -189,7 +197,7 @@ void finish_copy(size_t index) {
 uint32_t cluster_rank() { return device.running->block->rank; }
 
 uint32_t map_to_peer(uint32_t address, uint32_t rank, Site site) {
-    if (rank >= device.cluster) fatal("cluster", "mapa of a block that the cluster does not have", site);
+    if (rank >= device.running->block->cluster->blocks.size()) fatal("cluster", "mapa of a block that the cluster does not have", site);
     if (address >> 24) fatal("cluster", "mapa of an address that is mapped already", site);
     return (rank + 1) << 24 | address;
 }
@@ -199,9 +207,9 @@ static void check_peer_is_alive(Block& peer, Site site) {
     bool started = fibre.met;
     for (const Fibre* f : peer.threads) started |= (*fibre.actor.seen)[f->actor.id] > 0;
     if (!started)
-        fault("lifetime", who(fibre.actor) + " writes shared memory of a block that may not have started, " + at(site));
+        fault("lifetime", who(fibre.actor) + " reaches shared memory of a block that may not have started, " + at(site));
     if (peer.done == peer.threads.size())
-        fatal("lifetime", who(fibre.actor) + " writes shared memory of a block that has ended", site);
+        fatal("lifetime", who(fibre.actor) + " reaches shared memory of a block that has ended", site);
     peer.by_peers.push_back(now(fibre.actor));
 }
 
@@ -213,12 +221,23 @@ void store_to_peer(uint32_t address, uint32_t bits, Site site) {
     memcpy(block->shared + offset, &bits, 4);
 }
 
-void open_cluster_barrier() {
-    device.met = std::make_shared<const Clock>(std::move(device.arrivals.clock));
-    device.arrivals = {};
-    device.arrived = 0;
-    ++device.phase;
-    for (Fibre& f : device.fibres)
+uint32_t load_from_peer(uint32_t address, Site site) {
+    const auto [block, offset] = decode(address, site);
+    if (offset % 4) fatal("alignment", "a load from a peer that is not aligned", site);
+    maybe_preempt();
+    if (block != device.running->block) check_peer_is_alive(*block, site);
+    access_shared(device.running->actor, *block, offset, 4, false, nullptr);
+    uint32_t bits;
+    memcpy(&bits, block->shared + offset, 4);
+    return bits;
+}
+
+void open_cluster_barrier(Cluster& cluster) {
+    cluster.met = std::make_shared<const Clock>(std::move(cluster.arrivals.clock));
+    cluster.arrivals = {};
+    cluster.arrived = 0;
+    ++cluster.phase;
+    for (Fibre& f : cluster.fibres)
         if (f.wait == Wait::kCluster) wake(f);
 }
 
@@ -226,20 +245,22 @@ void cluster_arrive(bool releases, Site site) {
     Fibre& fibre = *device.running;
     collective("barrier.cluster.arrive", site);
     if (fibre.arrived >= 0) fatal("cluster", "two arrivals at the cluster barrier without a wait", site);
-    fibre.arrived = device.phase;
-    device.arrivals.clock.resize(clock_size());
-    if (releases) publish(fibre.actor, device.arrivals);
-    if (++device.arrived == device.threads - device.ended) open_cluster_barrier();
+    Cluster& cluster = *fibre.block->cluster;
+    fibre.arrived = cluster.phase;
+    cluster.arrivals.clock.resize(clock_size());
+    if (releases) publish(fibre.actor, cluster.arrivals);
+    if (++cluster.arrived == cluster.fibres.size() - cluster.ended) open_cluster_barrier(cluster);
 }
 
 void cluster_wait(Site site) {
     Fibre& fibre = *device.running;
     collective("barrier.cluster.wait", site);
     if (fibre.arrived < 0) fatal("cluster", "a wait at the cluster barrier without an arrival", site);
-    if (device.phase == fibre.arrived) suspend(Wait::kCluster, site);
+    Cluster& cluster = *fibre.block->cluster;
+    if (cluster.phase == fibre.arrived) suspend(Wait::kCluster, site);
     fibre.arrived = -1;
     fibre.met = true;
-    acquire(fibre.actor, device.met);
+    acquire(fibre.actor, cluster.met);
 }
 
 }  // namespace emulated

@@ -15,6 +15,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __align__(bytes) __attribute__((aligned(bytes)))
 
 namespace emulated {
 
@@ -55,6 +56,7 @@ enum cudaError_t {
     cudaErrorInvalidDevice = 101,
     cudaErrorIllegalAddress = 700,
     cudaErrorLaunchOutOfResources = 701,
+    cudaErrorLaunchFailure = 719,
     cudaErrorNotSupported = 801,
     cudaErrorInvalidClusterSize = 912
 };
@@ -110,7 +112,9 @@ void call_kernel(const Launch& launch) {
 template <class... Expected, class... Actual>
 cudaError_t launch(Site site, void (*kernel)(Expected...), dim3 grid, dim3 block, size_t bytes, unsigned cluster,
                    Actual&&... actual) {
-    std::tuple<std::decay_t<Expected>...> arguments(std::forward<Actual>(actual)...);
+    using Arguments = std::tuple<std::decay_t<Expected>...>;
+    static_assert((std::is_trivially_copyable_v<std::decay_t<Expected>> && ...), "a launch keeps a copy of their bytes");
+    Arguments arguments(std::forward<Actual>(actual)...);
     return run({reinterpret_cast<const void*>(kernel), &call_kernel<Expected...>, &arguments, sizeof arguments, site},
                grid, block, bytes, cluster);
 }
@@ -205,6 +209,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(T...), const 
 #define blockIdx (::emulated::block_index())
 
 void __syncthreads(EMULATED_SITE);
+unsigned atomicInc(unsigned* address, unsigned last, EMULATED_SITE);
 size_t __cvta_generic_to_shared(const void*);
 inline void __syncwarp(uint32_t mask = ~0u, EMULATED_SITE) {
     emulated::warp_exchange(emulated::kSync, mask, 0, 0, site);

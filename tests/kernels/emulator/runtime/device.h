@@ -1,10 +1,13 @@
-// The emulated device. One cluster runs at a time, its threads as fibres of one thread of the host; every access is
-// checked against the extent of its array and, by vector clocks, against the accesses it is not ordered with.
+// The emulated devices: one, or several whose launches run together. On each some clusters run at a time (one, where a
+// launch is by itself), the threads of all as fibres of one thread of the host; every access is checked against the
+// extent of its array and, by vector clocks, against the accesses it is not ordered with.
 //
-// threads.cpp runs the fibres, memory.cpp checks accesses, barriers.cpp holds what threads wait for, host.cpp the
-// launches and the interface to Python.
+// threads.cpp runs the fibres, clusters.cpp starts and ends clusters, memory.cpp checks accesses, barriers.cpp holds what
+// threads of a cluster wait for, flags.cpp what those of several devices wait for, host.cpp the launches and the interface
+// to Python.
 #pragma once
 
+#include <cstddef>
 #include <deque>
 #include <map>
 #include <memory>
@@ -18,20 +21,22 @@ namespace emulated {
 
 // --- order
 
-// For each actor of a cluster the last of its times that someone has seen.
+// For each actor the last of its times that someone has seen.
 using Clock = std::vector<uint32_t>;
 using Seen = std::shared_ptr<const Clock>;  // one for all who saw the same
 
-// A thread of the cluster, or a bulk copy by itself. Its time goes up whenever it publishes what it did.
+// A thread of a cluster, or a bulk copy by itself. Its time goes up whenever it publishes what it did. The clusters that
+// run in one place after each other have the same actors; what they were before `born` they know like anyone else.
 struct Actor {
-    uint32_t id = 0, time = 1;
+    uint32_t id = 0, time = 1, born = 1;
+    int device = 0;
     Seen seen;
 };
 
-// Which cluster of all that ever ran (27 bits), which actor of it (15), at which of its times (22). 0 is never.
+// Which run of all that ever were (27 bits), which actor of it (15), at which of its times (22). 0 is never.
 using Stamp = uint64_t;
-constexpr Stamp stamp(uint64_t cluster, uint64_t actor, uint64_t time) { return cluster << 37 | actor << 22 | time; }
-constexpr uint64_t cluster_of(Stamp s) { return s >> 37; }
+constexpr Stamp stamp(uint64_t run, uint64_t actor, uint64_t time) { return run << 37 | actor << 22 | time; }
+constexpr uint64_t run_of(Stamp s) { return s >> 37; }
 constexpr uint32_t actor_of(Stamp s) { return static_cast<uint32_t>(s >> 22 & 0x7fff); }
 constexpr uint32_t time_of(Stamp s) { return static_cast<uint32_t>(s & 0x3fffff); }
 constexpr Stamp kByHost = stamp(1, 0, 0);
@@ -68,6 +73,7 @@ struct Array {
     uintptr_t begin, end;
     int shift;      // log2 of the granule's bytes
     bool complete;  // all that may be written must be
+    int reader = -1, writer = -1;  // the device that may read it, and that may write it; -1 for any
     Window read, write;
     std::vector<Cell> cells;  // none where nothing may be written: no order to watch
 };
@@ -75,19 +81,22 @@ struct Array {
 constexpr uint32_t kWindow = 512 * 1024;     // of address space for a block's shared memory
 constexpr uint32_t kStaticRoom = 8192;       // of it for static variables
 constexpr uint32_t kFirstAddress = 1024;     // of shared memory, as on the device
-constexpr uint32_t kMostBlocks = 8;          // of a cluster
-constexpr uint32_t kMostCopies = 1024;       // of a cluster
+constexpr uint32_t kMostCluster = 8;         // blocks
+constexpr uint32_t kMostBlocks = 64;         // that run at a time, on all devices
+constexpr uint32_t kMostCopies = 1024;       // on their way at a time
 char* shared_windows();
 
 struct Block;
 void access(uintptr_t address, size_t bytes, bool write, const void* code);
 void access_global(const Actor&, uintptr_t address, size_t bytes, bool write, const void* code);
 void access_shared(const Actor&, Block&, uint32_t offset, size_t bytes, bool write, const void* code);
+Cell* allowed_cell(const Actor&, uintptr_t address, bool write, Site);  // of what a strong operation touches
+void maybe_preempt();
 
 // --- threads
 
 enum class State { kReady, kWaiting, kDone };
-enum class Wait { kNothing, kWarp, kBlock, kCluster, kMbarrier };
+enum class Wait { kNothing, kWarp, kBlock, kCluster, kMbarrier, kFlag };
 
 struct Fibre {
     uint3 thread{}, block_index{};
@@ -102,6 +111,8 @@ struct Fibre {
     size_t collectives = 0; // operations done that the lanes of its warp must all do
     int64_t arrived = -1;   // phase of the cluster barrier at which it arrived and for which it has not waited
     bool met = false;       // it has waited there: its peers have started
+    uintptr_t polled = 0;   // the flag that it looked at last, and how many stores that had seen
+    uint64_t polled_stores = 0;
 };
 
 struct Warp {
@@ -135,8 +146,11 @@ struct Variable {
     uint32_t offset, bytes;
 };
 
+struct Cluster;
+
 struct Block {
-    uint32_t rank = 0;
+    Cluster* cluster = nullptr;
+    uint32_t rank = 0, place = 0;  // in its cluster, and of its shared memory among all that run
     char* shared = nullptr;
     std::vector<Cell> words, units;  // of static and of dynamic shared memory: 4 and 16 bytes
     std::vector<Warp> warps;
@@ -147,12 +161,51 @@ struct Block {
     Published ended;                         // what its threads had seen when they ended
 };
 
+// A launch and what is left of it to start.
+struct Grid {
+    Launch launch;
+    std::vector<std::max_align_t> arguments;  // a copy of the launch's
+    int device = 0;
+    unsigned blocks = 1, threads = 1, cluster = 1;  // threads of a block, blocks of a cluster
+    size_t dynamic_bytes = 0, dynamic_offset = 0, static_bytes = 0;
+    std::vector<Variable> variables;
+    std::vector<unsigned> order;  // in which its clusters start
+    size_t started = 0, ended = 0;
+    Seen before;     // what its device's earlier launches had seen
+    Published after; // and what they have when it is over
+};
+
+// A place where a cluster runs, and the cluster that does.
+struct Cluster {
+    Grid* grid = nullptr;  // none while the place is empty
+    int device = 0;
+    uint32_t first_actor = 0, first_place = 0;
+    std::vector<Fibre> fibres;
+    std::vector<std::unique_ptr<Block>> blocks;
+    std::vector<uint32_t> times;  // of its actors when the last cluster ended
+    int64_t phase = 0;            // of the cluster barrier
+    size_t arrived = 0, ended = 0;
+    Published arrivals;
+    Seen met;
+};
+
+// A word that threads store and load as one, in an order that all agree upon.
+struct Flag {
+    Stamp last = 0;   // the last such store
+    Seen released;    // what was released with it
+    bool system = false;
+    int device = 0;
+    uint64_t stores = 0;
+};
+
 enum Order { kForward = 0, kBackward = 1, kRandom = 2 };
 enum Arrival { kAtOnce = 0, kLate = 1, kAnyTime = 2 };  // of bulk copies
 
 struct Device {
     // properties and schedule
     int major = 9, optin = 232448, per_multiprocessor = 233472, most_cluster = 8, refused_cluster = 9;
+    int count = 1, current = 0, resident = 1;  // devices, that of the next launch, and clusters a device runs at a time
+    bool together = false;                     // launches wait for `run_queued`
     int order = kForward, copies = kLate, preempt = 0, exp2_error = 0, planted = 0;
     std::mt19937 random{1};
     // memory
@@ -163,32 +216,31 @@ struct Device {
     std::vector<std::string> faults, launches;
     std::map<std::string, int> seen_faults;
     cudaError_t error = cudaSuccess;
-    // the running launch
-    const Launch* launch = nullptr;
-    size_t dynamic_bytes = 0, dynamic_offset = 0, static_bytes = 0;
-    std::vector<Variable> variables;
-    unsigned bound_threads = 0;
-    bool aborted = false;
-    uint64_t serial = 1, first_serial = 2;  // of the running cluster, and of its launch's first
-    // the running cluster
-    unsigned cluster = 1;
-    size_t threads = 0;
-    std::vector<Fibre> fibres;
-    std::vector<std::unique_ptr<Block>> blocks;
+    // the run
+    std::vector<std::unique_ptr<Grid>> queue;  // launches, each device's in their order
+    bool aborted = false, trapped = false;
+    uint64_t serial = 1;
+    size_t threads = 0;  // that run at a time
+    std::vector<std::unique_ptr<Cluster>> clusters;
     std::deque<Fibre*> ready;
     std::vector<Copy> copying;
-    uint32_t copies_made = 0;
-    int64_t phase = 0;  // of the cluster barrier
-    size_t arrived = 0, ended = 0;
-    Published arrivals;
-    Seen met;
+    std::vector<uint32_t> idle_copies, copy_times;
+    std::map<uintptr_t, Flag> flags;
+    uint64_t nanoseconds = 1;
+    int waited = 0;  // times that the clock was put forward since a flag was stored
     Fibre* running = nullptr;
     void* scheduler = nullptr;  // its stack pointer while a fibre runs
     int until_preempted = 0;
 };
 extern Device device;
 
-void run_cluster(unsigned index, unsigned threads);
+cudaError_t run_queued();
+void run_fibres();
+void start_clusters();
+bool all_ended();
+void start_thread(Fibre&);  // it begins at the top of its stack
+char* stack_of(const Actor&);
+constexpr size_t kStack = 128 * 1024;
 void suspend(Wait, Site);  // the running thread, until something wakes it
 void take_turn();          // the running thread, which has been woken already
 void wake(Fibre&);
@@ -198,7 +250,9 @@ void meet(const std::vector<Fibre*>&);  // each sees what all have done
 
 Warp& warp_of(const Fibre&);
 void open_block_barrier(Block&);
-void open_cluster_barrier();
+void open_cluster_barrier(Cluster&);
+bool time_passes();  // false where that helps no one
+void end_cluster(Cluster&);
 void finish_copy(size_t index);
 
 // --- reports

@@ -12,25 +12,26 @@ uint3 block_index() { return device.running->block_index; }
 bool planted(int number) { return device.planted == number; }
 
 void launch_bounds(unsigned threads, unsigned) {
-    device.bound_threads = threads;
-    if (device.threads / device.cluster > threads)
+    if (device.running->block->cluster->grid->threads > threads)
         fatal("limit", "more threads a block than __launch_bounds__ of " + std::to_string(threads));
 }
 
 void* static_address(const void* key, const char* name, size_t bytes, size_t align) {
     char* shared = device.running->block->shared;
-    for (const Variable& v : device.variables)
+    Grid& grid = *device.running->block->cluster->grid;
+    for (const Variable& v : grid.variables)
         if (v.key == key) return shared + v.offset;
-    const size_t offset = (device.static_bytes + align - 1) / align * align;
-    device.static_bytes = offset + bytes;
-    if (device.static_bytes > kStaticRoom) fatal("limit", "more static shared memory than the emulator has room for");
-    device.variables.push_back({key, name, static_cast<uint32_t>(offset), static_cast<uint32_t>(bytes)});
+    const size_t offset = (grid.static_bytes + align - 1) / align * align;
+    grid.static_bytes = offset + bytes;
+    if (grid.static_bytes > kStaticRoom) fatal("limit", "more static shared memory than the emulator has room for");
+    grid.variables.push_back({key, name, static_cast<uint32_t>(offset), static_cast<uint32_t>(bytes)});
     return shared + offset;
 }
 
 void* dynamic_address(size_t align) {
-    device.dynamic_offset = kStaticRoom + align;  // aligned as asked, and no better
-    return device.running->block->shared + device.dynamic_offset;
+    Block& block = *device.running->block;
+    block.cluster->grid->dynamic_offset = kStaticRoom + align;  // aligned as asked, and no better
+    return block.shared + block.cluster->grid->dynamic_offset;
 }
 
 float exp2_of_the_device(float x) {
@@ -56,52 +57,29 @@ static cudaError_t check(const Launch& launch, dim3 grid, dim3 block, size_t dyn
     if (grid.x < 1 || grid.x > 2147483647u || grid.y != 1 || grid.z != 1) return cudaErrorInvalidConfiguration;
     if (block.x < 1 || block.x > 1024 || block.y != 1 || block.z != 1) return cudaErrorInvalidConfiguration;
     if (cluster > 1 && device.major < 9) return cudaErrorNotSupported;
-    if (cluster > kMostBlocks || (cluster & (cluster - 1)) || grid.x % cluster) return cudaErrorInvalidConfiguration;
+    if (cluster > kMostCluster || (cluster & (cluster - 1)) || grid.x % cluster) return cudaErrorInvalidConfiguration;
     if (dynamic_bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
     if (launch.argument_bytes > 4096) return cudaErrorInvalidValue;
     if (static_cast<int>(cluster) >= device.refused_cluster) return cudaErrorLaunchOutOfResources;
     return cudaSuccess;
 }
 
-static std::vector<unsigned> cluster_order(unsigned clusters) {
-    std::vector<unsigned> order(clusters);
-    for (unsigned i = 0; i < clusters; ++i) order[i] = device.order == kBackward ? clusters - 1 - i : i;
-    if (device.order == kRandom) std::shuffle(order.begin(), order.end(), device.random);
-    return order;
-}
-
-static void describe(const Launch& launch, dim3 grid, dim3 block) {
-    const size_t used = device.dynamic_bytes + device.static_bytes;
-    if (used > static_cast<size_t>(device.optin))
-        fault("limit", std::to_string(used) + " bytes of shared memory a block");
-    const size_t room = (used + 1024 + 127) / 128 * 128;  // 1 KiB is the system's
-    device.launches.push_back(at(launch.site) + " grid=" + std::to_string(grid.x) + " block=" +
-                              std::to_string(block.x) + " cluster=" + std::to_string(device.cluster) +
-                              " dynamic=" + std::to_string(device.dynamic_bytes) + " static=" +
-                              std::to_string(device.static_bytes) + " resident=" +
-                              std::to_string(static_cast<size_t>(device.per_multiprocessor) / room));
-}
-
 cudaError_t run(const Launch& launch, dim3 grid, dim3 block, size_t dynamic_bytes, unsigned cluster) {
     const cudaError_t error = check(launch, grid, block, dynamic_bytes, cluster);
     if (error != cudaSuccess) return device.error = error;
-    device.launch = &launch;
-    device.cluster = cluster;
-    device.threads = static_cast<size_t>(block.x) * cluster;
-    device.dynamic_bytes = dynamic_bytes;
-    device.dynamic_offset = kStaticRoom + 128;
-    device.static_bytes = 0;
-    device.variables.clear();
-    device.aborted = false;
-    device.first_serial = ++device.serial;
-    for (unsigned i : cluster_order(grid.x / cluster)) {
-        if (device.aborted) break;
-        run_cluster(i, block.x);
-    }
-    describe(launch, grid, block);
-    device.launch = nullptr;
-    if (device.aborted) return device.error = cudaErrorIllegalAddress;
-    return cudaSuccess;  // an error of before stays until it is asked for
+    auto made = std::make_unique<Grid>();
+    made->launch = launch;
+    made->arguments.resize(launch.argument_bytes / sizeof(std::max_align_t) + 1);
+    memcpy(made->arguments.data(), launch.arguments, launch.argument_bytes);
+    made->launch.arguments = made->arguments.data();
+    made->device = device.current;
+    made->blocks = grid.x;
+    made->threads = block.x;
+    made->cluster = cluster;
+    made->dynamic_bytes = dynamic_bytes;
+    made->dynamic_offset = kStaticRoom + 128;
+    device.queue.push_back(std::move(made));
+    return device.together ? cudaSuccess : run_queued();
 }
 
 unsigned cluster_size(const cudaLaunchConfig_t& config) {
@@ -134,12 +112,16 @@ using emulated::device;
 // --- the runtime's calls
 
 cudaError_t cudaGetDevice(int* number) {
-    *number = 0;
+    *number = device.current;
     return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int number) { return number == 0 ? cudaSuccess : device.error = cudaErrorInvalidDevice; }
+cudaError_t cudaSetDevice(int number) {
+    if (number < 0 || number >= device.count) return device.error = cudaErrorInvalidDevice;
+    device.current = number;
+    return cudaSuccess;
+}
 cudaError_t cudaGetDeviceCount(int* count) {
-    *count = 1;
+    *count = device.count;
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -154,6 +136,7 @@ cudaError_t cudaGetLastError() {
 const char* cudaGetErrorString(cudaError_t error) {
     return error == cudaErrorNotSupported     ? "operation not supported"
            : error == cudaErrorIllegalAddress ? "an illegal memory access was encountered"
+           : error == cudaErrorLaunchFailure  ? "unspecified launch failure"
                                               : "an error of the emulated device";
 }
 
@@ -187,6 +170,17 @@ void emulated_schedule(int order, int copies, int preempt, int exp2_error, unsig
     device.random.seed(seed);
 }
 
+// So many devices, of which each runs `resident` clusters at a time. Where `together`, launches wait for emulated_run.
+void emulated_devices(int count, int resident, int together) {
+    device.count = count;
+    device.resident = resident;
+    device.together = together != 0;
+    device.current = 0;
+    device.queue.clear();
+}
+
+int emulated_run() { return emulated::run_queued(); }
+
 void emulated_plant(int number) { device.planted = number; }
 
 // An array of a launch, [begin, begin + bytes), watched in granules of 2^shift bytes. Nothing of it may be touched but
@@ -195,6 +189,12 @@ void emulated_array(const char* name, uintptr_t begin, uint64_t bytes, int shift
     emulated::Array array{name, begin, begin + bytes, shift, complete != 0, {}, {}, {}};
     if (written) array.cells.resize((bytes >> shift) + 1, {holds ? emulated::kByHost : 0, 0});
     device.arrays.push_back(std::move(array));
+}
+
+// The devices that alone may read and write the last array; -1 for any.
+void emulated_owner(int reader, int writer) {
+    device.arrays.back().reader = reader;
+    device.arrays.back().writer = writer;
 }
 
 // Opens rows of the last array for reading or writing; those in `closed` [rows], where given, stay shut.
@@ -213,7 +213,7 @@ void emulated_check_complete() {
         for (uint64_t row = 0; row < window.rows; ++row)
             for (uint64_t i = 0; i < window.width; i += uint64_t{1} << array.shift) {
                 const auto& cell = array.cells[(window.begin + row * window.pitch + i - array.begin) >> array.shift];
-                missing += emulated::cluster_of(cell.writer) < 2;
+                missing += emulated::run_of(cell.writer) < 2;
             }
         if (missing) emulated::fault("incomplete", std::to_string(missing) + " granules of " + array.name);
     }

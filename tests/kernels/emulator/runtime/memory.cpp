@@ -18,8 +18,15 @@ std::string at(Site site) {
 
 std::string who(const Actor& actor) {
     if (actor.id >= device.threads) return "bulk copy " + std::to_string(actor.id - device.threads);
-    const size_t per_block = device.threads / device.cluster;
-    return "thread " + std::to_string(actor.id % per_block) + " of block " + std::to_string(actor.id / per_block);
+    for (const auto& cluster : device.clusters) {
+        const size_t index = actor.id - cluster->first_actor;
+        if (actor.id < cluster->first_actor || index >= cluster->times.size()) continue;
+        const size_t per_block = cluster->grid ? cluster->grid->threads : 1;
+        const std::string text =
+            "thread " + std::to_string(index % per_block) + " of block " + std::to_string(index / per_block);
+        return device.count == 1 ? text : text + " of device " + std::to_string(cluster->device);
+    }
+    return "the host";
 }
 
 // `code` is the address of the access, which tools such as addr2line turn into a line.
@@ -37,7 +44,7 @@ void fault(const std::string& kind, const std::string& text, const void* code) {
 // --- the order of accesses to a granule
 
 static std::string by(Stamp s) {
-    if (cluster_of(s) != device.serial) return "another cluster";
+    if (run_of(s) != device.serial) return "an earlier launch";
     Actor actor;
     actor.id = actor_of(s);
     return who(actor);
@@ -90,23 +97,24 @@ char* shared_windows() {
 
 static std::string name_of(const Block& block, uint32_t offset) {
     const std::string name = "shared memory of block " + std::to_string(block.rank) + ", ";
-    for (const Variable& v : device.variables)
+    for (const Variable& v : block.cluster->grid->variables)
         if (offset >= v.offset && offset < v.offset + v.bytes)
             return name + v.name + "+" + std::to_string(offset - v.offset);
     return name + "dynamic+" +
-           std::to_string(static_cast<int64_t>(offset) - static_cast<int64_t>(device.dynamic_offset));
+           std::to_string(static_cast<int64_t>(offset) - static_cast<int64_t>(block.cluster->grid->dynamic_offset));
 }
 
-static bool in_a_variable(uint32_t offset, size_t bytes) {
-    for (const Variable& v : device.variables)
+static bool in_a_variable(const Block& block, uint32_t offset, size_t bytes) {
+    for (const Variable& v : block.cluster->grid->variables)
         if (offset >= v.offset && offset + bytes <= v.offset + v.bytes) return true;
     return false;
 }
 
 void access_shared(const Actor& actor, Block& block, uint32_t offset, size_t bytes, bool write, const void* code) {
-    const bool dynamic = offset >= device.dynamic_offset;
-    const size_t start = dynamic ? device.dynamic_offset : 0, granule = dynamic ? 16 : 4;
-    if (dynamic ? offset + bytes > device.dynamic_offset + device.dynamic_bytes : !in_a_variable(offset, bytes))
+    const Grid& grid = *block.cluster->grid;
+    const bool dynamic = offset >= grid.dynamic_offset;
+    const size_t start = dynamic ? grid.dynamic_offset : 0, granule = dynamic ? 16 : 4;
+    if (dynamic ? offset + bytes > grid.dynamic_offset + grid.dynamic_bytes : !in_a_variable(block, offset, bytes))
         fatal("out of bounds", std::to_string(bytes) + " bytes of " + name_of(block, offset) + " by " + who(actor),
               code);
     if (!dynamic)
@@ -115,7 +123,6 @@ void access_shared(const Actor& actor, Block& block, uint32_t offset, size_t byt
                 fatal("mbarrier", name_of(block, offset) + " touched by an ordinary access of " + who(actor), code);
     for (size_t i = (offset - start) / granule; i <= (offset - start + bytes - 1) / granule; ++i) {
         Cell& cell = (dynamic ? block.units : block.words)[i];
-        if (cluster_of(cell.writer) != device.serial) cell = {};
         const auto name = [&] { return name_of(block, static_cast<uint32_t>(start + i * granule)); };
         if (write)
             write_cell(cell, actor, name, code);
@@ -149,13 +156,25 @@ static std::string place_in(const Array& array, uintptr_t address) {
            std::to_string(offset / rows.pitch);
 }
 
-void access_global(const Actor& actor, uintptr_t address, size_t bytes, bool write, const void* code) {
+static Array& checked_array(const Actor& actor, uintptr_t address, size_t bytes, bool write, const void* code) {
     Array* array = array_at(address);
     const std::string what = write ? "write of " : "read of ";
     if (!array) fatal("out of bounds", what + "what no array of the launch holds, by " + who(actor), code);
-    if (!allows(write ? array->write : array->read, address, bytes))
+    const int owner = write ? array->writer : array->reader;
+    if (!allows(write ? array->write : array->read, address, bytes) || (owner >= 0 && owner != actor.device))
         fatal("out of bounds",
               what + std::to_string(bytes) + " bytes of " + place_in(*array, address) + " by " + who(actor), code);
+    return *array;
+}
+
+Cell* allowed_cell(const Actor& actor, uintptr_t address, bool write, Site site) {
+    if (address % 4) fatal("alignment", "a word that is not aligned", site);
+    Array& array = checked_array(actor, address, 4, write, nullptr);
+    return array.cells.empty() ? nullptr : &array.cells[(address - array.begin) >> array.shift];
+}
+
+void access_global(const Actor& actor, uintptr_t address, size_t bytes, bool write, const void* code) {
+    Array* array = &checked_array(actor, address, bytes, write, code);
     if (array->cells.empty()) return;
     const uint64_t offset = address - array->begin;
     for (uint64_t i = offset >> array->shift; i <= (offset + bytes - 1) >> array->shift; ++i) {
@@ -169,7 +188,7 @@ void access_global(const Actor& actor, uintptr_t address, size_t bytes, bool wri
 
 // --- every access
 
-static void maybe_preempt() {
+void maybe_preempt() {
     if (!device.preempt || --device.until_preempted > 0) return;
     device.until_preempted = 1 + static_cast<int>(device.random() % static_cast<unsigned>(2 * device.preempt));
     wake(*device.running);
@@ -182,7 +201,7 @@ static bool readable_by_all(uintptr_t address, size_t bytes) {
         const auto start = reinterpret_cast<uintptr_t>(begin);
         return address >= start && address + bytes <= start + size;
     };
-    const Launch& launch = *device.launch;
+    const Launch& launch = device.running->block->cluster->grid->launch;
     if (inside(launch.arguments, launch.argument_bytes) || inside(&launch, sizeof launch)) return true;
     Dl_info of_address, own;
     return dladdr(reinterpret_cast<void*>(address), &of_address) && dladdr(&device, &own) &&
@@ -197,10 +216,10 @@ void access(uintptr_t address, size_t bytes, bool write, const void* code) {
     maybe_preempt();
     const auto windows = reinterpret_cast<uintptr_t>(shared_windows());
     if (address >= windows && address < windows + kMostBlocks * kWindow) {
-        const size_t rank = (address - windows) / kWindow;
-        if (rank != fibre->block->rank)
-            fatal("out of bounds", "a plain access to shared memory of block " + std::to_string(rank) + " by " +
-                                       who(fibre->actor), code);
+        const size_t place = (address - windows) / kWindow;
+        if (place != fibre->block->place)
+            fatal("out of bounds", "a plain access to shared memory of another block, place " + std::to_string(place) +
+                                       ", by " + who(fibre->actor), code);
         const auto offset = static_cast<uint32_t>((address - windows) % kWindow);
         return access_shared(fibre->actor, *fibre->block, offset, bytes, write, code);
     }

@@ -16,6 +16,12 @@ uint32_t map_to_peer(uint32_t address, uint32_t rank, Site);
 void store_to_peer(uint32_t address, uint32_t bits, Site);
 void cluster_arrive(bool releases, Site);
 void cluster_wait(Site);
+uint32_t load_from_peer(uint32_t address, Site);
+uint64_t nanoseconds();
+[[noreturn]] void trap();
+enum Scope { kDevice, kSystem };
+void strong_store(uint32_t* to, uint32_t value, bool releases, Scope, Site);
+uint32_t strong_load(const uint32_t* from, bool acquires, Scope, Site);
 
 namespace ptx {
 
@@ -118,9 +124,37 @@ inline void mapa_shared__cluster_u32(uint32_t& to, uint32_t address, uint32_t ra
 inline void st_shared__cluster_f32(uint32_t address, float value, EMULATED_SITE) {
     store_to_peer(address, __float_as_uint(value), site);
 }
+inline void ld_shared__cluster_u32(uint32_t& value, uint32_t address, EMULATED_SITE) {
+    value = load_from_peer(address, site);
+}
 inline void barrier_cluster_arrive_release_aligned(EMULATED_SITE) { cluster_arrive(true, site); }
 inline void barrier_cluster_arrive_relaxed_aligned(EMULATED_SITE) { cluster_arrive(false, site); }
 inline void barrier_cluster_wait_acquire_aligned(EMULATED_SITE) { cluster_wait(site); }
+
+
+// --- other devices
+
+inline void st_release_sys_global_u32(uint32_t* to, uint32_t value, EMULATED_SITE) {
+    strong_store(to, value, true, kSystem, site);
+}
+inline void st_release_gpu_global_u32(uint32_t* to, uint32_t value, EMULATED_SITE) {
+    strong_store(to, value, true, kDevice, site);
+}
+inline void st_relaxed_sys_global_u32(uint32_t* to, uint32_t value, EMULATED_SITE) {
+    strong_store(to, value, false, kSystem, site);
+}
+inline void ld_acquire_sys_global_u32(uint32_t& value, const uint32_t* from, EMULATED_SITE) {
+    value = strong_load(from, true, kSystem, site);
+}
+inline void ld_acquire_gpu_global_u32(uint32_t& value, const uint32_t* from, EMULATED_SITE) {
+    value = strong_load(from, true, kDevice, site);
+}
+inline void ld_relaxed_sys_global_u32(uint32_t& value, const uint32_t* from, EMULATED_SITE) {
+    value = strong_load(from, false, kSystem, site);
+}
+[[noreturn]] inline void trap() { ::emulated::trap(); }
+inline uint64_t special_globaltimer() { return nanoseconds(); }
+inline void mov_u64(uint64_t& to, uint64_t from) { to = from; }
 
 }  // namespace ptx
 }  // namespace emulated

@@ -36,7 +36,6 @@ emulated_switch:
 
 namespace emulated {
 
-constexpr size_t kStack = 128 * 1024;
 constexpr size_t kMostThreads = kMostBlocks * 1024;
 
 // --- switching
@@ -80,9 +79,9 @@ size_t clock_size() { return device.threads + kMostCopies + 1; }
 Stamp now(const Actor& actor) { return stamp(device.serial, actor.id, actor.time); }
 
 bool ordered(Stamp s, const Actor& actor) {
-    if (cluster_of(s) < device.first_serial) return true;  // of an earlier launch
-    if (cluster_of(s) != device.serial) return false;
-    return actor_of(s) == actor.id || (*actor.seen)[actor_of(s)] >= time_of(s);
+    if (run_of(s) < device.serial) return true;  // of an earlier run
+    if (actor_of(s) == actor.id && time_of(s) >= actor.born) return true;
+    return (*actor.seen)[actor_of(s)] >= time_of(s);
 }
 
 static void raise(Clock& to, const Clock& from) {
@@ -132,10 +131,11 @@ static void check_end_of_block(Block& block) {
 static void end_thread() {
     Fibre& fibre = *device.running;
     Block& block = *fibre.block;
+    Cluster& cluster = *block.cluster;
     const auto& collectives = warp_of(fibre).collectives;
     fibre.state = State::kDone;
     ++block.done;
-    ++device.ended;
+    ++cluster.ended;
     if (fibre.arrived >= 0)
         fault("cluster", who(fibre.actor) + " ended between arrival and wait at the cluster barrier");
     if (fibre.collectives != collectives.size())
@@ -143,73 +143,31 @@ static void end_thread() {
     publish(fibre.actor, block.ended);
     if (!block.at_barrier.empty() && block.done + block.at_barrier.size() == block.threads.size())
         open_block_barrier(block);
-    if (device.arrived && device.arrived == device.threads - device.ended) open_cluster_barrier();
+    if (cluster.arrived && cluster.arrived == cluster.fibres.size() - cluster.ended) open_cluster_barrier(cluster);
     if (block.done == block.threads.size()) check_end_of_block(block);
 }
 
 static void thread_main() {
-    device.launch->thread(*device.launch);
+    const Launch& launch = device.running->block->cluster->grid->launch;
+    launch.thread(launch);
     end_thread();
     to_scheduler();
     __builtin_unreachable();
 }
 
-static char* stacks() {
+char* stack_of(const Actor& actor) {
     static char* memory = static_cast<char*>(mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE,
                                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    return memory;
+    return memory + actor.id * kStack;
 }
 
-static void* fresh_stack(char* top) {
-    auto* words = reinterpret_cast<void**>(top) - 2;  // thread_main starts as if it were called
+void start_thread(Fibre& fibre) {
+    auto* words = reinterpret_cast<void**>(fibre.top) - 2;  // thread_main starts as if it were called
     words[1] = nullptr;
     words[0] = reinterpret_cast<void*>(&thread_main);
     for (int i = 0; i < 6; ++i) *--words = nullptr;
-    return words;
-}
-
-// --- a cluster
-
-static void prepare_block(unsigned index, unsigned rank, unsigned threads) {
-    auto& slot = device.blocks[rank];
-    std::vector<Cell> words, units;  // their memory is kept; serial numbers tell old stamps
-    if (slot) words.swap(slot->words), units.swap(slot->units);
-    slot = std::make_unique<Block>();
-    Block& block = *slot;
-    block.words.swap(words);
-    block.units.swap(units);
-    block.words.resize(kStaticRoom / 4);
-    block.units.resize(std::max(block.units.size(), device.dynamic_bytes / 16 + 1));
-    block.rank = rank;
-    block.shared = shared_windows() + rank * kWindow;
-    block.warps.resize((threads + 31) / 32);
-    memset(block.shared, 0xff, kStaticRoom + 1024 + device.dynamic_bytes);  // NaN
-    const auto nothing = std::make_shared<const Clock>(clock_size());
-    for (unsigned i = 0; i < threads; ++i) {
-        Fibre& fibre = device.fibres[rank * threads + i];
-        fibre.thread = {i, 0, 0};
-        fibre.block_index = {index * device.cluster + rank, 0, 0};
-        fibre.actor.id = rank * threads + i;
-        fibre.actor.seen = nothing;
-        fibre.block = &block;
-        fibre.stack = stacks() + fibre.actor.id * kStack;
-        fibre.top = fibre.stack + kStack - 64;
-        fibre.saved = fresh_stack(fibre.top);
-        block.threads.push_back(&fibre);
-    }
-}
-
-static void prepare_cluster(unsigned index, unsigned threads) {
-    device.blocks.resize(device.cluster);
-    device.fibres.assign(device.threads, {});
-    device.ready.clear();
-    device.copying.clear();
-    device.copies_made = 0;
-    device.phase = 0;
-    device.arrived = device.ended = 0;
-    device.arrivals = {};
-    for (unsigned rank = 0; rank < device.cluster; ++rank) prepare_block(index, rank, threads);
-    for (Fibre& f : device.fibres) device.ready.push_back(&f);
+    fibre.saved = words;
+    device.ready.push_back(&fibre);
 }
 
 static Fibre* next_ready() {
@@ -228,10 +186,11 @@ static Fibre* next_ready() {
 
 static void report_deadlock() {
     static const char* const names[] = {"nothing", "a warp operation", "__syncthreads", "the cluster barrier",
-                                        "an mbarrier"};
+                                        "an mbarrier", "a flag"};
     std::map<std::string, int> waits;
-    for (const Fibre& f : device.fibres)
-        if (f.state == State::kWaiting) ++waits[names[static_cast<int>(f.wait)] + (" at " + at(f.site))];
+    for (const auto& cluster : device.clusters)
+        for (const Fibre& f : cluster->fibres)
+            if (f.state == State::kWaiting) ++waits[names[static_cast<int>(f.wait)] + (" at " + at(f.site))];
     std::string text;
     for (const auto& [what, count] : waits) text += std::to_string(count) + " threads wait for " + what + "; ";
     fault("deadlock", text);
@@ -250,18 +209,21 @@ static bool a_copy_arrives() {
     return true;
 }
 
-void run_cluster(unsigned index, unsigned threads) {
-    prepare_cluster(index, threads);
+void run_fibres() {
     while (!device.aborted) {
+        start_clusters();
         if (a_copy_arrives()) continue;
         if (device.ready.empty()) {
-            if (device.ended < device.threads) report_deadlock();
+            if (all_ended()) break;
+            if (time_passes()) continue;
+            report_deadlock();
             break;
         }
-        device.running = next_ready();
-        emulated_switch(&device.scheduler, device.running->saved);
+        Fibre* fibre = device.running = next_ready();
+        emulated_switch(&device.scheduler, fibre->saved);
+        Cluster& cluster = *fibre->block->cluster;
+        if (cluster.ended == cluster.fibres.size()) end_cluster(cluster);
     }
-    ++device.serial;
 }
 
 }  // namespace emulated
