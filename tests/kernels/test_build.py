@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROW_KERNELS = {"two_read_rows", "one_read_rows"}
+ROW_KERNELS = {"two_read_rows", "one_read_rows", "sharded_rows"}
 ARCHS = {"sm_80", "sm_90a", "sm_100f", "sm_120"}
 
 needs_nvcc = pytest.mark.skipif(

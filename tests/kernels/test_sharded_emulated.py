@@ -38,7 +38,7 @@ def checked(chunk: Rows) -> Rows:
 def test_every_order_gives_the_same_bits_and_what_float64_gives(
     world: MakeWorld, ranks: int, dtype: torch.dtype, padding: int
 ) -> None:
-    """Five rows, of which two at a time run on a device; with 400 of 1,001 columns as padding a shard of four is idle."""
+    """Five rows, of which two at a time run on a device; of "idle shard" the last shard is padding and nothing else."""
     chunk = sharded_case(1001, dtype, padding=padding if ranks == 4 else padding + 110)
     first = None
     with world(ranks) as devices:
@@ -163,7 +163,7 @@ def test_a_rank_that_is_a_launch_behind_ends_in_an_error_too(world: MakeWorld) -
 @RANKS
 @DTYPES
 def test_many_cases(world: MakeWorld, ranks: int, dtype: torch.dtype) -> None:
-    """Widths around units and pieces, more and fewer clusters at a time, several launches, each order with its own seeds."""
+    """Widths around units and pieces, one to four clusters at a time, several launches, orders of other seeds."""
     for seed, columns in enumerate((5, 8, 31, 64, 97, 1031, 3072, 4099, 12_289, 40_000)):
         count = 2 + seed % 6
         chunk = sharded_case(columns, dtype, count=count, padding=min(columns - 1, 7 * seed), seed=seed)

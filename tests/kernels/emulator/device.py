@@ -157,7 +157,7 @@ class EmulatedDevice:
         )
 
     @staticmethod
-    def Peers(*, mailboxes: list[int], **fields: int) -> Any:  # noqa: N802 - a structure's name
+    def Peers(*, mailboxes: list[int], **fields: int) -> Any:
         """klear_peers."""
         addresses = (ctypes.c_int64 * len(mailboxes))(*mailboxes)
         peers = _HEADER["klear_peers"](
