@@ -74,13 +74,15 @@ def test_the_model_of_the_row_kernels_counts_the_path_of_full_units(model):
 
 def test_the_committed_estimates_follow_from_the_committed_counts(model):
     report = json.loads((ROOT / "tools/benchmark/results/row_kernel_model.json").read_text())
-    assert len(report["kernels"]) == 6 * len(model.CODES)
+    assert len(report["kernels"]) == 9 * len(model.CODES)
     sizes = dict(model.TYPES.values())
     for entry in report["kernels"]:
         size, to_size = (sizes[name] for name in entry["types"].split(" to "))
         found = [model.Loop(**loop) for loop in entry["loops"]]
         gpus = [gpu for gpu in model.GPUS if f"sm_{gpu.architecture}" == entry["architecture"]]
         assert gpus
+        posts = model.mailbox_bytes(size, to_size, report["columns"]) if entry["kernel"] == "sharded" else None
+        assert entry.get("mailboxes") == posts
         assert entry["estimates"] == [model.estimate(entry["kernel"], size, to_size, found, gpu) for gpu in gpus]
 
 
@@ -92,7 +94,7 @@ def test_the_code_of_sm_100_issues_less():
         for row in report["kernels"]
         if row["architecture"] == "sm_100f"
     }
-    assert len(rows) == 12
+    assert len(rows) == 18
     for (pairs, *names), row in rows.items():
         for one, before in zip(row["loops"], rows[False, *names]["loops"], strict=True):
             assert one["issue"] < before["issue"] or not pairs or names[0] == "two reads"

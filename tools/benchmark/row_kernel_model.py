@@ -14,6 +14,10 @@ instruction of two fp32 operations takes one slot and counts as two of them. The
 kernel that reads and writes the same bytes once, and is a range. At its low end all phases come after each other, and
 the second of two reads is from device memory; at its high end all that memory does not need is hidden behind it, and
 the second read is from cache.
+
+Of a sharded vocabulary the kernel that reads it once is counted for RANKS ranks, each with its part of the columns. What a
+row's blocks wait for their peers is in neither end: it depends on how far the ranks are apart. What a row sends through the
+mailboxes is counted in bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +36,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 ISSUE_LANES, FMA_LANES, MUFU_LANES = 128, 128, 16  # a clock and multiprocessor
+RANKS = 2  # of a sharded vocabulary
+POST_BYTES, ENTRY_BYTES = 20, 32  # of a row's statistics and number to one peer, and of their place in a mailbox
 COPY_EFFICIENCY = 0.92  # of the peak bandwidth that a copy reaches
+NAMES = {"one_read": "one read", "two_read": "two reads", "sharded": "sharded"}
 TYPES = {"f": ("fp32", 4), "NS_4bf16E": ("bf16", 2)}
 Code = list[tuple[int, str]]
 
@@ -155,7 +162,7 @@ def _operations(text: str) -> int:
 
 def kernels(listing: str, columns: int) -> Iterator[tuple[str, str, int, int, Code]]:
     """Kernel, its types, their bytes, and code of those that make one pass over rows of `columns`."""
-    pattern = r"(one|two)_read_rowsI(f|NS_4bf16E)(f|NS_4bf16E|S\d_)Li(\d)E"
+    pattern = r"(one_read|two_read|sharded)_rowsI(f|NS_4bf16E)(f|NS_4bf16E|S\d_)Li(\d)E"
     for name, code in functions(listing):
         match = re.search(pattern, name)
         if not match:
@@ -163,9 +170,17 @@ def kernels(listing: str, columns: int) -> Iterator[tuple[str, str, int, int, Co
         kernel, source, target, number = match.groups()
         target = source if target.startswith("S") else target
         (from_name, size), (to_name, to_size) = TYPES[source], TYPES[target]
-        cluster = next((c for c in (1, 2, 4) if columns * size <= c * 76288), 8)
-        if int(number) == (cluster if kernel == "one" else 0):
-            yield f"{kernel} read{'s' * (kernel == 'two')}", f"{from_name} to {to_name}", size, to_size, code
+        part, block = (-(-columns // RANKS), 76032) if kernel == "sharded" else (columns, 76288)
+        cluster = next((c for c in (1, 2, 4) if part * size <= c * block), 8)
+        if int(number) == (0 if kernel == "two_read" else cluster):
+            yield NAMES[kernel], f"{from_name} to {to_name}", size, to_size, code
+
+
+def mailbox_bytes(size: int, to_size: int, columns: int) -> dict[str, float]:
+    """Of a row on one rank: bytes sent to the peers, of its mailbox that is written, and the share of the row's own."""
+    own = -(-columns // RANKS) * (size + to_size)
+    sent = POST_BYTES * (RANKS - 1)
+    return {"ranks": RANKS, "sent": sent, "mailbox": ENTRY_BYTES * RANKS, "of_row": float(f"{sent / own:.1e}")}
 
 
 def estimate(kernel: str, size: int, to_size: int, found: list[Loop], gpu: Gpu) -> dict[str, object]:
@@ -185,12 +200,12 @@ def estimate(kernel: str, size: int, to_size: int, found: list[Loop], gpu: Gpu) 
 
 
 def listing(cuda_bin: str, architecture: str, pairs: bool) -> str:
-    """cuobjdump's listing of both row kernels, compiled for an architecture."""
+    """cuobjdump's listing of the row kernels, compiled for an architecture."""
     path = os.pathsep.join(filter(None, (cuda_bin, os.environ.get("PATH", ""))))
     if missing := [tool for tool in ("nvcc", "cuobjdump", "nvdisasm") if not shutil.which(tool, path=path)]:
         raise SystemExit(f"needs {' and '.join(missing)}: on the PATH, or name their folder in --cuda-bin (see --help)")
     texts = []
-    for name in ("cuda_one_read", "cuda_two_read"):
+    for name in ("cuda_one_read", "cuda_two_read", "cuda_sharded"):
         with tempfile.TemporaryDirectory() as folder:
             made = f"{folder}/{name}.cubin"
             arch = ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}", f"-DKLEAR_PAIRS={int(pairs)}"]
@@ -205,6 +220,7 @@ def counted(text: str, architecture: str, pairs: bool, columns: int) -> Iterator
     """What is written of each kernel of a listing."""
     for kernel, types, size, to_size, code in kernels(text, columns):
         found = row_loops(code, size)
+        posts = {"mailboxes": mailbox_bytes(size, to_size, columns)} if kernel == "sharded" else {}
         yield {
             "architecture": f"sm_{architecture}",
             "pairs": pairs,
@@ -214,6 +230,7 @@ def counted(text: str, architecture: str, pairs: bool, columns: int) -> Iterator
             "estimates": [
                 estimate(kernel, size, to_size, found, gpu) for gpu in GPUS if gpu.architecture == architecture
             ],
+            **posts,
         }
 
 
