@@ -1,21 +1,23 @@
-// A row of a sharded vocabulary in one read (sm_90, sm_100): each rank's cluster of blocks copies its shard of the row to
-// shared memory, posts the shard's statistics to every rank's mailbox, waits for those of the others, merges all in rank
-// order as combine_rows does, and writes its gradient from shared memory. It waits for other devices inside the kernel.
+// A row of a sharded vocabulary in one read (sm_90, sm_100): each rank's cluster of blocks copies its shard of the row
+// to shared memory, posts the shard's statistics to every rank's mailbox, waits for those of the others, merges all in
+// rank order as combine_rows does, and writes its gradient from shared memory. It waits for other devices inside the
+// kernel.
 //
-// Why it cannot stand still. On each rank a counter gives the rows to the clusters in the order in which these start, so
-// the rows taken are always the first ones, and a rank of which any cluster has room goes on taking them; nothing is
-// assumed of the order in which a device starts its blocks. (1) Between taking a row and posting it a cluster waits for its
-// own blocks and copies alone, which the device runs together. (2) It waits for posts of its own row only. Take the first row
-// that some rank has not finished. Every rank finished all rows before it. A rank that has taken the row has posted it or
-// will, by (1). On one that has not, all clusters that ever started have finished, so there is room, and the next to start
-// takes this row. So every rank posts the row, and by (2) every rank finishes it. It takes for granted that each rank's
-// kernel comes to run: that it is not queued behind something which waits for another rank's kernel of this launch.
-// Where that fails, or a peer has died, a wait ends after `timeout_ns` in a trap, an error of every later CUDA call.
+// Why it cannot stand still. On each rank a counter gives the rows to the clusters in the order in which these start,
+// so the rows taken are always the first ones, and a rank of which any cluster has room goes on taking them; nothing is
+// assumed of the order in which a device starts its blocks. (1) Between taking a row and posting it a cluster waits for
+// its own blocks and copies alone, which the device runs together. (2) It waits for posts of its own row only. Take the
+// first row that some rank has not finished. Every rank finished all rows before it. A rank that has taken the row has
+// posted it or will, by (1). On one that has not, all clusters that ever started have finished, so there is room, and
+// the next to start takes this row. So every rank posts the row, and by (2) every rank finishes it. It takes for
+// granted that each rank's kernel comes to run: that it is not queued behind something which waits for another rank's
+// kernel of this launch. Where that fails, or a peer has died, a wait ends after `timeout_ns` in a trap, an error of
+// every later CUDA call.
 //
-// Why a mailbox needs no reset. Entries bear the number of their launch, and launches take turns between two halves of a
-// mailbox. A rank writes again into a half only in the second launch after; by then every peer has posted a row of the launch
-// between, so it had finished the one before, and has read the half. For that the first row of each launch is posted and
-// awaited even if it has no weight. A number comes back after 2^32 launches.
+// Why a mailbox needs no reset. Entries bear the number of their launch, and launches take turns between two halves of
+// a mailbox. A rank writes again into a half only in the second launch after; by then every peer has posted a row of
+// the launch between, so it had finished the one before, and has read the half. For that the first row of each launch
+// is posted and awaited even if it has no weight. A number comes back after 2^32 launches.
 #include "cuda_cluster.cuh"
 
 namespace klear {
@@ -98,7 +100,7 @@ __device__ __forceinline__ uint4 await_post(const Post* from, uint32_t generatio
     return from->stats;
 }
 
-// By one whole warp: posts `own` to all ranks where `posts`, then leaves every rank's statistics in `all`, in rank order.
+// By one whole warp: posts `own` to all ranks where `posts`, then leaves all ranks' statistics in `all`, in rank order.
 // Each block of a cluster waits by itself, for the post of its first.
 __device__ __forceinline__ void exchange(const ShardedArguments& a, int64_t row, bool posts, const RowStats& own,
                                          float* all) {

@@ -90,6 +90,7 @@ class _Group:
         self.group = group
         self.able: set[tuple[Any, ...]] = set()
         self.made: list[Mailboxes] = []  # the last is in use; a peer's kernel may still write into one before
+        self.stream: torch.cuda.Stream | None = None
 
     def mailboxes(self, logits: Tensor, gradient: Tensor) -> Mailboxes:
         kind = (logits.device, logits.shape[1], logits.dtype, gradient.dtype)
@@ -100,6 +101,10 @@ class _Group:
             raise _refused("its launches are numbered and cannot be part of a CUDA graph")
         if not self.made or self.made[-1].capacity < len(logits):
             self.made.append(self._make(max(FEWEST_ROWS, 2 * len(logits)), logits.device))
+        stream = torch.cuda.current_stream(logits.device)
+        if self.stream is not None and self.stream != stream:
+            stream.wait_stream(self.stream)  # launches follow each other: the next but one writes over what this reads
+        self.stream = stream
         return self.made[-1]
 
     def _agree(self, reason: str, device: torch.device) -> None:

@@ -175,6 +175,9 @@ COMMANDS: dict[str, Runs | Refused | Exempt] = {
     "pytest tests/kernels/test_rows_pairs.py": TESTS,
     "pytest tests/kernels/test_rows_planted.py": TESTS,
     "pytest tests/kernels/test_fused_emulated.py": TESTS,
+    "pytest tests/kernels/test_sharded_emulated.py tests/kernels/test_sharded_choice.py "
+    "tests/kernels/test_sharded_planted.py": TESTS,
+    "pytest -m gpu tests/kernels/test_sharded_gpu.py": TESTS,
     "compute-sanitizer --tool memcheck --error-exitcode 9 python -m pytest -m gpu tests/kernels/test_rows_cuda.py "
     "-k small": Exempt("needs a CUDA device and its toolkit"),
     "bash tools/benchmark/gpu_suite.sh": Exempt("needs a CUDA device; says `torch sees no CUDA device` without"),

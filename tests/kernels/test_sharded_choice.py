@@ -150,6 +150,19 @@ class Symmetric:
         return SimpleNamespace(get_remote_tensor=lambda rank, shape, dtype: memory if rank == 1 else memory.clone())
 
 
+class Stream:
+    """A stream of CUDA's that remembers what it waits for."""
+
+    current: Any = None
+
+    def __init__(self) -> None:
+        self.awaited: list[Any] = []
+        Stream.current = self
+
+    def wait_stream(self, other: Any) -> None:
+        self.awaited.append(other)
+
+
 def install(symmetric: Symmetric, emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A group of two ranks, this one being the second, whose devices can run the kernel."""
     monkeypatch.setitem(sys.modules, "torch.distributed._symmetric_memory", symmetric)
@@ -159,6 +172,7 @@ def install(symmetric: Symmetric, emulated: EmulatedDevice, monkeypatch: pytest.
     monkeypatch.setattr(mailboxes, "core", lambda device: SimpleNamespace(module=emulated))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream.current)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(dist, "get_rank", lambda group: 1)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: None)
@@ -169,6 +183,7 @@ def test_a_group_has_its_mailboxes_made_once_and_again_for_more_rows(
     emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = install(symmetric := Symmetric(), emulated, monkeypatch)
+    Stream()
 
     def of(rows: int, group: Any = group) -> Mailboxes:
         return mailboxes.group_mailboxes(group, torch.zeros(rows, 8), torch.zeros(rows, 8))
@@ -186,6 +201,10 @@ def test_a_group_has_its_mailboxes_made_once_and_again_for_more_rows(
     assert {(turn.ranks, turn.rank, turn.timeout_ns) for turn in turns} == {(2, 1, 600 * 10**9)}
     with pytest.raises(ValueError, match="hold 10000 rows, not 10001"):
         wider.turn(emulated, 10_001)
+    one, other = Stream.current, Stream()
+    of(10)
+    assert of(10) is wider
+    assert (one.awaited, other.awaited) == ([], [one]), "its launches follow each other on any stream"
     # a group made anew under the old one's name
     assert of(10, SimpleNamespace(group_name="tensor parallel")) not in (first, wider)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -15,9 +15,9 @@ kernel that reads and writes the same bytes once, and is a range. At its low end
 the second of two reads is from device memory; at its high end all that memory does not need is hidden behind it, and
 the second read is from cache.
 
-Of a sharded vocabulary the kernel that reads it once is counted for RANKS ranks, each with its part of the columns. What a
-row's blocks wait for their peers is in neither end: it depends on how far the ranks are apart. What a row sends through the
-mailboxes is counted in bytes.
+Of a sharded vocabulary the kernel that reads it once is counted for RANKS ranks, each with its part of the columns.
+What a row's blocks wait for their peers is in neither end: it depends on how far the ranks are apart. What a row sends
+through the mailboxes is counted in bytes.
 """
 
 from __future__ import annotations

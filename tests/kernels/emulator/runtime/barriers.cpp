@@ -207,7 +207,8 @@ static void check_peer_is_alive(Block& peer, Site site) {
     bool started = fibre.met;
     for (const Fibre* f : peer.threads) started |= (*fibre.actor.seen)[f->actor.id] > 0;
     if (!started)
-        fault("lifetime", who(fibre.actor) + " reaches shared memory of a block that may not have started, " + at(site));
+        fault("lifetime", who(fibre.actor) + " reaches shared memory of a block that may not have started, " +
+                              at(site));
     if (peer.done == peer.threads.size())
         fatal("lifetime", who(fibre.actor) + " reaches shared memory of a block that has ended", site);
     peer.by_peers.push_back(now(fibre.actor));

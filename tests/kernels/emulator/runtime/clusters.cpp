@@ -38,7 +38,8 @@ static void prepare_places() {
             device.clusters.push_back(std::move(cluster));
         }
     }
-    if (places > kMostBlocks || clock_size() > 1 << 15) fatal("limit", "more threads at a time than the emulator has room for");
+    if (places > kMostBlocks || clock_size() > 1 << 15)
+        fatal("limit", "more threads at a time than the emulator has room for");
     device.idle_copies.clear();
     for (uint32_t i = kMostCopies; i-- > 0;) device.idle_copies.push_back(i);
     device.copy_times.assign(kMostCopies, 0);
@@ -126,8 +127,8 @@ void end_cluster(Cluster& cluster) {
         for (size_t i = 0; i < clock_size(); ++i)
             grid.after.clock[i] = std::max(grid.after.clock[i], block->ended.clock[i]);
     for (size_t i = 0; i < cluster.fibres.size(); ++i) cluster.times[i] = cluster.fibres[i].actor.time;
-    for (size_t i = device.copying.size(); i-- > 0;)  // of a block that ended too early, which has been reported
-        if (device.copying[i].block->cluster == &cluster) device.copying.erase(device.copying.begin() + static_cast<int64_t>(i));
+    const auto is_of_it = [&](const Copy& copy) { return copy.block->cluster == &cluster; };  // it has been reported
+    device.copying.erase(std::remove_if(device.copying.begin(), device.copying.end(), is_of_it), device.copying.end());
     cluster.fibres.clear();
     cluster.grid = nullptr;
     ++grid.ended;

@@ -2,9 +2,9 @@
 // launch is by itself), the threads of all as fibres of one thread of the host; every access is checked against the
 // extent of its array and, by vector clocks, against the accesses it is not ordered with.
 //
-// threads.cpp runs the fibres, clusters.cpp starts and ends clusters, memory.cpp checks accesses, barriers.cpp holds what
-// threads of a cluster wait for, flags.cpp what those of several devices wait for, host.cpp the launches and the interface
-// to Python.
+// threads.cpp runs the fibres, clusters.cpp starts and ends clusters, memory.cpp checks accesses, barriers.cpp holds
+// what threads of a cluster wait for, flags.cpp what those of several devices wait for, host.cpp the launches and the
+// interface to Python.
 #pragma once
 
 #include <cstddef>

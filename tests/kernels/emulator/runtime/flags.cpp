@@ -1,5 +1,5 @@
-// What threads of several clusters and devices tell each other by: words that are stored and loaded as one, atomic counters,
-// and the clock that bounds a wait.
+// What threads of several clusters and devices tell each other by: words that are stored and loaded as one, atomic
+// counters, and the clock that bounds a wait.
 #include "device.h"
 
 namespace emulated {
