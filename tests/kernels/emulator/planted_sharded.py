@@ -65,6 +65,13 @@ FAULTS = (
     ),
     Fault("ranks are merged from the last to the first", "values", SHARDED, _AWAITED, "a.ranks - 1 - peer"),
     Fault("each rank begins with itself", "values", SHARDED, _AWAITED, "(peer + a.rank) % a.ranks"),
+    Fault(
+        "each rank looks into its neighbour's mailbox",
+        "out of bounds",
+        SHARDED,
+        "a.mailboxes[«mailbox»]",
+        "(mailbox + 1) % a.ranks",
+    ),
     Fault("launches share one half of the mailbox", "race", SHARDED, "(«(a.generation & 1)» * a.capacity", "0"),
     Fault("entries of a row lie over the next one's", "race|values|error 719", SHARDED, "+ row) * «a.ranks»", "2"),
     Fault(
