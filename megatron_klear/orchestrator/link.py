@@ -31,24 +31,24 @@ class Link:
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
-        end.setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDBUF, _CHUNK
-        )  # a fifth of it otherwise: more turns of the two ends
+        self._ahead = bytearray()  # what came while this end was sending
+        # A fifth of it otherwise: more turns of the two ends.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHUNK)
 
     def send(self, message: Any) -> None:
         """Hand a message over. Raises LinkClosedError."""
         head, beside = wire.taken_apart(message)
         sizes = [len(head), *(buffer.nbytes for buffer in beside)]
         try:
-            self._socket.sendall(b"".join(_LENGTH.pack(number) for number in (len(sizes), *sizes)) + head)
+            self._write(memoryview(b"".join(_LENGTH.pack(number) for number in (len(sizes), *sizes)) + head))
             for buffer in beside:
-                self._socket.sendall(buffer)
+                self._write(buffer)
         except OSError as error:
             raise LinkClosedError from error
 
     def receive(self, timeout_seconds: float | None = None) -> Any:
         """The next message, or None where none begins in time. Raises LinkClosedError."""
-        if not select.select([self._socket], [], [], timeout_seconds)[0]:
+        if not self._ahead and not self._events(select.POLLIN, timeout_seconds):
             return None
         (count,) = _LENGTH.unpack(self._read(_LENGTH.size))
         sizes = [length for (length,) in _LENGTH.iter_unpack(self._read(count * _LENGTH.size))]
@@ -60,8 +60,29 @@ class Link:
         with contextlib.suppress(OSError):
             self._socket.close()
 
+    def _write(self, content: memoryview) -> None:
+        while len(content):
+            try:
+                content = content[self._socket.send(content, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                # The other end may be sending too, as news for people: if neither read, both would wait for ever.
+                if self._events(select.POLLIN | select.POLLOUT) & select.POLLIN:
+                    came = self._socket.recv(_CHUNK)
+                    if not came:
+                        raise LinkClosedError from None
+                    self._ahead += came
+
+    def _events(self, wanted: int, timeout_seconds: float | None = None) -> int:
+        # Not select, which knows no descriptor above 1,023: rank 0 of a large world has more.
+        poll = select.poll()
+        poll.register(self._socket, wanted)
+        return sum(events for _, events in poll.poll(None if timeout_seconds is None else timeout_seconds * 1000))
+
     def _read(self, size: int) -> memoryview:
-        view, done = np.empty(size, np.uint8).data, 0  # not a bytearray, which would first be filled with zeros
+        view = np.empty(size, np.uint8).data  # not a bytearray, which would first be filled with zeros
+        done = min(size, len(self._ahead))
+        view[:done] = self._ahead[:done]
+        del self._ahead[:done]
         while done < size:
             try:
                 count = self._socket.recv_into(view[done : done + _CHUNK])

@@ -1,7 +1,9 @@
 """What crosses between rank 0 and the orchestrator, and what each hears of the other's end."""
 
+import fcntl
 import os
 import pickle
+import resource
 import signal
 import socket
 import subprocess
@@ -48,6 +50,41 @@ def test_no_message_is_none_and_a_closed_end_is_told(links):
     links[1].close()
     with pytest.raises(LinkClosedError):
         links[0].receive(10)
+
+
+def test_both_ends_may_send_at_once(links):
+    news = "a server is gone " * 1_000_000  # more than a socket holds
+    ratios = {7: np.arange(3_000_000, dtype=np.float32), 8: np.ones(3, np.float32)}
+    found = [None, None]
+
+    def talk(end, message):
+        links[end].send(message)
+        found[end] = links[end].receive(10)
+
+    ends = [threading.Thread(target=talk, args=(n, m), daemon=True) for n, m in enumerate([("keep", ratios), news])]
+    for end in ends:
+        end.start()
+    for end in ends:
+        end.join(20)
+    assert found[0] == news
+    name, got = found[1]
+    assert (name, list(got)) == ("keep", [7, 8])
+    np.testing.assert_array_equal(got[7], ratios[7])
+
+
+def test_a_descriptor_may_have_any_number():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], min(2000, limits[1])), limits[1]))
+    ends = socket.socketpair()
+    high = [socket.socket(fileno=fcntl.fcntl(end, fcntl.F_DUPFD, 1500)) for end in ends]
+    try:
+        Link(high[0]).send("a word")
+        assert Link(high[1]).receive(10) == "a word"
+        assert Link(high[1]).receive(0) is None
+    finally:
+        for end in (*ends, *high):
+            end.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 class OnlyHere(Exception):
