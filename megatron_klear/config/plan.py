@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_klear.config.base import RunConfig, SFTConfig
 from megatron_klear.config.checks_fp8 import fp8_lines
 from megatron_klear.config.memory import Memory, adapter_parameters, stage_memory, stage_parameters
+from megatron_klear.config.rollout import VLLMRolloutConfig
 from megatron_klear.models.architecture import Architecture
 from megatron_klear.types import route_type
 
@@ -165,7 +166,7 @@ def describe_rl_plan(
         _row("optimizer steps", f"{updates} of {algorithm.prompts_per_update} prompts, {sequences} responses"),
         _row("tokens per optimizer step, at most", f"{batch.max_tokens_per_step:,}"),
         _row("rollout steps", f"{config.train.steps:,}"),
-        *_samples_lines(config, architecture, generated * sampling.samples_per_prompt * longest),
+        *_samples_lines(config, architecture, longest),
     ]
     whole = [*_model_lines(config, architecture, plan), "", *lines, "", *_memory_lines(config, plan)]
     whole += _turns_lines(config, plan, device_memory_bytes)
@@ -174,15 +175,34 @@ def describe_rl_plan(
     return "\n".join(whole)
 
 
-def _samples_lines(config: GPPOConfig, architecture: Architecture, tokens: int) -> list[str]:
-    """What the `tokens` of a drawn batch take, at most, on the host of rank 0, whose orchestrator holds them."""
+def most_groups(config: GPPOConfig) -> int:
+    """Groups whose arrays lie on the host of rank 0 at once, at most: the orchestrator's, and copies given out.
+
+    A step looks at `max_generation_rounds` rounds, and what the next steps draw meanwhile is there too. What it trains
+    on is there twice more as it is given out: laid end to end, and with rank 0.
+    """
+    algorithm, rollout = config.algorithm, config.rollout
+    drawn = algorithm.generated_prompts or algorithm.prompts_per_step
+    looked_at = algorithm.max_generation_rounds * drawn
+    ahead = 0
+    if isinstance(rollout, VLLMRolloutConfig) and rollout.mode != "synchronous":
+        asynchronous = rollout.mode == "asynchronous"
+        ahead = rollout.max_staleness * algorithm.prompts_per_step if asynchronous else drawn
+    return looked_at + ahead + 2 * algorithm.prompts_per_step
+
+
+def _samples_lines(config: GPPOConfig, architecture: Architecture, longest: int) -> list[str]:
+    """What samples of `longest` tokens take, at most, on the host of rank 0, whose orchestrator holds them."""
     experts, layers = architecture.experts, architecture.num_layers
     routes = 0
     if experts is not None and config.algorithm.router_replay == "sampler":
         routes = layers * experts.chosen * route_type(experts.count)(0).itemsize
-    of_token = SAMPLE_BYTES_OF_TOKEN + routes
+    of_token, groups = SAMPLE_BYTES_OF_TOKEN + routes, most_groups(config)
+    size = groups * config.sampling.samples_per_prompt * longest * of_token
     parts = f"{of_token} bytes a token" + (f", {routes} of them routes" if routes else "")
-    return [_row("samples on rank 0's host, at most", f"{tokens * of_token / GIB:.2f} GiB ({parts})")]
+    return [
+        _row("samples on rank 0's host, at most", f"{size / GIB:.2f} GiB ({groups} groups, {parts}) and their texts")
+    ]
 
 
 def turns_bytes(config: GPPOConfig, plan: Plan, device_memory_bytes: int) -> tuple[int, int] | None:

@@ -172,6 +172,7 @@ class Orchestrator:
 
     def next_step(self, number: int) -> StepGiven:
         """What rollout step `number` trains on, as soon as it can be had; see `Feed.next_step`."""
+        self._step, self._graded = StepSamples(), []  # not held while as much is drawn
         given = self._feed.next_step(number)
         self._step, self._graded = StepSamples(given.chosen), given.graded
         told = StepGiven(

@@ -112,7 +112,8 @@ def test_the_plan_counts_what_samples_take_on_the_first_ranks_host(tmp_path, rep
     tokens, trained = np.zeros(length, np.int32), np.ones(length, np.bool_)
     sample = Sample(tokens=tokens, trained=trained, logprobs=np.zeros(length, np.float32), routes=routes)
     drawn = gppo.algorithm.prompts_per_step * gppo.sampling.samples_per_prompt
-    gib = drawn * sum(len(part.ravel().view(np.uint8)) for part in arrays_of(sample)) / 2**30
+    # What was drawn, and twice what of it is given out.
+    gib = 3 * drawn * sum(len(part.ravel().view(np.uint8)) for part in arrays_of(sample)) / 2**30
     plan = describe_rl_plan(gppo, architecture_from_config(a3b), 1)
     (line,) = [line for line in plan.split("\n") if "samples on rank 0's host" in line]
     assert ("393 bytes a token, 384 of them routes" if replayed else "9 bytes a token") in line

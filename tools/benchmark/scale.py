@@ -9,10 +9,11 @@ once: planning, cutting and pickling are really done and timed, transfers are co
 A step of made-up groups (8 samples a prompt, log-normal lengths up to 32K) is planned, cut into parts and serialised as
 `distributed.exchange` sends it, for each stated layout; every byte counted is a byte that was serialised. Beside it is
 the former way on the same step: all groups pickled to every rank, once drawn and once graded, and four floats a token.
-Seconds are measured here, the way from the orchestrator's process among them, but for the transfer: bytes a second over
-gloo are measured between two local processes and along a chain of three, and the seconds of a simulated world are
-computed from them, with one stream out of rank 0. That is a loopback figure of one machine, not of a network. The
-smallest world's rows are given out among as many local processes too, which share the machine's cores.
+Seconds are measured here, the ways from and to the orchestrator's process among them, but for the transfer: bytes a
+second over gloo are measured between two local processes and along a chain of three, and the seconds of a simulated
+world are computed from them, with one stream out of rank 0, and one into it for which every rank takes its turn. That
+is a loopback figure of one machine, not of a network; broadcasts and sums of a few kilobytes are left out. The smallest
+world's rows are given out among as many local processes too, which share the machine's cores.
 The rollout file is written for real, of the first groups of the step; its size says little, as texts are one repeated
 letter (tests/unit/test_rollout_files.py has the bound on real ones).
 Sockets are counted in /proc of real gloo processes; those of a world on NCCL follow from its one gloo group.
@@ -50,12 +51,14 @@ from megatron_klear.data.packing import RowSettings, sequence_work
 from megatron_klear.distributed import exchange, wire
 from megatron_klear.mcore.topology import world
 from megatron_klear.models.architecture import architecture_from_config
+from megatron_klear.orchestrator.feed import StepGroups
 from megatron_klear.orchestrator.link import Link
+from megatron_klear.orchestrator.orchestrator import StepSamples, sampled_metrics
 from megatron_klear.orchestrator.step_numbers import StepNumbers, TokenArrays
 from megatron_klear.rl.advantages import advantages_of
 from megatron_klear.rl.mismatch import MismatchSums
 from megatron_klear.runs.rollout_files import RolloutWriter, rollout_file
-from megatron_klear.train.token_ratios import laid_out
+from megatron_klear.train.token_ratios import LaidOut, laid_out, ratios_by_sample, taken_apart
 from megatron_klear.train.updates import UpdatePlan, cut_into_updates, pack_rows, plan_update
 from megatron_klear.types import Group, Prompt, Sample, Score, Verdict
 from tools.benchmark import cost
@@ -69,6 +72,8 @@ RANKS_OF_NODE = 8
 TRANSFER_BYTES = 32 << 20
 GIVEN_BYTES = 151_000_000  # rows of 16.8 M tokens
 TEXT_BYTES = 4  # of a token
+TURNS = 200
+ONE_ANSWER = ("transfer", "give", "turns")  # rank 0's
 SIMULATED = (
     "No cluster: one process on this machine planned, cut and packed what each world's ranks would. Seconds named "
     "_computed, and wait_seconds with them, are bytes over the rate between local gloo processes, not a network's. "
@@ -128,6 +133,23 @@ def over_link(parts: list[TokenArrays]) -> tuple[list[TokenArrays], float]:
     return received, seconds
 
 
+def kept(groups: list[Group], shares: list[LaidOut]) -> float:
+    """Seconds from the data ranks' ratios on rank 0 to the orchestrator's word that the writer has them."""
+    ours, theirs = socket.socketpair()
+    if not os.fork():
+        link, samples = Link(theirs), StepSamples(groups)
+        link.send(len(samples.by_group(link.receive())))
+        os._exit(0)
+    start, link = time.perf_counter(), Link(ours)
+    link.send({number: ratios for share in shares for number, ratios in taken_apart(share).items()})
+    link.receive()
+    seconds = time.perf_counter() - start
+    os.wait()
+    for end in (ours, theirs):
+        end.close()
+    return seconds
+
+
 def former_bytes(groups: list[Group], tokens: int) -> int:
     """What every rank received the former way: groups drawn, groups graded, four floats and a ratio a token."""
     # One group at a time, so that no pickle of the whole step lies in memory beside it.
@@ -150,10 +172,11 @@ def plans_of(numbers: StepNumbers, data_size: int) -> list[UpdatePlan]:
     ]
 
 
-def simulate(groups: list[Group], ranks: int, gloo_rate: float, chain_rate: float) -> Report:
+def simulate(groups: list[Group], ranks: int, gloo_rate: float, chain_rate: float, turn: float) -> Report:
     """Bytes and seconds of one step's control plane in a world of `ranks`.
 
-    Rates are bytes a second, from one process to another and along a chain of them.
+    Rates are bytes a second, from one process to another and along a chain of them; `turn` is the seconds in which rank
+    0 hears from a rank that it has nothing to tell.
     """
     tensor, context, pipeline = LAYOUTS[ranks]
     data_size = ranks // (tensor * context * pipeline)
@@ -161,6 +184,7 @@ def simulate(groups: list[Group], ranks: int, gloo_rate: float, chain_rate: floa
     clock = [time.perf_counter()]
     numbers = StepNumbers.of(groups)
     told = size_of((numbers, None))
+    sampled_metrics(StepGroups(chosen=groups, graded=groups, num_informative=len(groups)), 0)
     clock.append(time.perf_counter())
     plans = plans_of(numbers, data_size)
     clock.append(time.perf_counter())
@@ -179,17 +203,26 @@ def simulate(groups: list[Group], ranks: int, gloo_rate: float, chain_rate: floa
     values = torch.zeros(1)
     sums = MismatchSums.of(values, values, values.exp(), values, "none")
     mismatch = 8 * (len(sums.sums) + len(sums.histogram) + 1)
-    ratios = laid_out({number: np.ones(len(sample.tokens), np.float32) for number, sample in received.items()})
+    of_rows = [torch.ones(len(batch.tokens)) for batch in batches]
+    clock.append(time.perf_counter())
+    ratios = laid_out(ratios_by_sample(batches, of_rows))
+    clock.append(time.perf_counter())
     gathered = size_of(ratios) * data_size
-    seconds = dict(zip(("numbers", "plan", "parts", "link", "unpack_and_pack"), np.diff(clock).tolist(), strict=True))
+    names = ("numbers", "plan", "parts", "link", "unpack_and_pack", "", "ratios")
+    seconds = dict(zip(names, np.diff(clock).tolist(), strict=True))
+    del seconds[""]
     seconds["link"] = link
+    seconds["keep"] = kept(
+        groups,
+        [laid_out({n: np.ones(len(samples[n].tokens), np.float32) for n in chosen}) for chosen in numbers_of_parts],
+    )
     # Rank 0 sends every part once: its own too, to the next of its replica.
     leaving = sum(parts) - (parts[0] if replica == 1 else 0)
     seconds["transfer_computed"] = leaving / gloo_rate
     # Within its replica a part goes from rank to rank in chunks: what a chain is slower, and a chunk's way along it.
     slower = max(0.0, 1 / chain_rate - 1 / gloo_rate)
     seconds["replica_computed"] = max(parts) * slower + (replica - 1) * exchange.CHUNK_BYTES / chain_rate
-    seconds["ratios_computed"] = gathered / gloo_rate
+    seconds["ratios_computed"] = gathered / gloo_rate + (ranks - 1) * turn
     control = told + 2 * mismatch  # a ring receives an all-reduce's values at most twice
     return {
         "ranks": ranks,
@@ -243,7 +276,14 @@ def _in_process(rank: int, size: int, port: int, lazy: bool, what: str, answers:
             dist.barrier()
         return
     dist.init_process_group("gloo")
-    if what in ("transfer", "give"):
+    if what == "turns":
+        exchange.gather_first(())
+        start = time.perf_counter()
+        for _ in range(TURNS):
+            exchange.gather_first(())
+        if rank == 0:
+            answers.put(("seconds", (time.perf_counter() - start) / TURNS))
+    elif what in ("transfer", "give"):
         # An array from rank 0 along a chain of all others, or to each data rank of the smallest world its rows.
         message, receivers = np.ones(TRANSFER_BYTES, np.uint8), [list(range(size))]
         if what == "give":
@@ -280,7 +320,7 @@ def among_processes(size: int, what: str, *, lazy: bool = False) -> list[float]:
     ]
     for process in processes:
         process.start()
-    found = [answers.get(timeout=120)[1] for _ in range(1 if what in ("transfer", "give") else size)]
+    found = [answers.get(timeout=120)[1] for _ in range(1 if what in ONE_ANSWER else size)]
     for process in processes:
         process.join()
     return sorted(found)
@@ -299,10 +339,12 @@ def main() -> int:
     print(
         f"gloo, medians of five: two local processes {rate / 1e6:.0f} MB/s, chain of three {chain_rate / 1e6:.0f} MB/s"
     )
+    (turn,) = among_processes(2, "turns")
     (given,) = among_processes(min(LAYOUTS), "give")
     print(f"{GIVEN_BYTES / 1e6:.0f} MB of rows among {min(LAYOUTS)} local processes, median of five: {given:.2f} s")
     report: Report = {"benchmark": "scale", "device": cpu_name(), "load_average_at_start": os.getloadavg()[0]}
     report |= {"simulated": SIMULATED, "gloo_bytes_a_second": rate, "gloo_chain_bytes_a_second": chain_rate}
+    report["gloo_turn_seconds"] = turn
     report |= {"rows_given_out_measured": {"ranks": min(LAYOUTS), "bytes": GIVEN_BYTES, "seconds": given}, "steps": {}}
     met = True
     for name in arguments.steps:
@@ -312,7 +354,7 @@ def main() -> int:
         print(f"{name}: {tokens:,} tokens; the former way {former / 1e6:,.0f} MB to every rank")
         worlds = []
         for ranks in LAYOUTS:  # the median of three, by what a trainer waits
-            tried = [simulate(groups, ranks, rate, chain_rate) for _ in range(3)]
+            tried = [simulate(groups, ranks, rate, chain_rate, turn) for _ in range(3)]
             worlds.append(sorted(tried, key=lambda one: one["wait_seconds"])[1])
         for one in worlds:
             print(_line(one), flush=True)
