@@ -48,7 +48,8 @@ def train_steps(
                 stats.append(step.update(batches))
             guard.observe(stats[-1], batches, log)
         if config.train.keep_rollouts:
-            rollouts.keep(number + 1, step.advantages, step.ratios())
+            with log.time("orchestrator"):
+                rollouts.keep(number + 1, step.advantages, step.ratios())
         log.step(step.summary(stats, sync_seconds=log.seconds("sync")))
         last = number + 1 == config.train.steps
         if leaving.asked() and not last:

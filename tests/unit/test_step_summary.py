@@ -1,7 +1,11 @@
 """A rollout step's record out of its updates'."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from megatron_klear.runs.log import RunLog
+from megatron_klear.train import gppo
 from megatron_klear.train.step import Step
 from megatron_klear.types import StepStats
 
@@ -33,3 +37,32 @@ def test_updates_without_a_token_of_weight_have_no_routes_to_compare() -> None:
         assert summary(*stats)["moe_route_mismatch"] == 0.25
     assert summary(compared, none)["moe_load_max"] == 3.0
     assert "moe_route_mismatch" not in summary(none, compared)
+
+
+def test_handing_over_samples_is_counted_as_time_of_the_orchestrator(monkeypatch):
+    now = [0.0]
+
+    def takes(seconds, value=None):
+        def work(*_, **__):
+            now[0] += seconds
+            return value
+
+        return work
+
+    step = SimpleNamespace(collect=takes(1), prepare=takes(2, []), ratios=takes(4), summary=takes(0), advantages=[])
+    monkeypatch.setattr(gppo, "Step", lambda *_: step)
+    monkeypatch.setattr(gppo, "save", takes(0))
+    of_rollouts = dict.fromkeys(["sync", "sleep", "flush", "validate"], takes(0))
+    rollouts = SimpleNamespace(arrays=None, keep=takes(8), **of_rollouts)
+    config = SimpleNamespace(
+        output=Path("run"),
+        train=SimpleNamespace(max_skipped_steps=1, steps=1, keep_rollouts=True),
+        validation=SimpleNamespace(every=0),
+        checkpoint=SimpleNamespace(save_every=0),
+    )
+    engine = SimpleNamespace(topology=SimpleNamespace(rank=0), finish_save=takes(0))
+    log = RunLog(clock=lambda: now[0])
+    monkeypatch.setattr(log, "step", takes(0))  # which forgets the phases
+    gppo.train_steps(config, engine, rollouts, log, SimpleNamespace(asked=lambda: False))
+    assert log.seconds("orchestrator") == 12
+    assert log.seconds("old_logprobs") == 2
