@@ -85,16 +85,20 @@ def gather_all(value: Result, group: dist.ProcessGroup | None = None) -> list[Re
     return values
 
 
-def gather_first(value: Result) -> list[Result]:
-    """The values of all ranks in their order, on rank 0; empty on the others."""
+def gather_first(value: Result, senders: Sequence[int] | None = None) -> list[Result]:
+    """The values of all ranks in their order, on rank 0; empty on the others.
+
+    Where only `senders` have something to tell, its own and theirs: rank 0 hears one after the other.
+    """
     if size() == 1:
         return [value]
     # Not torch's gather_object, which pads every message to the longest: where one rank of each replica has something
     # to tell, rank 0 would receive it once for every rank of the world.
     if not is_first():
-        _send(value, 0)
+        if senders is None or rank() in senders:
+            _send(value, 0)
         return []
-    return [value, *(_pass_on(sender, None) for sender in range(1, size()))]
+    return [value, *(_pass_on(sender, None) for sender in (range(size()) if senders is None else senders) if sender)]
 
 
 def give_each(parts: Sequence[Result], receivers: Sequence[Sequence[int]]) -> Result:

@@ -93,11 +93,6 @@ class Topology:
             dist.all_reduce(tensor, op=op, group=axis.group if axis else None)
         return [float(value) for value in tensor.tolist()]
 
-    @property
-    def leads_replica(self) -> bool:
-        """Whether this rank speaks for those that train the same rows."""
-        return self.replicas[self.data.rank][0] == self.rank
-
     def gather(self, value: Value) -> list[Value]:
         """The values of all data-parallel ranks, in rank order."""
         return exchange.gather_all(value, self.data.group)

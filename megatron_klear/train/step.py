@@ -132,8 +132,9 @@ class Step:
 
     def ratios(self) -> dict[int, npt.NDArray[np.float32]]:
         """Rank 0: ratios of the tokens, as the loss had them, by the number of their sample. Collective."""
-        own = self.own_ratios if self.engine.topology.leads_replica else {}
-        shares = exchange.gather_first(laid_out(own))
+        shares = exchange.gather_first(
+            laid_out(self.own_ratios), senders=[ranks[0] for ranks in self.engine.topology.replicas]
+        )
         return {number: ratios for share in shares for number, ratios in taken_apart(share).items()}
 
     def summary(self, stats: Sequence[StepStats], *, sync_seconds: float) -> StepStats:

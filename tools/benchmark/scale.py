@@ -11,7 +11,7 @@ A step of made-up groups (8 samples a prompt, log-normal lengths up to 32K) is p
 the former way on the same step: all groups pickled to every rank, once drawn and once graded, and four floats a token.
 Seconds are measured here, the ways from and to the orchestrator's process among them, but for the transfer: bytes a
 second over gloo are measured between two local processes and along a chain of three, and the seconds of a simulated
-world are computed from them, with one stream out of rank 0, and one into it for which every rank takes its turn. That
+world are computed from them, with one stream out of rank 0, and one into it for which data ranks take turns. That
 is a loopback figure of one machine, not of a network; broadcasts and sums of a few kilobytes are left out. The smallest
 world's rows are given out among as many local processes too, which share the machine's cores.
 The rollout file is written for real, of the first groups of the step; its size says little, as texts are one repeated
@@ -176,7 +176,7 @@ def simulate(groups: list[Group], ranks: int, gloo_rate: float, chain_rate: floa
     """Bytes and seconds of one step's control plane in a world of `ranks`.
 
     Rates are bytes a second, from one process to another and along a chain of them; `turn` is the seconds in which rank
-    0 hears from a rank that it has nothing to tell.
+    0 hears a rank that has hardly anything to tell.
     """
     tensor, context, pipeline = LAYOUTS[ranks]
     data_size = ranks // (tensor * context * pipeline)
@@ -222,7 +222,7 @@ def simulate(groups: list[Group], ranks: int, gloo_rate: float, chain_rate: floa
     # Within its replica a part goes from rank to rank in chunks: what a chain is slower, and a chunk's way along it.
     slower = max(0.0, 1 / chain_rate - 1 / gloo_rate)
     seconds["replica_computed"] = max(parts) * slower + (replica - 1) * exchange.CHUNK_BYTES / chain_rate
-    seconds["ratios_computed"] = gathered / gloo_rate + (ranks - 1) * turn
+    seconds["ratios_computed"] = gathered / gloo_rate + (data_size - 1) * turn
     control = told + 2 * mismatch  # a ring receives an all-reduce's values at most twice
     return {
         "ranks": ranks,
