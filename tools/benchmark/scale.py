@@ -172,6 +172,13 @@ def plans_of(numbers: StepNumbers, data_size: int) -> list[UpdatePlan]:
     ]
 
 
+def mismatch_bytes() -> int:
+    """Of the sums and the histogram that ranks add up."""
+    values = torch.zeros(1)
+    sums = MismatchSums.of(values, values, values.exp(), values, "none")
+    return 8 * (len(sums.sums) + len(sums.histogram) + 1)
+
+
 def simulate(groups: list[Group], ranks: int, gloo_rate: float, chain_rate: float, turn: float) -> Report:
     """Bytes and seconds of one step's control plane in a world of `ranks`.
 
@@ -200,17 +207,11 @@ def simulate(groups: list[Group], ranks: int, gloo_rate: float, chain_rate: floa
     received = wire.put_together(head, beside).samples()
     batches = [batch for plan in plans for batch in pack_rows(plan, largest, received)]
     clock.append(time.perf_counter())
-    values = torch.zeros(1)
-    sums = MismatchSums.of(values, values, values.exp(), values, "none")
-    mismatch = 8 * (len(sums.sums) + len(sums.histogram) + 1)
-    of_rows = [torch.ones(len(batch.tokens)) for batch in batches]
-    clock.append(time.perf_counter())
-    ratios = laid_out(ratios_by_sample(batches, of_rows))
+    ratios = laid_out(ratios_by_sample(batches, [torch.ones(len(batch.tokens)) for batch in batches]))
     clock.append(time.perf_counter())
     gathered = size_of(ratios) * data_size
-    names = ("numbers", "plan", "parts", "link", "unpack_and_pack", "", "ratios")
+    names = ("numbers", "plan", "parts", "link", "unpack_and_pack", "ratios")
     seconds = dict(zip(names, np.diff(clock).tolist(), strict=True))
-    del seconds[""]
     seconds["link"] = link
     seconds["keep"] = kept(
         groups,
@@ -223,7 +224,7 @@ def simulate(groups: list[Group], ranks: int, gloo_rate: float, chain_rate: floa
     slower = max(0.0, 1 / chain_rate - 1 / gloo_rate)
     seconds["replica_computed"] = max(parts) * slower + (replica - 1) * exchange.CHUNK_BYTES / chain_rate
     seconds["ratios_computed"] = gathered / gloo_rate + (data_size - 1) * turn
-    control = told + 2 * mismatch  # a ring receives an all-reduce's values at most twice
+    control = told + 2 * mismatch_bytes()  # a ring receives an all-reduce's values at most twice
     return {
         "ranks": ranks,
         "data_ranks": data_size,
