@@ -25,5 +25,5 @@ def taken_apart(value: Any) -> tuple[bytes, list[memoryview]]:
 
 
 def put_together(head: Any, beside: Iterable[Any]) -> Any:
-    """The value; its large arrays lie in the buffers of `beside`, and are as writable as those."""
+    """The value; its large arrays lie in the buffers of `beside`, read-only where they were so when taken apart."""
     return pickle.loads(head, buffers=beside)
