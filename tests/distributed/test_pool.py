@@ -38,6 +38,7 @@ def _raise_alone(rank: int) -> None:
 
 
 def _raise_everywhere() -> None:
+    dist.barrier()  # none may be gone while another still meets the rest
     raise ValueError(f"rank {dist.get_rank()} says no")
 
 
