@@ -70,8 +70,8 @@ def _row_losses(head: Head, logits: Tensor, tokens: Tokens, terms: Terms, gradie
     if head.shard.group is None:
         return rows.policy_loss_rows(logits, tokens, terms, vocab_size=head.vocab_size, gradient=gradient)
     start, size = head.shard.start, head.vocab_size
-    if mailboxes.wanted():
-        peers = mailboxes.group_mailboxes(head.shard.group, logits, gradient)
+    peers = mailboxes.group_mailboxes(head.shard.group, logits, gradient)
+    if peers is not None:
         return rows.sharded_rows(logits, tokens, terms, peers, vocab_start=start, vocab_size=size, gradient=gradient)
     stats = rows.combine_stats(
         gather_shards(rows.stats_rows(logits, tokens, vocab_start=start, vocab_size=size), head.shard)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from emulator.device import SCHEDULES, CallError, EmulatedDevice, EmulatedFault
+from emulator.device import SCHEDULES, EmulatedDevice
 from emulator.pairs import exp2_error
+from emulator.planted import noticed
 from emulator.planted_faults import FAULTS, NEWER, Fault
 from row_devices import RowDevice, emulated_device, run_cpu
 from row_formula import Rows, policy_loss_rows, random_rows, relative_error, take_inputs
@@ -122,15 +124,7 @@ CASES: tuple[Case, ...] = (passes, shards, without_room, far, powers)
 def report(emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """What is noticed first, in the words of `Fault.seen_as`; nothing where all is well."""
     emulated.properties()
-    try:
-        for case in CASES:
-            case(emulated_device(emulated), emulated, monkeypatch)
-    except EmulatedFault as fault:
-        yield from str(fault).splitlines()
-    except CallError as error:
-        yield f"error {error.code}"
-    except AssertionError as error:
-        yield f"values: {error}"
+    return noticed(partial(case, emulated_device(emulated), emulated, monkeypatch) for case in CASES)
 
 
 def test_nothing_is_noticed_where_no_fault_is_committed(

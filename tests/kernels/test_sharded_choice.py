@@ -32,49 +32,69 @@ ASKED = {"KLEAR_CUDA_SHARDED_KERNEL": "one_read"}
 
 def test_it_is_off_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(mailboxes.VARIABLE, raising=False)
-    assert not mailboxes.wanted()
-    for name, wanted in (("", False), ("two_read", False), ("one_read", True)):
+    assert mailboxes.mode() == "two_read"
+    for name, mode in (("", "two_read"), ("two_read", "two_read"), ("one_read", "one_read"), ("auto", "auto")):
         monkeypatch.setenv(mailboxes.VARIABLE, name)
-        assert mailboxes.wanted() is wanted
+        assert mailboxes.mode() == mode
     monkeypatch.setenv(mailboxes.VARIABLE, "fast")
-    with pytest.raises(ValueError, match="KLEAR_CUDA_SHARDED_KERNEL must be two_read or one_read, not 'fast'"):
-        mailboxes.wanted()
+    with pytest.raises(
+        ValueError, match="KLEAR_CUDA_SHARDED_KERNEL must be one of two_read, one_read, auto, not 'fast'"
+    ):
+        mailboxes.mode()
 
 
-def asked_on_the_cpu(arguments: dict[str, Any]) -> tuple[str, float]:
-    """On every rank: what it says where the kernel is asked for, and the loss where it is not."""
+def asked_on_the_cpu(arguments: dict[str, Any]) -> tuple[str, list[float], list[str]]:
+    """On every rank: what it says where the kernel is asked for, losses where two reads may run, what is logged."""
     mine = arguments | {"weight": arguments["weight"].chunk(2)[dist.get_rank()], "group": dist.group.WORLD}
     words = ""
+    logged: list[str] = []
+    mailboxes._log.warning = lambda text, *values: logged.append(text % values)
     os.environ |= ASKED
     try:
         fused_policy_loss(PolicyLossInputs(**mine))
     except KernelUnavailable as error:
         words = str(error)
-    finally:
-        del os.environ[mailboxes.VARIABLE]
-    return words, float(fused_policy_loss(PolicyLossInputs(**mine)).loss)
+    losses = []
+    for mode in ("two_read", "auto", "auto"):
+        os.environ[mailboxes.VARIABLE] = mode
+        losses.append(float(fused_policy_loss(PolicyLossInputs(**mine)).loss))
+    del os.environ[mailboxes.VARIABLE]
+    return words, losses, logged
 
 
-def one_rank_cannot() -> str:
-    """On every rank: what it says where rank 1 alone cannot run the kernel."""
-    mailboxes._why_not = lambda *_: "the device is old" if dist.get_rank() else ""
+def one_rank_cannot(what: str) -> str:
+    """On every rank: what it says where rank 1 alone cannot run the kernel, or has no symmetric memory."""
+    os.environ |= ASKED
+    no = f"{what} is missing" if dist.get_rank() else ""
+    mailboxes._why_not = lambda *_: no if what == "the device" else ""
+    mailboxes._Group._make = lambda *_: (None, no) if no else (SimpleNamespace(capacity=10), "")
+    torch.cuda.is_current_stream_capturing = lambda: False
     logits = torch.zeros(2, 8)
     try:
         mailboxes.group_mailboxes(dist.group.WORLD, logits, logits)
     except KernelUnavailable as error:
         return str(error)
+    finally:
+        del os.environ[mailboxes.VARIABLE]
     return ""
 
 
 def test_every_rank_refuses_what_one_cannot_do(ranks: Any) -> None:
-    (first, loss), (second, other) = ranks(2, asked_on_the_cpu, problem(tokens=12, vocab=64) | {"loss": GPPO()})
-    assert loss == other
-    for words in (first, second):
+    of_ranks = ranks(2, asked_on_the_cpu, problem(tokens=12, vocab=64) | {"loss": GPPO()})
+    for words, losses, logged in of_ranks:
         assert words.startswith("KLEAR_CUDA_SHARDED_KERNEL=one_read asks for")
         assert "it runs on CUDA devices, not on cpu. Leave it unset" in words
-    able, old = ranks(2, one_rank_cannot)
+        assert losses == [of_ranks[0][1][0]] * 3
+        assert logged == [
+            "KLEAR_CUDA_SHARDED_KERNEL=auto: logits are read twice, for it runs on CUDA devices, not on cpu"
+        ]
+
+
+@pytest.mark.parametrize("what", ["the device", "symmetric memory"])
+def test_no_rank_goes_on_alone_where_another_cannot(ranks: Any, what: str) -> None:
+    able, unable = ranks(2, one_rank_cannot, what)
     assert "1 other ranks of its group cannot run it" in able
-    assert "the device is old" in old
+    assert f"{what} is missing" in unable
 
 
 @pytest.mark.parametrize(
@@ -165,6 +185,7 @@ class Stream:
 
 def install(symmetric: Symmetric, emulated: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A group of two ranks, this one being the second, whose devices can run the kernel."""
+    monkeypatch.setenv(mailboxes.VARIABLE, "one_read")
     monkeypatch.setitem(sys.modules, "torch.distributed._symmetric_memory", symmetric)
     monkeypatch.setattr(dist, "_symmetric_memory", symmetric, raising=False)
     monkeypatch.setattr(mailboxes, "_groups", {})
@@ -185,7 +206,7 @@ def test_a_group_has_its_mailboxes_made_once_and_again_for_more_rows(
     group = install(symmetric := Symmetric(), emulated, monkeypatch)
     Stream()
 
-    def of(rows: int, group: Any = group) -> Mailboxes:
+    def of(rows: int, group: Any = group) -> Mailboxes | None:
         return mailboxes.group_mailboxes(group, torch.zeros(rows, 8), torch.zeros(rows, 8))
 
     first = of(10)
@@ -218,6 +239,8 @@ def test_devices_that_do_not_reach_each_other_are_refused(
     group = install(Symmetric("no peer access"), emulated, monkeypatch)
     with pytest.raises(KernelUnavailable, match="no symmetric memory for the 2 ranks of its group: no peer access"):
         mailboxes.group_mailboxes(group, torch.zeros(1, 8), torch.zeros(1, 8))
+    monkeypatch.setenv(mailboxes.VARIABLE, "auto")
+    assert mailboxes.group_mailboxes(group, torch.zeros(1, 8), torch.zeros(1, 8)) is None
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from emulator.device import SCHEDULES, CallError, EmulatedDevice, EmulatedFault
-from emulator.planted import PLANTED
+from emulator.device import SCHEDULES, CallError, EmulatedDevice
+from emulator.planted import PLANTED, noticed
 from emulator.planted_sharded import FAULTS, SHARDED
 from emulator.world import World
 from row_devices import check_results
@@ -72,15 +73,7 @@ CASES: tuple[Callable[[EmulatedDevice], None], ...] = (following, merged, cluste
 def report(faulty: EmulatedDevice) -> Iterator[str]:
     """What is noticed first, in the words of `Fault.seen_as`; nothing where all is well."""
     faulty.properties()
-    try:
-        for case in CASES:
-            case(faulty)
-    except EmulatedFault as fault:
-        yield from str(fault).splitlines()
-    except CallError as error:
-        yield f"error {error.code}"
-    except AssertionError as error:
-        yield f"values: {error}"
+    return noticed(partial(case, faulty) for case in CASES)
 
 
 def test_nothing_is_noticed_where_no_fault_is_committed(faulty: EmulatedDevice) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from emulator import planted_faults, planted_sharded
+from emulator.device import CallError, EmulatedFault
 from emulator.planted_faults import Fault
 
 PLANTED = (*planted_faults.FAULTS, *planted_sharded.FAULTS)
@@ -42,6 +44,19 @@ def plant(sources: dict[str, str]) -> dict[str, str]:
             text = planted[name]
             planted[name] = text[: span.start] + _choice(text[span.start : span.stop], found[span]) + text[span.stop :]
     return planted
+
+
+def noticed(cases: Iterable[Callable[[], None]]) -> Iterator[str]:
+    """What is noticed first, in the words of `Fault.seen_as`; nothing where all is well."""
+    try:
+        for case in cases:
+            case()
+    except EmulatedFault as fault:
+        yield from str(fault).splitlines()
+    except CallError as error:
+        yield f"error {error.code}"
+    except AssertionError as error:
+        yield f"values: {error}"
 
 
 def _find(text: str, fault: Fault) -> _Span:
