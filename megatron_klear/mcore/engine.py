@@ -8,7 +8,7 @@ and micro-batching change speed and never the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -231,11 +231,18 @@ class Engine:
         sha256 = lora_weights.base_checksum(self.models, self.architecture, self.topology)
         return Base.of(self.run, sha256, adapted_matrices(self.run.lora, self.architecture))
 
-    def save(self, path: Path, extra: dict[str, Any] | None = None, files: Mapping[str, bytes] | None = None) -> None:
+    def save(
+        self,
+        path: Path,
+        extra: dict[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
         """Write a checkpoint at `path`; it appears whole or not at all.
 
         `extra` is kept with it, as JSON, and `files` by name in its folder, both those of rank 0. With
-        `checkpoint.asynchronous` the writing goes on in the background; `finish_save` waits for it.
+        `checkpoint.asynchronous` the writing goes on in the background; `finish_save` waits for it. `ready` is called
+        on every rank once all is written: the checkpoint appears when it returns, and not where it raises.
         """
         self.wake()
         self._gather_parameters()
@@ -251,7 +258,8 @@ class Engine:
                 base=self.base,
             ),
             self.topology,
-            model_folder=self.run.model.path,
+            self.run.model.path,
+            ready,
         )
 
     def finish_save(self, *, blocking: bool = True) -> None:

@@ -224,10 +224,10 @@ class Orchestrator:
         """Look after what is under way."""
         self._feed.work()
 
-    def flush(self) -> None:
-        """Return when all that is kept is on disk. Raises OSError where it could not be written."""
+    def flush(self, step: int) -> None:
+        """Return when what is kept of `step` and of those before it is on disk. Raises OSError where it cannot be."""
         if self._kept is not None:
-            self._kept.flush()
+            self._kept.flush(step)
 
     def state(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         """The position in the prompts and what is under way, as JSON and as files of a checkpoint."""

@@ -66,6 +66,7 @@ class RolloutWriter:
         self._keep_steps = keep_steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout files")
         self._pending: Future[None] | None = None
+        self._newest = -1  # the step that is pending or was written last
         for left in folder.glob(".step-*.partial"):  # by a run that was killed as it wrote
             left.unlink()
 
@@ -85,10 +86,15 @@ class RolloutWriter:
         self.flush()
         kept = evenly_kept(groups, self._share)
         rows = [(g, (advantage_of or {}).get(id(g)), (ratios_of or {}).get(id(g))) for g in kept]
-        self._pending = self._thread.submit(self._write, step, rows)
+        self._pending, self._newest = self._thread.submit(self._write, step, rows), step
 
-    def flush(self) -> None:
-        """Wait until all that was handed over is on disk. Raises OSError where it could not be written."""
+    def flush(self, step: int | None = None) -> None:
+        """Wait until all that was handed over is on disk, or that up to `step`. Raises OSError where it cannot be.
+
+        Steps before the newest one are on disk already: `write` waits for them.
+        """
+        if step is not None and step < self._newest:
+            return
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()

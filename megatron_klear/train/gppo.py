@@ -6,6 +6,7 @@ groups; every rank has a few numbers of each sample and plans alike, and gets th
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from megatron_klear.config.rl import GPPOConfig
@@ -47,14 +48,14 @@ def train_steps(
             with log.time("train"):
                 stats.append(step.update(batches))
             guard.observe(stats[-1], batches, log)
+        with log.time("save", outside_step=True):
+            engine.finish_save(blocking=False)  # its step's samples, handed over a step ago, are on disk by now
         if config.train.keep_rollouts:
             with log.time("orchestrator"):
                 rollouts.keep(number + 1, step.advantages, step.ratios())
         log.step(step.summary(stats, sync_seconds=log.seconds("sync")))
         last = number + 1 == config.train.steps
         if leaving.asked() and not last:
-            engine.finish_save()
-            rollouts.flush()
             save(config, engine, rollouts, number + 1, blocking=True)
             raise leaving.left(number + 1, manifest.step_folder(checkpoints_of(config), number + 1))
         if last or (config.validation.every and (number + 1) % config.validation.every == 0):
@@ -62,10 +63,8 @@ def train_steps(
                 rollouts.sync(number + 1)
                 _validate(rollouts, log, number + 1)
                 rollouts.sleep()  # saving takes the optimizer's state back onto shared cards
-        with log.time("save", outside_step=True):
-            engine.finish_save(blocking=False)
-            if last or (config.checkpoint.save_every and (number + 1) % config.checkpoint.save_every == 0):
-                rollouts.flush()  # a run that resumes from here does not make this step's samples again
+        if last or (config.checkpoint.save_every and (number + 1) % config.checkpoint.save_every == 0):
+            with log.time("save", outside_step=True):
                 save(config, engine, rollouts, number + 1, blocking=last)
 
 
@@ -76,11 +75,16 @@ def _validate(rollouts: Rollouts, log: RunLog, step: int) -> None:
 
 
 def save(config: GPPOConfig, engine: Engine, rollouts: Rollouts, rollout_step: int, *, blocking: bool) -> None:
-    """Write a checkpoint after a rollout step and let the oldest go."""
+    """Write a checkpoint after a rollout step and let the oldest go.
+
+    It appears once the step's samples are on disk: a run that resumes from it does not make them again.
+    """
     checkpoints = checkpoints_of(config)
     state, files = rollouts.state()
     extra = {"rollout_step": rollout_step, "feed": state, "files": sorted(files)}
-    engine.save(manifest.step_folder(checkpoints, rollout_step), extra, files)
+    engine.save(
+        manifest.step_folder(checkpoints, rollout_step), extra, files, ready=partial(rollouts.flush, rollout_step)
+    )
     if blocking:
         engine.finish_save()
     if engine.topology.rank == 0:

@@ -70,7 +70,6 @@ def run(start: GPPOStart) -> None:
                 resume(engine, rollouts, checkpoint)
                 log.say(f"resuming from {checkpoint}, rollout step {first} of {config.train.steps}")
             train(config, engine, rollouts, log, start=first)
-            rollouts.flush()
         rollouts.close()
         if config.checkpoint.export_hf:
             export_folder(engine, config.output / "hf")

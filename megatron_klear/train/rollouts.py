@@ -54,6 +54,7 @@ class Rollouts:
         self._reward, self._grading_nodes = start.config.reward, GradingNodes()
         self._spawned: Spawned | None = None
         self._value: Any = None
+        self._under_way = ""
         self._ending = threading.Event()
         self._noticed = threading.Event()
         if exchange.is_first():
@@ -123,9 +124,9 @@ class Rollouts:
         """Give back memory that only sampling needs."""
         self._call("sleep")
 
-    def flush(self) -> None:
-        """Return when all samples that are kept are on disk."""
-        self._call("flush")
+    def flush(self, step: int) -> None:
+        """Return when the samples of `step` and of those before it are on disk, where they are kept."""
+        self._call("flush", step)
 
     def state(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Rank 0: what a checkpoint holds of the rollouts, as JSON and as files; the others get nothing."""
@@ -154,8 +155,15 @@ class Rollouts:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """What the orchestrator's call returns, on rank 0; None elsewhere. Errors are raised on every rank."""
-        exchange.on_first_rank(lambda: self._send((name, arguments)))
+        exchange.on_first_rank(lambda: self._begin(name, arguments))
         return self._result()
+
+    def _begin(self, name: str, arguments: tuple[Any, ...]) -> None:
+        """Rank 0: send a call, unless an error or a signal left another one before its answer, which would be met."""
+        if self._under_way:
+            raise OrchestratorLost(f"the orchestrator was left in the middle of {self._under_way}")
+        self._under_way = name
+        self._send((name, arguments))
 
     def _result(self) -> Any:
         while True:
@@ -182,6 +190,7 @@ class Rollouts:
             self._spawned.link.send(("failed", why))
             while (message := self._spawned.link.receive(_GIVE_UP_SECONDS)) is not None:
                 if message[0] in ("error", "result"):
+                    self._under_way = ""
                     return
 
     def _next(self) -> tuple[str, tuple[Any, ...]] | None:
@@ -198,10 +207,12 @@ class Rollouts:
             if kind == "say":
                 self.tell(content[0])
             elif kind == "error":
+                self._under_way = ""
                 raise content[0]
             elif kind == "ask":
                 return content[0], content[1]
             else:
+                self._under_way = ""
                 self._value = content[0]
                 return "done", ()
 

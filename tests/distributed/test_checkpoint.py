@@ -131,8 +131,42 @@ def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(config, rank
         assert manifest.damage(path) == []
 
 
-def _save_to_the_end(engine: Engine, path: Path) -> None:
-    engine.save(path)
+def save_once_ready(config: SFTConfig, folder: Path) -> None:
+    """Save where the caller is ready, and where it never is; what it sees when it is asked."""
+    first, second, third = (folder / f"step-{step:08d}" for step in (1, 2, 3))
+
+    def asked_before_it_is_there() -> None:
+        assert not first.exists()
+        assert list(folder.glob(".saving-step-00000001-*/.metadata"))
+        (folder / f"asked-{topology.rank}").touch()
+        topology.barrier()
+
+    def never() -> None:
+        raise OSError("no room for samples")
+
+    with world(config.parallel, config.seed) as topology:
+        engine = Engine(config, topology)
+        engine.save(first, ready=asked_before_it_is_there)
+        engine.finish_save()
+        assert first.is_dir()
+        assert (folder / f"asked-{topology.rank}").is_file()
+        with pytest.raises(OSError, match="no room for samples"):
+            _save_to_the_end(engine, second, ready=never)
+        topology.barrier()
+        assert [entry.name for entry in folder.iterdir() if entry.is_dir()] == [first.name]
+        engine.save(third)
+        engine.close()
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_checkpoint_appears_when_its_caller_is_ready(config, ranks, tmp_path, background: bool):
+    ranks(2, save_once_ready, asynchronously(config, background), tmp_path)
+    assert manifest.steps(tmp_path) == [1, 3]
+    assert [manifest.damage(manifest.step_folder(tmp_path, step)) for step in (1, 3)] == [[], []]
+
+
+def _save_to_the_end(engine: Engine, path: Path, **how) -> None:
+    engine.save(path, **how)
     engine.finish_save()
 
 

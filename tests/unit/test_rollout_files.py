@@ -1,5 +1,6 @@
 """What is kept of a step's samples: every number beside the token it speaks of."""
 
+import threading
 from contextlib import closing
 from dataclasses import replace
 
@@ -158,3 +159,26 @@ def test_a_token_takes_less_than_eight_bytes(tmp_path):
     with closing(RolloutWriter(tmp_path, form="parquet")) as writer:
         writer.write(1, [whole], {id(whole): np.ones(8)}, {id(whole): ratios})
     assert rollout_file(tmp_path, 1).stat().st_size <= 8 * 8 * size
+
+
+def test_a_flush_of_an_earlier_step_does_not_wait_for_a_later_one(tmp_path, monkeypatch):
+    group, _ = one_group_of_two()
+    may_write, write = threading.Event(), RolloutWriter._write
+
+    def held(self, step, rows):
+        assert step < 2 or may_write.wait(60)
+        write(self, step, rows)
+
+    monkeypatch.setattr(RolloutWriter, "_write", held)
+    with closing(RolloutWriter(tmp_path)) as writer:
+        writer.write(1, [group])
+        writer.write(2, [group])
+        writer.flush(1)
+        assert [path.stem for path in rollout_files(tmp_path)] == ["step-00000001"]
+        waiting = threading.Thread(target=writer.flush, args=(2,))
+        waiting.start()
+        waiting.join(0.1)
+        assert waiting.is_alive()
+        may_write.set()
+        waiting.join(60)
+        assert [path.stem for path in rollout_files(tmp_path)] == ["step-00000001", "step-00000002"]

@@ -15,19 +15,13 @@ previous checkpoint as it was. `manifest.py` holds what needs no Megatron: disco
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_klear.distributed import exchange
 from megatron_klear.mcore import device as device_shim
-from megatron_klear.mcore.checkpoints import manifest
+from megatron_klear.mcore.checkpoints import background, manifest
 from megatron_klear.mcore.checkpoints.adapters import BASE, Base, check_base
 from megatron_klear.mcore.checkpoints.manifest import CheckpointError
 from megatron_klear.mcore.lora import is_adapter
@@ -48,7 +42,6 @@ from megatron_klear.models.stop_tokens import Turns
 device_shim.install()
 
 import megatron.core  # noqa: E402  (the shim must come first)
-import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async  # noqa: E402
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.serialization import (  # noqa: E402
     get_default_load_sharded_strategy,
@@ -60,7 +53,6 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # noqa
     FullyParallelSaveStrategyWrapper,
 )
 
-_PR_SET_PDEATHSIG = 1
 _ERRORS = (Exception, CheckpointException)  # torch derives its own from BaseException
 
 
@@ -91,44 +83,75 @@ class TrainingState:
 _EXTRA_STATE = re.compile(r"\._extra_state\d*(/|$)")
 
 
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A save that has no name yet."""
+
+    hidden: Path
+    path: Path
+    """Where it will appear."""
+    topology: Topology
+    ready: Callable[[], None]
+
+
 class Saver:
     """Writes checkpoints, one at a time, in the background if asked to. Collective."""
 
     def __init__(self, *, asynchronous: bool) -> None:
         self._asynchronous = asynchronous
         self._queue: Any = AsyncCallsQueue(persistent=False) if asynchronous else None
-        self._pending: tuple[Path, Path] | None = None  # hidden folder being written, where it will appear
+        self._pending: _Pending | None = None
 
-    def save(self, path: Path, state: TrainingState, topology: Topology, model_folder: Path) -> None:
-        """Write `state` at `path`; the folder appears when it is complete.
+    def save(
+        self,
+        path: Path,
+        state: TrainingState,
+        topology: Topology,
+        model_folder: Path,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Write `state` at `path`; the folder appears when it is complete and `ready`, called on every rank, returns.
 
-        Raises CheckpointError, with what exists left as it is, when writing fails.
+        Raises CheckpointError, with what exists left as it is, when writing fails. What `ready` raises goes on as it
+        is, and the folder does not appear.
         """
         self.finish(blocking=True)
         hidden = _hidden_folder(path, topology)
         try:
             request = _write(hidden, state, topology, model_folder, asynchronous=self._asynchronous)
-            if request is None:
-                _publish(hidden, path, topology)
-                return
-            request.finalize_fns.append(lambda: _publish(hidden, path, topology))
-            background = _background(request.async_fn, hidden, topology.rank)
-            self._queue.schedule_async_request(request._replace(async_fn=background))
-            self._pending = (hidden, path)
+            if request is not None:
+                write = background.ending_with_this(request.async_fn, hidden, topology.rank)
+                self._queue.schedule_async_request(request._replace(async_fn=write))
         except _ERRORS as error:
             raise _failure(hidden, path, error) from error
+        self._pending = _Pending(hidden, path, topology, ready)
+        if request is None:
+            self._publish(self._pending)
 
     def finish(self, *, blocking: bool) -> None:
         """Publish a background save that has been written, or with `blocking` wait for it."""
-        if self._pending is None:
+        pending = self._pending
+        if pending is None:
             return
-        hidden, path = self._pending
         try:
-            if self._queue.maybe_finalize_async_calls(blocking=blocking):
-                self._pending = None
+            written = self._queue.maybe_finalize_async_calls(blocking=blocking)
         except _ERRORS as error:
             self._pending = None
-            raise _failure(hidden, path, error) from error
+            raise _failure(pending.hidden, pending.path, error) from error
+        if written:
+            self._publish(pending)
+
+    def _publish(self, pending: _Pending) -> None:
+        self._pending = None
+        try:
+            pending.ready()
+        except BaseException:
+            shutil.rmtree(pending.hidden, ignore_errors=True)
+            raise
+        try:
+            _publish(pending.hidden, pending.path, pending.topology)
+        except _ERRORS as error:
+            raise _failure(pending.hidden, pending.path, error) from error
 
     def close(self) -> None:
         """Wait for a background save and stop its processes."""
@@ -229,7 +252,7 @@ def _sharded_state(state: TrainingState, topology: Topology, *, loading: bool) -
 def _write(hidden: Path, state: TrainingState, topology: Topology, model_folder: Path, *, asynchronous: bool) -> Any:
     """Write Megatron's files and ours; the request of the background part, None when all is written."""
     sharded = _sharded_state(state, topology, loading=False)
-    _fork_result_queue()
+    background.fork_result_queue()
     strategy = get_default_save_sharded_strategy()
     if topology.data_context.size > 1:
         strategy = FullyParallelSaveStrategyWrapper(strategy, topology.data_context.group)
@@ -332,43 +355,3 @@ def _set_rng(states: list[dict[str, Any]], topology: Topology) -> None:
     if own["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(own["cuda"])
     tensor_parallel.get_cuda_rng_tracker().set_states(own["tracker"])
-
-
-def _fork_result_queue() -> None:
-    """Make Megatron's queue of write results by forking.
-
-    Its own way spawns a process, which imports the entry script again: seconds on every rank, and a run started twice
-    by a script without a `__main__` guard. The forked process ends with this one, killed or not.
-    """
-    if getattr(filesystem_async, "_results_queue", "absent") is not None:
-        return
-    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(initializer=_end_with_parent, initargs=(os.getpid(),))
-    filesystem_async._results_queue = manager.Queue()
-
-
-def _background(write: Callable[..., None] | None, hidden: Path, rank: int) -> Callable[..., None] | None:
-    """`write` for a forked process that must not outlive this one: a resumed run would meet it in the same folder.
-
-    What it wrote is hashed and flushed there as well.
-    """
-    return None if write is None else partial(_write_while_parent_lives, os.getpid(), write, hidden, rank)
-
-
-def _write_while_parent_lives(
-    parent: int, write: Callable[..., None], hidden: Path, rank: int, *args: Any, **kwargs: Any
-) -> None:
-    own = os.getpid()
-    os.register_at_fork(after_in_child=lambda: _end_with_parent(own))  # it forks one process a file
-    _end_with_parent(parent)
-    write(*args, **kwargs)
-    manifest.note_written(hidden, rank)
-
-
-def _end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when `parent`, which forked it, ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
