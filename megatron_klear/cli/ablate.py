@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         scale = config.scales.get(options.scale)
         if scale is None:
             raise AblationError(f"{options.recipe} has no scale {options.scale!r}: {', '.join(config.scales)}")
+        config = config.at(scale)
         name = options.recipe.stem if options.scale == "tiny" else f"{options.recipe.stem}_{options.scale}"
         seeds = tuple(options.seeds or scale.seeds)
         planned = arm_runs(config, scale, name, options.runs, seeds, tuple(more))

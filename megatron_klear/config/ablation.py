@@ -52,6 +52,8 @@ class Scale(Settings):
 
     what: str
     seeds: tuple[int, ...] = (0,)
+    arms: tuple[str, ...] = ()
+    """Names of the arms that are run at this scale, and of whose claims it speaks; all where there are none."""
     values: dict[str, str] = Field(default_factory=dict)
     """What `{name}` stands for, as an arm's values."""
     prepare: tuple[Prepared, ...] = ()
@@ -82,8 +84,19 @@ class AblationConfig(Settings):
         for claim in self.claims:
             if unknown := {claim.better, claim.than} - set(names):
                 raise ValueError(f"claims speak of {', '.join(sorted(unknown))}; arms are {', '.join(names)}")
-        for arm in self.arms:
-            for name, scale in self.scales.items():
+        for name, scale in self.scales.items():
+            if unknown := set(scale.arms) - set(names):
+                raise ValueError(f"scale {name} names arms {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+            if scale.arms and not any({claim.better, claim.than} <= set(scale.arms) for claim in self.claims):
+                raise ValueError(f"scale {name} has no two arms that a claim compares")
+            for arm in self.arms:
                 if unknown := set(arm.settings) - {stage.command for stage in scale.stages}:
                     raise ValueError(f"arm {arm.name} sets {', '.join(sorted(unknown))}, no stage of scale {name}")
         return self
+
+    def at(self, scale: Scale) -> AblationConfig:
+        """The experiment at one of its scales: the arms that are run there, and the claims that compare them."""
+        names = set(scale.arms or (arm.name for arm in self.arms))
+        arms = tuple(arm for arm in self.arms if arm.name in names)
+        claims = tuple(claim for claim in self.claims if {claim.better, claim.than} <= names)
+        return self.model_copy(update={"arms": arms, "claims": claims})

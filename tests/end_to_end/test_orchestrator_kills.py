@@ -69,7 +69,7 @@ def kill_until_done(toml: Path, output: Path, kills: int, chance: random.Random)
 def test_kills_of_the_orchestrator_leave_no_trace(tmp_path: Path):
     toml = write_run(tmp_path)
     kills = 20 if os.environ.get("KLEAR_KILL_ORCHESTRATOR") == "1" else 3
-    toml.write_text(toml.read_text().replace("steps = 5", f"steps = {5 if kills == 3 else 40}"))
+    toml.write_text(toml.read_text().replace("steps = 5", f"steps = {4 * kills}"))
     uninterrupted = at_output(start(toml), tmp_path / "uninterrupted")
     # By the same program: one in a fork of this process rounds otherwise, since nothing is compiled there.
     assert kill_until_done(toml, uninterrupted.config.output, 0, random.Random(0)) == []

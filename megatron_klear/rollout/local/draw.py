@@ -49,7 +49,8 @@ def log_distribution(logits: Tensor, temperature: float, top_k: int, top_p: floa
 def draw(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
     """One token [B] a row by inverting the cumulative distribution at `uniform` [B] (float64), never one of mass 0."""
     cumulative = log_probabilities.exp().double().cumsum(dim=-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
+    whole = cumulative[:, -1:]
+    # Below the whole even where the product rounds up to it: the token found is the one that takes the sum above it.
+    threshold = torch.minimum(uniform[:, None] * whole, torch.nextafter(whole, torch.zeros_like(whole)))
     token = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    last = (log_probabilities > -torch.inf).long().cumsum(dim=-1).argmax(dim=-1)
-    return torch.minimum(token, last)
+    return token.clamp(max=cumulative.shape[-1] - 1)  # of NaNs too
