@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import glob
+import gzip
 import hashlib
 import io
 import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_klear.data.rows import ChatRow, DataError, read_row
 
@@ -99,9 +102,11 @@ SUPERVISED_COLUMNS = ("messages", "prompt", "response", "tools")
 def read_chunks(path: Path, columns: Sequence[str] | None = SUPERVISED_COLUMNS) -> Iterator[Chunk]:
     """Stream a file as chunks of about a megabyte, or of 512 rows; of a Parquet file only `columns`, None for all.
 
-    Raises DataError where a Parquet file cannot be read.
+    A file that ends in .gz is unpacked on the way. Raises DataError where it or a Parquet file cannot be read.
     """
-    return _parquet_chunks(path, columns) if path.suffix == ".parquet" else _jsonl_chunks(path)
+    if path.suffix == ".parquet":
+        return _parquet_chunks(path, columns)
+    return _unpacked_chunks(path) if path.suffix == ".gz" else _jsonl_chunks(path)
 
 
 def parse_chunk(chunk: Chunk) -> Iterator[tuple[int, ChatRow]]:
@@ -174,10 +179,17 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def _jsonl_chunks(path: Path) -> Iterator[Chunk]:
+def _unpacked_chunks(path: Path) -> Iterator[Chunk]:
+    try:
+        yield from _jsonl_chunks(path, gzip.open)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be unpacked: {error}") from None
+
+
+def _jsonl_chunks(path: Path, opened: Callable[..., Any] = open) -> Iterator[Chunk]:
     lines: list[bytes] = []
     size, first = 0, 1
-    with path.open("rb") as stream:
+    with opened(path, "rb") as stream:
         for line in stream:
             if first == 1 and not lines:
                 line = line.removeprefix(b"\xef\xbb\xbf")

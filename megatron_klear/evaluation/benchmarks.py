@@ -122,8 +122,8 @@ def _rows_of(path: Path) -> Iterator[tuple[str, object]]:
             raise DataError(f"{path}: expected a list of problems")
         yield from ((f"{path}: entry {number}", entry) for number, entry in enumerate(entries, 1))
         return
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise DataError(f"{path} is neither .jsonl, .json nor .parquet")
+    if not path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        raise DataError(f"{path} is neither .jsonl, .jsonl.gz, .json nor .parquet")
     for chunk in read_chunks(path, None):
         yield from ((chunk.where(number), row) for number, row in raw_rows(chunk))
 

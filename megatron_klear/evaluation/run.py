@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron_klear.config.evaluation import BenchmarkConfig, EvaluationConfig
 from megatron_klear.config.files import write_text_atomically
@@ -51,11 +52,18 @@ def evaluate(config: EvaluationConfig, open_source: Callable[[], Source]) -> lis
     protocols = [protocol_of(config, benchmark, source.extension()) for benchmark, _ in benchmarks]
     for (_, problems), protocol in zip(benchmarks, protocols, strict=True):
         source.check(problems, protocol)
+    for (benchmark, _), protocol in zip(benchmarks, protocols, strict=True):
+        responses_made, grades_made = _made_with(config, benchmark, protocol, source)
+        Lines.check(config.output / benchmark.name / "responses.jsonl", responses_made, Response)
+        Lines.check(config.output / benchmark.name / "grades.jsonl", grades_made, Grade)
     evaluated = []
     for (benchmark, problems), protocol in zip(benchmarks, protocols, strict=True):
         folder = config.output / benchmark.name
-        responses = _draw(config, benchmark, problems, protocol, source, folder)
-        grades = _grade(config, problems, responses, source, folder)
+        responses_made, grades_made = _made_with(config, benchmark, protocol, source)
+        with Lines(folder / "responses.jsonl", responses_made, Response) as lines:
+            responses = _draw(config, benchmark, problems, protocol, source, lines)
+        with Lines(folder / "grades.jsonl", grades_made, Grade) as lines:
+            grades = _grade(config, problems, responses, source, lines, folder)
         result = result_of(benchmark.name, problems, responses, grades, protocol)
         write_text_atomically(folder / "result.json", json.dumps(asdict(result), indent=2) + "\n")
         evaluated.append(Evaluated(result=result, problems=problems, responses=responses, grades=grades))
@@ -77,39 +85,46 @@ def protocol_of(config: EvaluationConfig, benchmark: BenchmarkConfig, extension:
     )
 
 
-def _draw(
-    config: EvaluationConfig,
-    benchmark: BenchmarkConfig,
-    problems: Sequence[Problem],
-    protocol: Protocol,
-    source: Source,
-    folder: Path,
-) -> dict[Key, Response]:
-    """Every response to every problem, those that are there and those that were missing."""
-    identity = {
+def _made_with(
+    config: EvaluationConfig, benchmark: BenchmarkConfig, protocol: Protocol, source: Source
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a benchmark's responses, and their grades, are to have been made with."""
+    responses = {
         **source.identity(),
         "benchmark": benchmark.name,
         "seed": config.seed,
         "sampling": protocol.words(),
         "thinking": config.thinking,
     }
-    with Lines(folder / "responses.jsonl", identity, Response) as lines:
-        wanted = []
-        for problem in problems:
-            missing = tuple(n for n in range(protocol.samples) if (problem.id, n) not in lines.found)
-            if missing:
-                wanted.append(Wanted(problem=problem, numbers=missing))
-        total = sum(len(one.numbers) for one in wanted)
-        with _progress(benchmark.name, "responses", total) as more:
+    reward = config.reward.model_dump(mode="json", include={"scheme", "require_thinking", "functions", "code"})
+    return responses, {"reward": reward}
 
-            def drawn(responses: Sequence[Response]) -> None:
-                lines.add(responses)
-                more(len(responses))
 
-            if wanted:
-                source.draw(wanted, protocol, config.seed, drawn)
-        asked = {(problem.id, n) for problem in problems for n in range(protocol.samples)}
-        return {key: response for key, response in lines.found.items() if key in asked}
+def _draw(
+    config: EvaluationConfig,
+    benchmark: BenchmarkConfig,
+    problems: Sequence[Problem],
+    protocol: Protocol,
+    source: Source,
+    lines: Lines,
+) -> dict[Key, Response]:
+    """Every response to every problem, those that are there and those that were missing."""
+    wanted = []
+    for problem in problems:
+        missing = tuple(n for n in range(protocol.samples) if (problem.id, n) not in lines.found)
+        if missing:
+            wanted.append(Wanted(problem=problem, numbers=missing))
+    total = sum(len(one.numbers) for one in wanted)
+    with _progress(benchmark.name, "responses", total) as more:
+
+        def drawn(responses: Sequence[Response]) -> None:
+            lines.add(responses)
+            more(len(responses))
+
+        if wanted:
+            source.draw(wanted, protocol, config.seed, drawn)
+    asked = {(problem.id, n) for problem in problems for n in range(protocol.samples)}
+    return {key: response for key, response in lines.found.items() if key in asked}
 
 
 def _grade(
@@ -117,26 +132,25 @@ def _grade(
     problems: Sequence[Problem],
     responses: dict[Key, Response],
     source: Source,
+    lines: Lines,
     folder: Path,
 ) -> dict[Key, Grade]:
     """A grade for every response; those that are there already are kept."""
-    reward = config.reward.model_dump(mode="json", include={"scheme", "require_thinking", "functions", "code"})
     by_id = {problem.id: problem for problem in problems}
-    with Lines(folder / "grades.jsonl", {"reward": reward}, Grade) as lines:
-        of = {key: digest(response.text) for key, response in responses.items()}
-        left = [one for key, one in responses.items() if key not in lines.found or lines.found[key].of != of[key]]
-        with _progress(folder.name, "grades", len(left)) as more:
-            if left:
-                with _pool(config, problems) as pool:
-                    for start in range(0, len(left), _GRADED_AT_A_TIME):
-                        chunk = left[start : start + _GRADED_AT_A_TIME]
-                        texts = [complete(source.opening(by_id[one.problem]), one.text) for one in chunk]
-                        scores = pool.grade(
-                            [_request(by_id[one.problem], text) for one, text in zip(chunk, texts, strict=True)]
-                        )
-                        lines.add(_grades(chunk, texts, scores))
-                        more(len(chunk))
-        grades = {key: grade for key, grade in lines.found.items() if key in responses}
+    of = {key: digest(response.text) for key, response in responses.items()}
+    left = [one for key, one in responses.items() if key not in lines.found or lines.found[key].of != of[key]]
+    with _progress(folder.name, "grades", len(left)) as more:
+        if left:
+            with _pool(config, problems) as pool:
+                for start in range(0, len(left), _GRADED_AT_A_TIME):
+                    chunk = left[start : start + _GRADED_AT_A_TIME]
+                    texts = [complete(source.opening(by_id[one.problem]), one.text) for one in chunk]
+                    scores = pool.grade(
+                        [_request(by_id[one.problem], text) for one, text in zip(chunk, texts, strict=True)]
+                    )
+                    lines.add(_grades(chunk, texts, scores))
+                    more(len(chunk))
+    grades = {key: grade for key, grade in lines.found.items() if key in responses}
     _check_errors(config, grades, folder)
     return grades
 

@@ -93,6 +93,12 @@ class Lines:
             self._stream.close()
             raise
 
+    @classmethod
+    def check(cls, path: Path, identity: Mapping[str, Any], record: type[Response] | type[Grade]) -> None:
+        """Raises StoreError where what is there could not be gone on with; makes nothing."""
+        if path.exists():
+            cls(path, identity, record).__exit__()
+
     def __enter__(self) -> Self:
         """The file itself."""
         return self

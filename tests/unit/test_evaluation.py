@@ -1,5 +1,6 @@
 """Evaluation from files to a table: benchmarks' own forms, stops at any byte, what is refused."""
 
+import gzip
 import json
 import random
 import shutil
@@ -233,6 +234,36 @@ def test_another_evaluation_does_not_go_on_there(finished):
         evaluate(settings(folder, folder / "whole", seed=1), Oracle)
     with pytest.raises(UserError, match=r"sampling was .* and is"):
         evaluate(settings(folder, folder / "whole", protocol="qwen"), Oracle)
+
+
+def test_what_cannot_be_gone_on_with_is_told_before_anything_is_drawn(tmp_path):
+    benchmark = {"files": [str(problems_file(tmp_path))], "samples": 1}
+    two = [{"name": "amc", **benchmark}, {"name": "minerva", **benchmark}]
+    evaluate(settings(tmp_path, tmp_path / "out", benchmarks=[two[1]]), Oracle)
+    oracle = Oracle()
+    with pytest.raises(UserError, match=r"minerva/responses.jsonl is of another evaluation: seed was 0 and is 1"):
+        evaluate(settings(tmp_path, tmp_path / "out", benchmarks=two, seed=1), lambda: oracle)
+    other = {"require_thinking": True, "workers": 1, "timeout_seconds": 60}
+    with pytest.raises(UserError, match=r"minerva/grades.jsonl is of another evaluation: reward was"):
+        evaluate(settings(tmp_path, tmp_path / "out", benchmarks=two, reward=other), lambda: oracle)
+    assert oracle.drawn == 0
+    assert not (tmp_path / "out" / "amc").exists()
+
+
+def test_a_packed_file_is_read_as_the_file_in_it(tmp_path):
+    plain = problems_file(tmp_path)
+    packed = plain.with_name("sums.jsonl.gz")
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+
+    def read(path):
+        benchmark = {"name": "amc", "files": [str(path)]}
+        return read_benchmark(settings(tmp_path, tmp_path / "out", benchmarks=[benchmark]).benchmarks[0])
+
+    assert [problem.id for problem in read(packed)] == [problem.id for problem in read(plain)]
+    for broken in (packed.read_bytes()[:-9], b"no gzip"):
+        packed.write_bytes(broken)
+        with pytest.raises(DataError, match=r"sums.jsonl.gz cannot be unpacked"):
+            read(packed)
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path):

@@ -197,7 +197,7 @@ class Decoder:
             keys, values = cache.keys[number, :, :, :longest], cache.values[number, :, :, :longest]
             if not whole:
                 keys, values = keys[rows], values[rows]
-            # The queries of a head's group as its positions: products of matrices, on a CPU in bf16 five times faster.
+            # The queries of a head's group as its positions: products of matrices, fast on a CPU in bf16 too.
             attended = F.scaled_dot_product_attention(
                 query.reshape(len(tokens), keys.shape[1], -1, query.shape[2]),
                 keys,
