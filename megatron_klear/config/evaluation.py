@@ -53,7 +53,8 @@ class BenchmarkConfig(Settings):
     """A known benchmark (`python evaluate.py --benchmarks` lists them), which says how its files are read and what was
     published for it; or any other name, with rows of the form that training takes."""
     files: tuple[str, ...] = ()
-    """JSONL (also .jsonl.gz), JSON lists or Parquet, paths or globs. Empty for a benchmark whose problems come with a package."""
+    """JSONL (.jsonl.gz too), JSON lists or Parquet, paths or globs. Empty for a benchmark whose problems come with a
+    package."""
     samples: PositiveInt | None = None
     """Responses to each problem; unset is the protocol's number for this benchmark."""
     limit: PositiveInt | None = None
