@@ -77,6 +77,7 @@ class Engine:
         self.total_steps = total_steps
         self.architecture = architecture if architecture is not None else read_architecture(run.model.path)
         self.step = 0
+        self._saver = checkpoint.Saver(asynchronous=run.checkpoint.asynchronous)
         check_frequencies(self.architecture, run.model.path)
         self.models = build_chunks(self.architecture, run, topology)
         self._load_initial_weights()
@@ -90,7 +91,6 @@ class Engine:
         self.head = Head(run.model, self.architecture, topology)
         self.inverse_frequencies = inverse_frequencies(self.architecture)[0].to(topology.device)
         self._reference: Reference | None = None
-        self._saver = checkpoint.Saver(asynchronous=run.checkpoint.asynchronous)
         config = self.models[0].config
         config.grad_scale_func = self.optimizer.scale_loss
         config.finalize_model_grads_func = sum_gradients

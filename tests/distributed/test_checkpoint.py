@@ -1,6 +1,7 @@
 """Checkpoints: the same state in any layout, written at once or in the background, whole or not at all."""
 
 import json
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from megatron_klear.rl.losses import NLL
 from megatron_klear.verify.layouts import Layout, layouts_named, ragged_samples
 
 WRITTEN_IN = "TP2 PP2 SP"
+BALLAST = 128 << 20
 READ_IN = ["one process", "TP2", "PP2", "PP2 VPP2", "CP2", "DP2 overlap", "PP2 VPP2 DP2 overlap"]
 
 
@@ -168,6 +170,28 @@ def test_a_checkpoint_appears_when_its_caller_is_ready(config, ranks, tmp_path, 
 def _save_to_the_end(engine: Engine, path: Path, **how) -> None:
     engine.save(path, **how)
     engine.finish_save()
+
+
+def what_children_keep(config: SFTConfig, folder: Path) -> int:
+    """Bytes that this process's children have for themselves once all that it holds is written anew after a save."""
+    with world(config.parallel, config.seed) as topology:
+        engine = Engine(config, topology)
+        held = np.ones(BALLAST, dtype=np.uint8)
+        engine.save(folder / "step-00000001")
+        engine.finish_save()
+        held += 1
+        own = Path("/proc/self/task")
+        children = [int(child) for task in own.iterdir() for child in (task / "children").read_text().split()]
+        assert children, "who keeps the results of writing?"
+        rollups = [Path(f"/proc/{child}/smaps_rollup").read_text() for child in children]
+        engine.close()
+        return max(1024 * int(re.search(r"Private_Dirty:\s+(\d+)", rollup).group(1)) for rollup in rollups)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_no_process_keeps_an_old_copy_of_what_is_trained(config, ranks, tmp_path, background: bool):
+    (kept,) = ranks(1, what_children_keep, asynchronously(config, background), tmp_path)
+    assert kept < BALLAST / 4
 
 
 def run_out_of_space(config: SFTConfig, folder: Path) -> str:

@@ -27,7 +27,8 @@ def fork_result_queue() -> None:
     """Make Megatron's queue of write results by forking.
 
     Its own way spawns a process, which imports the entry script again: seconds on every rank, and a run started twice
-    by a script without a `__main__` guard. The forked process ends with this one, killed or not.
+    by a script without a `__main__` guard. The forked process ends with this one, killed or not; until then it keeps
+    its own copy of every page that is written here after the fork. Hence once, before there is a model in memory.
     """
     if getattr(filesystem_async, "_results_queue", "absent") is not None:
         return

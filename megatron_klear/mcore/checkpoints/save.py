@@ -98,6 +98,8 @@ class Saver:
     """Writes checkpoints, one at a time, in the background if asked to. Collective."""
 
     def __init__(self, *, asynchronous: bool) -> None:
+        """To be made before the model is, see `background.fork_result_queue`."""
+        background.fork_result_queue()
         self._asynchronous = asynchronous
         self._queue: Any = AsyncCallsQueue(persistent=False) if asynchronous else None
         self._pending: _Pending | None = None
@@ -252,7 +254,6 @@ def _sharded_state(state: TrainingState, topology: Topology, *, loading: bool) -
 def _write(hidden: Path, state: TrainingState, topology: Topology, model_folder: Path, *, asynchronous: bool) -> Any:
     """Write Megatron's files and ours; the request of the background part, None when all is written."""
     sharded = _sharded_state(state, topology, loading=False)
-    background.fork_result_queue()
     strategy = get_default_save_sharded_strategy()
     if topology.data_context.size > 1:
         strategy = FullyParallelSaveStrategyWrapper(strategy, topology.data_context.group)
