@@ -67,6 +67,7 @@ class RolloutWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout files")
         self._pending: Future[None] | None = None
         self._newest = -1  # the step that is pending or was written last
+        self._told = False  # whether somebody knows that it could not be written
         for left in folder.glob(".step-*.partial"):  # by a run that was killed as it wrote
             left.unlink()
 
@@ -91,18 +92,22 @@ class RolloutWriter:
     def flush(self, step: int | None = None) -> None:
         """Wait until all that was handed over is on disk, or that up to `step`. Raises OSError where it cannot be.
 
-        Steps before the newest one are on disk already: `write` waits for them.
+        Steps before the newest one are on disk already: `write` waits for them. What could not be written is told
+        whoever asks: the checkpoint of its step may be waiting for it when the next `write` has met the error.
         """
-        if step is not None and step < self._newest:
+        if self._pending is None or (step is not None and step < self._newest):
             return
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        try:
+            self._pending.result()
+        except Exception:
+            self._told = True
+            raise
 
     def close(self) -> None:
-        """Flush, and end the thread."""
+        """Flush, and end the thread. An error that was raised before is not raised again."""
         try:
-            self.flush()
+            if not self._told:
+                self.flush()
         finally:
             self._thread.shutdown()
 

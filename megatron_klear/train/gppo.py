@@ -82,9 +82,8 @@ def save(config: GPPOConfig, engine: Engine, rollouts: Rollouts, rollout_step: i
     checkpoints = checkpoints_of(config)
     state, files = rollouts.state()
     extra = {"rollout_step": rollout_step, "feed": state, "files": sorted(files)}
-    engine.save(
-        manifest.step_folder(checkpoints, rollout_step), extra, files, ready=partial(rollouts.flush, rollout_step)
-    )
+    ready = partial(rollouts.flush, rollout_step) if config.train.keep_rollouts else lambda: None
+    engine.save(manifest.step_folder(checkpoints, rollout_step), extra, files, ready)
     if blocking:
         engine.finish_save()
     if engine.topology.rank == 0:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -28,6 +30,7 @@ from megatron_klear.orchestrator.process import Spawned, spawn
 from megatron_klear.orchestrator.step_numbers import StepNumbers, TokenArrays
 from megatron_klear.orchestrator.trainer import Drawer, Sender
 from megatron_klear.rollout.vllm.open import Access
+from megatron_klear.runs.rollout_files import rollout_file
 from megatron_klear.train.grading_nodes import GradingNodes, nodes_of_job
 from megatron_klear.types import Sample
 
@@ -37,6 +40,7 @@ _END_SECONDS = 60.0  # servers have their grace
 _NOTICE_SECONDS = 5.0
 _DEAD_SECONDS = 5.0
 _GIVE_UP_SECONDS = 5.0
+_File = tuple[str, int, int]  # name, inode, nanoseconds at which it was written
 
 
 class OrchestratorLost(UserError):
@@ -51,10 +55,11 @@ class Rollouts:
         self.tell = tell
         self.trainer: Drawer | Sender | None = None
         """Who grants the orchestrator's wishes; to be set before `open`."""
-        self._reward, self._grading_nodes = start.config.reward, GradingNodes()
+        self._config, self._grading_nodes = start.config, GradingNodes()
         self._spawned: Spawned | None = None
         self._value: Any = None
         self._under_way = ""
+        self._found: dict[int, set[_File]] = {}  # of a step that is being kept: what lay there, of a run before
         self._ending = threading.Event()
         self._noticed = threading.Event()
         if exchange.is_first():
@@ -81,7 +86,7 @@ class Rollouts:
 
     def open(self) -> Access | None:
         """Start grading processes and servers; how servers are reached, on rank 0 and where there are any."""
-        self._grading_nodes.join(self._call("open_grading", nodes_of_job()), self._reward)
+        self._grading_nodes.join(self._call("open_grading", nodes_of_job()), self._config.reward)
         access: Access | None = self._call("open")
         return access
 
@@ -108,6 +113,9 @@ class Rollouts:
         ratios: Mapping[int, npt.NDArray[np.float32]],
     ) -> None:
         """Write the step's samples behind the training; rank 0's arguments count."""
+        if exchange.is_first():
+            self._found = {s: found for s, found in self._found.items() if s == step - 1}
+            self._found[step] = _files_of(self._config.output / "rollouts", step)
         self._call("keep", step, advantages, ratios)
 
     def validate(self, step: int) -> dict[str, float] | None:
@@ -125,8 +133,15 @@ class Rollouts:
         self._call("sleep")
 
     def flush(self, step: int) -> None:
-        """Return when the samples of `step` and of those before it are on disk, where they are kept."""
-        self._call("flush", step)
+        """Return when the samples of `step`, which are kept, and of those before it are on disk.
+
+        Looks there itself where the orchestrator is lost or at something else: it may have written them before.
+        """
+        try:
+            self._call("flush", step)
+        except UserError:  # on every rank alike
+            if not exchange.from_first_rank(lambda: self._was_written(step)):
+                raise
 
     def state(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Rank 0: what a checkpoint holds of the rollouts, as JSON and as files; the others get nothing."""
@@ -146,6 +161,9 @@ class Rollouts:
         with contextlib.suppress(LinkClosedError):
             spawned.link.send("close")
         spawned.link.close()
+        if self._under_way:  # not by closing alone: forks of this process, as checkpoints have, hold both ends open
+            with contextlib.suppress(OSError):
+                spawned.lifeline.shutdown(socket.SHUT_RDWR)
         spawned.lifeline.close()
         try:
             spawned.process.wait(_END_SECONDS)
@@ -164,6 +182,10 @@ class Rollouts:
             raise OrchestratorLost(f"the orchestrator was left in the middle of {self._under_way}")
         self._under_way = name
         self._send((name, arguments))
+
+    def _was_written(self, step: int) -> bool:
+        found = self._found.get(step)
+        return found is not None and bool(_files_of(self._config.output / "rollouts", step) - found)
 
     def _result(self) -> Any:
         while True:
@@ -243,6 +265,16 @@ class Rollouts:
         print(f"error (rank 0): {_end_of(code)}", file=sys.stderr, flush=True)
         exchange.tell_failed()
         os._exit(1)
+
+
+def _files_of(folder: Path, step: int) -> set[_File]:
+    """The step's rollout files, told from others of the same name."""
+    found = set()
+    for path in (rollout_file(folder, step).with_suffix(suffix) for suffix in (".jsonl", ".parquet")):
+        with contextlib.suppress(OSError):
+            of = path.stat()
+            found.add((path.name, of.st_ino, of.st_mtime_ns))
+    return found
 
 
 def _end_of(code: int) -> str:

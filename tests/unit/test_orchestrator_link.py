@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -126,6 +127,19 @@ def test_its_death_ends_a_call_in_words():
     with pytest.raises(OrchestratorLost, match=r"was ended by signal 9 \(SIGKILL\)"):
         rollouts.read_prompts()
     rollouts.close()
+
+
+def test_it_ends_in_the_middle_of_a_call_though_forks_hold_both_ends(monkeypatch):
+    rollouts = Rollouts(SimpleNamespace(config=SimpleNamespace(reward=None)))
+    spawned = rollouts._spawned
+    held = os.dup(spawned.lifeline.fileno())
+    monkeypatch.setattr(spawned.link, "send", lambda _: None)  # a call does not read that the run is over
+    monkeypatch.setattr(spawned.link, "close", lambda: None)
+    rollouts._begin("next_step", (0,))
+    began = time.monotonic()
+    rollouts.close()
+    assert time.monotonic() - began < 30
+    os.close(held)
 
 
 LONG_STEP = """

@@ -104,9 +104,10 @@ def test_a_step_that_cannot_be_written_is_told_at_the_next(tmp_path):
     (tmp_path / "file").write_text("in the way")
     writer = RolloutWriter(tmp_path / "file")
     writer.write(1, [group])
-    with pytest.raises(OSError, match="file"):
-        writer.write(2, [group])
-    writer.close()
+    for ask in (lambda: writer.write(2, [group]), lambda: writer.flush(1), lambda: writer.flush(2), writer.flush):
+        with pytest.raises(OSError, match="file"):
+            ask()
+    writer.close()  # which says no more of it
 
 
 def test_what_a_kill_left_half_written_is_swept(tmp_path):
