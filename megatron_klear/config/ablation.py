@@ -51,6 +51,8 @@ class Scale(Settings):
     """One of `scales`: models, data and seeds that the arms are tried with."""
 
     what: str
+    design: str = ""
+    """Instead of the experiment's, where this scale is set up otherwise."""
     seeds: tuple[int, ...] = (0,)
     arms: tuple[str, ...] = ()
     """Names of the arms that are run at this scale, and of whose claims it speaks; all where there are none."""

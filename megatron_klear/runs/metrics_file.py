@@ -18,7 +18,7 @@ class MetricsFile:
     """A `*.jsonl` of one object a step, each written with a single append.
 
     Opened at step k of a resumed run, lines of later steps and a line torn by a kill are removed first, by a new file
-    that replaces the old one: those steps will be written again.
+    that replaces the old one: those steps will be written again. All of them where there is nothing to resume from.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
@@ -48,7 +48,7 @@ class MetricsFile:
 
 def _rewind(path: Path, step: int) -> None:
     text = path.read_text(encoding="utf-8", errors="replace")
-    kept = "".join(line for line in text.splitlines(keepends=True) if _is_kept(line, step))
+    kept = "".join(line for line in text.splitlines(keepends=True) if step > 0 and _is_kept(line, step))
     if kept != text:
         write_text_atomically(path, kept)
 

@@ -29,7 +29,7 @@ class TensorBoardLog:
                 "pip install tensorboard, or set logging.tensorboard = false"
             ) from None
         # Event files of an earlier try exist only where a run is resumed, be it at step 0.
-        purge = resume_step + 1 if folder.is_dir() else None
+        purge = (resume_step and resume_step + 1) if folder.is_dir() else None
         self._writer: Any = SummaryWriter(str(folder), purge_step=purge)  # type: ignore[no-untyped-call]
 
     def step(self, step: int, values: Values) -> None:

@@ -153,10 +153,10 @@ def test_the_page_tells_what_the_committed_results_say(monkeypatch, capsys):
     assert table in (ROOT / "docs" / "ablations.md").read_text()
     for path in (ROOT / "examples" / "ablations" / "results").glob("*/result.json"):
         content = json.loads(path.read_text())
-        config = recipe(ROOT / "examples" / "ablations" / f"{path.parent.name}.toml")
-        planned = arm_runs(
-            config, config.scales["tiny"], path.parent.name, Path("runs/ablations"), config.scales["tiny"].seeds, ()
-        )
+        name, scale = path.parent.name, content["scale"]
+        config = recipe(ROOT / "examples" / "ablations" / f"{name.removesuffix(f'_{scale}')}.toml")
+        config = config.at(config.scales[scale])
+        planned = arm_runs(config, config.scales[scale], name, Path("runs/ablations"), config.scales[scale].seeds, ())
         known = read_known(path, planned, config.measure)
         assert len(known) == len(planned) == len(content["runs"]), "the results are of another recipe: run it again"
 

@@ -61,16 +61,16 @@ def test_every_step_stands_once_however_the_run_was_killed(tmp_path_factory, wri
     resume = min(resume, written)
     path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
     file = MetricsFile(path)
-    for step in range(1, written + 1):
-        file.write(step, {"loss": 1.0 / step})
+    for step in range(written + 1):  # 0 is what is measured before the first
+        file.write(step, {"loss": 1.0 / (step + 1)})
     file.close()
     with path.open("a") as raw:
         raw.write('{"step": 99, "loss": 0.25, "grad_norm": 1.0}\n'[:torn])
     file = MetricsFile(path, resume_step=resume)
-    for step in range(resume + 1, 13):
-        file.write(step, {"loss": 1.0 / step})
+    for step in range(resume + 1 if resume else 0, 13):
+        file.write(step, {"loss": 1.0 / (step + 1)})
     file.close()
-    assert records(path) == [{"step": s, "loss": 1.0 / s} for s in range(1, 13)]
+    assert records(path) == [{"step": s, "loss": 1.0 / (s + 1)} for s in range(13)]
     assert [p.name for p in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
@@ -231,14 +231,16 @@ def test_a_terminal_gets_a_bar(tmp_path: Path):
 def test_tensorboard_hides_what_a_resume_repeats(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for resume, last in ((0, 4), (2, 3)):
+    for resume, last in ((0, 1), (0, 4), (2, 3)):
         with open_log(config(tmp_path, tensorboard=True), resume_step=resume, stream=io.StringIO()) as log:
+            if resume == 0:
+                log.validation(0, {"loss": 0.7})
             for step in range(resume + 1, last + 1):
                 log.step(stats(step, loss=float(resume + step)))
             log.validation(last, {"loss": 0.5})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 5.0)]
-    assert events.Scalars("validation/loss")[-1].step == 3
+    assert [e.step for e in events.Scalars("validation/loss")] == [0, 3]
 
 
 def test_wandb_is_told_once_per_run_id(tmp_path: Path, monkeypatch):
