@@ -59,6 +59,7 @@ class Rollouts:
         self._spawned: Spawned | None = None
         self._value: Any = None
         self._under_way = ""
+        self._loss: OrchestratorLost | None = None
         self._found: dict[int, set[_File]] = {}  # of a step that is being kept: what lay there, of a run before
         self._ending = threading.Event()
         self._noticed = threading.Event()
@@ -178,6 +179,8 @@ class Rollouts:
 
     def _begin(self, name: str, arguments: tuple[Any, ...]) -> None:
         """Rank 0: send a call, unless an error or a signal left another one before its answer, which would be met."""
+        if self._loss is not None:
+            raise self._loss
         if self._under_way:
             raise OrchestratorLost(f"the orchestrator was left in the middle of {self._under_way}")
         self._under_way = name
@@ -246,13 +249,15 @@ class Rollouts:
             raise self._lost() from None
 
     def _lost(self) -> OrchestratorLost:
+        """How its process ended, which every later call says again: the first may be got over, see `flush`."""
         self._noticed.set()
         assert self._spawned is not None
         try:
-            code = self._spawned.process.wait(_DEAD_SECONDS)
+            words = _end_of(self._spawned.process.wait(_DEAD_SECONDS))
         except subprocess.TimeoutExpired:
-            return OrchestratorLost("the orchestrator's process closed its link and goes on; see its messages above")
-        return OrchestratorLost(_end_of(code))
+            words = "the orchestrator's process closed its link and goes on; see its messages above"
+        self._loss = OrchestratorLost(words)
+        return self._loss
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """Rank 0: end the run where the orchestrator dies while nobody waits for it, as in the middle of a long step.

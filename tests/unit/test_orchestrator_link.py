@@ -142,6 +142,15 @@ def test_it_ends_in_the_middle_of_a_call_though_forks_hold_both_ends(monkeypatch
     os.close(held)
 
 
+def test_its_death_is_told_again_by_every_later_call():
+    rollouts = Rollouts(SimpleNamespace(config=SimpleNamespace(reward=None)))
+    rollouts._spawned.process.send_signal(signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(OrchestratorLost, match=r"was ended by signal 9 \(SIGKILL\)"):
+            rollouts.sleep()
+    rollouts.close()
+
+
 LONG_STEP = """
 import os, signal, time
 from types import SimpleNamespace
