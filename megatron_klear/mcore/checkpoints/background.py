@@ -33,7 +33,7 @@ def fork_result_queue() -> None:
     if getattr(filesystem_async, "_results_queue", "absent") is not None:
         return
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(initializer=_end_with_parent, initargs=(os.getpid(),))
+    manager.start(initializer=_outlast_signals, initargs=(os.getpid(),))
     filesystem_async._results_queue = manager.Queue()
 
 
@@ -53,6 +53,12 @@ def _write_while_parent_lives(
     _end_with_parent(parent)
     write(*args, **kwargs)
     manifest.note_written(hidden, rank)
+
+
+def _outlast_signals(parent: int) -> None:
+    """As a process that a run which is told to stop still saves through: torchrun's SIGTERM goes to the whole group."""
+    _end_with_parent(parent)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _end_with_parent(parent: int) -> None:
