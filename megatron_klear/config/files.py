@@ -1,4 +1,4 @@
-"""Text files that are never half-written."""
+"""Files that are never half-written, and are on disk when they are said to be."""
 
 from __future__ import annotations
 
@@ -15,3 +15,12 @@ def write_text_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return when what was written to a file, or the names in a folder, would survive the loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

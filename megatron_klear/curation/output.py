@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_klear.config.files import flush_to_disk
 from megatron_klear.data.rows import DataError
 
 from .page import page_of
@@ -106,7 +107,7 @@ class Output:
         staged[MANIFEST] = _partial(self._output.with_name(MANIFEST))
         staged[MANIFEST].write_bytes(_as_json(manifest))
         for path in staged.values():
-            _flush_to_disk(path)
+            flush_to_disk(path)
         # The manifest first: what a kill leaves is then known as this output's. The rows last: they say it is done,
         # and nothing looks at the folder again.
         for name in (*_BESIDE, self._output.name):
@@ -116,7 +117,7 @@ class Output:
                 os.replace(staged[name], self._output.with_name(name))
             else:
                 self._output.with_name(name).unlink(missing_ok=True)
-        _flush_to_disk(self._output.parent)
+        flush_to_disk(self._output.parent)
 
     def _remove_unfinished(self, but: Path) -> None:
         for path in {_partial(self._output), raw_hits(self._output)} - {but}:
@@ -186,11 +187,3 @@ def _digest(path: Path) -> dict[str, Any]:
 
 def _as_json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

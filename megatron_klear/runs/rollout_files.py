@@ -8,7 +8,6 @@ looked at with a pager. `read_samples` gives a dictionary a sample from both.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_klear.config.files import flush_to_disk
 from megatron_klear.rewards.truth_store import TruthReadError, TruthRef, read_truth
 from megatron_klear.types import Group, Prompt
 
@@ -126,14 +126,14 @@ class RolloutWriter:
                 with pq.ParquetWriter(partial, SCHEMA, compression="zstd", use_dictionary=True) as file:
                     for start in range(0, len(rows), ROW_GROUP):
                         file.write_table(_table(step, rows[start : start + ROW_GROUP]))
-            _flush_to_disk(partial)
+            flush_to_disk(partial)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise OSError(
                 error.errno, f"{path} could not be written ({error}): make room, or set train.keep_rollouts to false"
             ) from error
         partial.replace(path)
-        _flush_to_disk(path.parent)  # checkpoints are, and one of this step says that the file is there
+        flush_to_disk(path.parent)  # checkpoints are, and one of this step says that the file is there
         for other in {".jsonl", ".parquet"} - {path.suffix}:  # of a run before this one resumed
             path.with_suffix(other).unlink(missing_ok=True)
         if self._keep_steps:
@@ -145,14 +145,6 @@ class RolloutWriter:
             return self._form
         tokens = sum(int(sample.trained.sum()) for group, _, _ in rows for sample in group.samples)
         return "jsonl" if tokens <= SMALL_STEP_TOKENS else "parquet"
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def evenly_kept(groups: Sequence[Group], share: float) -> list[Group]:

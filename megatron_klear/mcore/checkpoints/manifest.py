@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_klear.config.files import flush_to_disk
 from megatron_klear.errors import UserError
 from megatron_klear.models.stop_tokens import Turns, name_turn_end
 
@@ -89,7 +89,7 @@ def note_written(folder: Path, rank: int) -> None:
     """
     entries = {file.name: _entry(file) for file in _shards(folder, rank)}
     for name in entries:
-        _flush(folder / name)
+        flush_to_disk(folder / name)
     (folder / _note(rank)).write_text(json.dumps(entries))
 
 
@@ -126,16 +126,16 @@ def publish(hidden: Path, path: Path, shards: dict[str, Any] | None = None) -> N
     for file in [file for file in sorted(hidden.rglob("*")) if file.is_file()]:
         if (name := str(file.relative_to(hidden))) not in entries and name != MANIFEST:
             entries[name] = _entry(file)
-            _flush(file)
+            flush_to_disk(file)
     (hidden / MANIFEST).write_text(json.dumps({"files": dict(sorted(entries.items()))}, indent=1))
-    _flush(hidden / MANIFEST)
+    flush_to_disk(hidden / MANIFEST)
     for folder in [hidden, *(entry for entry in hidden.rglob("*") if entry.is_dir())]:
-        _flush(folder)
+        flush_to_disk(folder)
     if path.exists():
         aside = next(p for n in range(1, 10**6) if not (p := path.with_name(f"{path.name}.replaced-{n}")).exists())
         path.rename(aside)
     hidden.rename(path)
-    _flush(path.parent)
+    flush_to_disk(path.parent)
 
 
 def damage(path: Path, share: int = 0, shares: int = 1, *, hashes: bool = True) -> list[str]:
@@ -187,11 +187,3 @@ def sweep(checkpoints: Path) -> None:
 def warn(message: str) -> None:
     """Say it where nobody overlooks it."""
     print(f"WARNING: {message}", file=sys.stderr, flush=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
