@@ -71,7 +71,7 @@ class Leaving:
         )
 
     def _take(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # a forked checkpoint writer: it finishes what it writes, or is told to end
+        if os.getpid() != self._pid:  # forked, and not yet by itself
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return

@@ -1,9 +1,12 @@
 """Checkpoints: the same state in any layout, written at once or in the background, whole or not at all."""
 
+import functools
 import json
+import os
 import re
 import resource
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +17,13 @@ from tiny_run import start as start_run
 from megatron_klear.config.base import SFTConfig
 from megatron_klear.data.pack import loss_weights, num_predicted, pack
 from megatron_klear.mcore.checkpoints import manifest
+from megatron_klear.mcore.checkpoints.background import filesystem_async
 from megatron_klear.mcore.checkpoints.compare import compare_checkpoints
 from megatron_klear.mcore.checkpoints.manifest import CheckpointError
 from megatron_klear.mcore.engine import Engine
 from megatron_klear.mcore.topology import world
 from megatron_klear.rl.losses import NLL
+from megatron_klear.runs.leave import Leaving
 from megatron_klear.verify.layouts import Layout, layouts_named, ragged_samples
 
 WRITTEN_IN = "TP2 PP2 SP"
@@ -192,6 +197,30 @@ def what_children_keep(config: SFTConfig, folder: Path) -> int:
 def test_no_process_keeps_an_old_copy_of_what_is_trained(config, ranks, tmp_path, background: bool):
     (kept,) = ranks(1, what_children_keep, asynchronously(config, background), tmp_path)
     assert kept < BALLAST / 4
+
+
+def signalled_while_writing(config: SFTConfig, folder: Path, number: int) -> None:
+    """A rank's process group is told to stop while a tensor is being written; the rank itself takes it."""
+    write, rank = filesystem_async._write_item, os.getpid()
+
+    @functools.wraps(write)  # its parameters are looked up
+    def told_to_stop(*args, **kwargs):
+        assert os.getpid() != rank, "it is written in the background"
+        for writer in {os.getpid(), os.getppid()} - {rank}:  # and who waits for those that write
+            os.kill(writer, number)
+        return write(*args, **kwargs)
+
+    filesystem_async._write_item = told_to_stop
+    with world(config.parallel, config.seed) as topology, Leaving(topology):
+        engine = Engine(config, topology)
+        engine.save(folder / "step-00000001")
+        engine.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_of_a_rank_leaves_the_save_whole(config, ranks, tmp_path, number: int):
+    ranks(1, signalled_while_writing, asynchronously(config, True), tmp_path, number)
+    assert manifest.damage(manifest.step_folder(tmp_path, 1)) == []
 
 
 def run_out_of_space(config: SFTConfig, folder: Path) -> str:

@@ -33,7 +33,7 @@ def fork_result_queue() -> None:
     if getattr(filesystem_async, "_results_queue", "absent") is not None:
         return
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(initializer=_outlast_signals, initargs=(os.getpid(),))
+    manager.start(initializer=_end_with_parent, initargs=(os.getpid(),))
     filesystem_async._results_queue = manager.Queue()
 
 
@@ -55,15 +55,14 @@ def _write_while_parent_lives(
     manifest.note_written(hidden, rank)
 
 
-def _outlast_signals(parent: int) -> None:
-    """As a process that a run which is told to stop still saves through: torchrun's SIGTERM goes to the whole group."""
-    _end_with_parent(parent)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def _end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when `parent`, which forked it, ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Have the kernel kill this process when `parent`, which forked it, ends, and nothing else end it before.
+
+    torchrun's SIGTERM and a terminal's Ctrl-C go to a rank's whole process group: a run that is told to stop saves as
+    it leaves, and the save that is under way is whole as well.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
