@@ -57,7 +57,7 @@ def extended_config(config: Mapping[str, Any], factor: float, original: int | No
 
 
 def write_extended(folder: Path, output: Path, factor: float = PAPER_FACTOR, original: int | None = None) -> Path:
-    """Write `output`: the extended config.json, everything else links to the files of `folder`.
+    """Write `output`: the extended config.json, everything else links to the files and folders of `folder`.
 
     An output that is what would be written is left alone. Raises UserError where the model cannot be extended or
     `output` is something else, or a file of `folder` is a link to nothing.
@@ -72,13 +72,13 @@ def write_extended(folder: Path, output: Path, factor: float = PAPER_FACTOR, ori
             same = json.loads((output / "config.json").read_text()) == config
         except (OSError, ValueError):
             same = False
-        if same and all((output / path.name).resolve() == path.resolve() for path in _others(folder)):
+        if same and all((output / path.name).resolve() == path.resolve() for path in _others(folder, output)):
             return output
         raise UserError(f"{output} exists and is another folder; choose another, or remove it")
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        for path in _others(folder):
+        for path in _others(folder, output):
             (beside / path.name).symlink_to(path.resolve())
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         beside.chmod(0o755)
@@ -89,5 +89,12 @@ def write_extended(folder: Path, output: Path, factor: float = PAPER_FACTOR, ori
     return output
 
 
-def _others(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "config.json"]
+def _others(folder: Path, output: Path) -> list[Path]:
+    """All of a model but its config.json. Templates may have a folder of their own; what tools leave is hidden."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.name != "config.json"
+        and (path.is_file() or (path.is_dir() and not path.name.startswith(".")))
+        and not output.absolute().is_relative_to(path.absolute())
+    ]

@@ -13,7 +13,13 @@ from .format import Thinking, split_thinking
 # Bounded: responses repeat anything a thousand times, and each time would be read to the end.
 _DRESS = r"(?:[\s:*_\"'`$({\[]|\\[(\[]|\\(?:boxed|fbox|text|textbf|mathrm|mathbf|boldsymbol)\b){0,40}"
 # A capital: "the answer is a guess" names no choice. Nothing may follow that makes it a word or a formula.
-_CAPITAL = r"([A-Z])(?![\w+\-^/]|\s*=)"
+# "I think" and "A metal rod" begin a sentence or an option's words; "A because" and "I is right" are letters.
+_GOES_ON = (
+    r"(?:is|was|because|since|as|for|and|or|but|due|given|by|which|that|while|so|not|only|alone|the"
+    r"|from|in|on|at|if|with|over)\b"
+)
+_WORD = rf"(?:(?<=[AI])[ \t]+(?!{_GOES_ON})[a-z]|(?<=I)['\u2019][a-z])"
+_CAPITAL = rf"([A-Z])(?![\w+\-^/]|\s*=|{_WORD})"
 _AND = r"(?:,|;|&|\\text\{|\s(?i:and|or)\b)+[\s({*]*(?:(?i:and|or)\b[\s({}*]*)?"
 # "A or C" names none; "A, C is wrong" does.
 _ALONE_OF_CHOICES = rf"(?![)}}*\s]*{_AND}[A-Z](?!\w|'|\s+(?:is|are|was|has|does|cannot|would)\b))"

@@ -85,3 +85,14 @@ def test_an_original_length_without_scaling_gives_way(model, tmp_path):
     assert dict(read_architecture(write_extended(model, tmp_path / "long")).rope.parameters)[
         "original_max_position_embeddings"
     ] == trained_positions(96)
+
+
+def test_folders_are_linked_too_but_for_hidden_ones_and_the_output(model, tmp_path):
+    for name in ("additional_chat_templates", ".cache", "longer"):
+        (model / name).mkdir()
+        (model / name / "tool_use.jinja").write_text("{{ messages }}")
+    for _ in range(2):  # the second finds its own
+        long = write_extended(model, model / "longer" / "by-2.5")
+    assert (long / "additional_chat_templates/tool_use.jinja").read_text() == "{{ messages }}"
+    assert not (long / ".cache").exists()
+    assert not (long / "longer").exists()

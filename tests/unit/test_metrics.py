@@ -165,6 +165,14 @@ def test_lighteval_reads_the_same_choices(case):
         (r"\boxed{\text{A and C}}", None),
         (r"\boxed{A \text{ and } C}", None),
         (r"\boxed{E = mc^2}", None),
+        ("Answer: I think it is hard to say", None),
+        ("Answer: B\nThe final answer: I'm sure of it", "B"),
+        ("Answer: I because of I = U/R", "I"),
+        ("The answer is I.", "I"),
+        ("Answer: A metal rod", None),
+        ("Answer: I only", "I"),
+        ("The answer is A because metal conducts", "A"),
+        ("Answer: A\nthe others are wrong", "A"),
     ],
 )
 def test_a_choice_is_a_capital_that_is_named(text, letter):
