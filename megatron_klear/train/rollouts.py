@@ -39,7 +39,7 @@ HEARTBEAT_SECONDS = 10.0
 _END_SECONDS = 60.0  # servers have their grace
 _NOTICE_SECONDS = 5.0
 _DEAD_SECONDS = 5.0
-_GIVE_UP_SECONDS = 5.0
+_GIVE_UP_SECONDS = 3.0  # less than the other ranks wait for all to come to one error, see runs.folder
 _File = tuple[str, int, int]  # name, inode, nanoseconds at which it was written
 
 
