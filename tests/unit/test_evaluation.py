@@ -285,6 +285,11 @@ def test_a_damaged_line_is_named(finished, tmp_path):
     [
         ({"problem": "?"}, "no `answer`"),
         ({"answer": "4"}, "no `problem`"),
+        ({"problem": "?", "answer": []}, "no `answer`"),
+        ({"problem": "?", "answer": float("nan")}, "no `answer`"),
+        ({"problem": "?", "answer": [["4"]]}, "no `answer`"),
+        ({"problem": "?", "answer": "so much: ####"}, "no `answer`"),
+        ({"messages": [{"role": "system", "content": "Be brief."}], "answer": "4"}, "no `problem`"),
         ([1], "no object"),
         ({"problem": "?", "answer": "it depends"}, None),
     ],
@@ -298,6 +303,16 @@ def test_bad_rows_are_named_before_anything_is_drawn(tmp_path, row, words):
         return
     with pytest.raises(DataError, match=rf"sums.jsonl:13: .*{words}"):
         evaluate(config, lambda: pytest.fail("no model is loaded"))
+
+
+def test_the_question_of_chat_messages_is_what_the_user_says(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 + 4?"}]
+    path.write_text(json.dumps({"messages": messages, "answer": None, "solution": "7"}) + "\n")
+    benchmark = {"name": "amc", "files": [str(path)]}
+    (problem,) = read_benchmark(settings(tmp_path, tmp_path / "out", benchmarks=[benchmark]).benchmarks[0])
+    assert problem.messages[0]["content"].startswith("What is 3 + 4?")
+    assert problem.ground_truth == "7"
 
 
 def test_settings_that_contradict_themselves_are_refused(tmp_path):
