@@ -25,7 +25,7 @@ from .benchmarks import KNOWN, OWN, Problem, read_benchmark
 from .page import Evaluated, write_page
 from .protocols import Protocol, protocol_for
 from .sampling import Source, Wanted
-from .store import Grade, Key, Lines, Response, StoreError, digest
+from .store import Grade, Key, Lines, Response, StoreError, check_model, digest
 from .table import BenchmarkResult, markdown, result_of
 
 _log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ def evaluate(config: EvaluationConfig, open_source: Callable[[], Source]) -> lis
         responses_made, grades_made = _made_with(config, benchmark, protocol, source)
         Lines.check(config.output / benchmark.name / "responses.jsonl", responses_made, Response)
         Lines.check(config.output / benchmark.name / "grades.jsonl", grades_made, Grade)
+    check_model(config.output, source.identity())
     evaluated = []
     for (benchmark, problems), protocol in zip(benchmarks, protocols, strict=True):
         folder = config.output / benchmark.name

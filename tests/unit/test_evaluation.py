@@ -271,6 +271,34 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
         evaluate(settings(tmp_path, tmp_path / "sums.jsonl"), lambda: pytest.fail("no model is loaded"))
 
 
+@pytest.mark.parametrize("taken", ["amc", "amc/responses.jsonl/folder"])
+def test_a_place_that_something_else_has_is_refused(tmp_path, taken):
+    place = tmp_path / "out" / taken
+    place.parent.mkdir(parents=True)
+    place.touch()
+    oracle = Oracle()
+    with pytest.raises(UserError, match=r"out/amc/responses.jsonl cannot be written"):
+        evaluate(settings(tmp_path, tmp_path / "out"), lambda: oracle)
+    assert oracle.drawn == 0
+
+
+def test_a_folder_is_of_one_model(tmp_path):
+    """Also where the other model answered another benchmark."""
+    evaluate(settings(tmp_path, tmp_path / "out"), Oracle)
+    other = {"name": "minerva", "files": [str(problems_file(tmp_path))], "samples": 1}
+
+    class Another(Oracle):
+        def identity(self):
+            return {"model": "another"}
+
+    config = settings(tmp_path, tmp_path / "out", benchmarks=[other])
+    with pytest.raises(UserError, match=r"amc/responses.jsonl is of another model: model was oracle and is another"):
+        evaluate(config, Another)
+    assert not (tmp_path / "out" / "minerva").exists()
+    (result,) = evaluate(config, Oracle)
+    assert result.name == "minerva"
+
+
 def test_a_damaged_line_is_named(finished, tmp_path):
     folder, whole, _ = finished
     (tmp_path / "amc").mkdir()
