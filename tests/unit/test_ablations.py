@@ -173,6 +173,23 @@ def test_flags_for_all_arms_go_to_the_last_stage_that_trains(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--job", "2"), "there is no setting job"),
+        (("--seeds", "-1"), "seed is -1"),
+        (("--train.steps", "few"), 'train.steps is "few"'),
+    ],
+)
+def test_settings_that_no_stage_has_are_told_before_anything_is_made(tmp_path, capsys, monkeypatch, flags, words):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as left:
+        main(["examples/ablations/clip.toml", "--runs", str(tmp_path), *flags])
+    assert left.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "shared").exists()
+
+
+@pytest.mark.parametrize(
     ("arms", "more", "seeds", "words"),
     [
         ('[{ name = "a" }, { name = "b" }]', (), (0, 1, 0), "one is there twice"),
