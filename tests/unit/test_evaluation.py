@@ -3,12 +3,16 @@
 import gzip
 import json
 import random
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
+from megatron_klear.cli import evaluate as command
 from megatron_klear.cli.evaluate import main, plan
 from megatron_klear.config.evaluation import EvaluationConfig
+from megatron_klear.config.read import load
 from megatron_klear.data.rows import DataError
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.errors import UserError
@@ -358,6 +362,15 @@ def test_settings_that_contradict_themselves_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             EvaluationConfig.model_validate({"output": tmp_path, **values})
+
+
+def test_the_commands_of_the_help_have_valid_settings(monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    shown = [
+        line.partition("  #")[0] for line in command.__doc__.splitlines() if line.startswith("klear evaluate --config")
+    ]
+    loaded = [load(EvaluationConfig, shlex.split(line)[2:]) for line in shown]
+    assert 65536 in [settings.long for settings in loaded]
 
 
 def test_protocols_say_what_they_are(tmp_path):
