@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from megatron_klear.config.base import SFTConfig
 from megatron_klear.config.evaluation import EvaluationConfig
 from megatron_klear.config.read import load
 from megatron_klear.config.rl import GPPOConfig
+from megatron_klear.statistics.significance import seed_interval
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "examples" / "ablations").glob("*.toml"))
@@ -159,6 +161,32 @@ def test_the_page_tells_what_the_committed_results_say(monkeypatch, capsys):
         planned = arm_runs(config, config.scales[scale], name, Path("runs/ablations"), config.scales[scale].seeds, ())
         known = read_known(path, planned, config.measure)
         assert len(known) == len(planned) == len(content["runs"]), "the results are of another recipe: run it again"
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "rows"),
+    [
+        (
+            "lora",
+            1,
+            {"all weights, rate 3e-4": "all weights", "all weights, rate 9e-4": "", "adapters, rate 3e-3": "adapters"},
+        ),
+        ("clip_smollm2", 100, {"GPPO": "", "clip-higher": "", "CISPO": ""}),
+    ],
+)
+def test_the_examples_tell_what_the_committed_results_say(name, unit, rows):
+    """Accuracy before (where the table has it), after either validation by seed, and the mean that counts."""
+    runs = json.loads((ROOT / "examples/ablations/results" / name / "result.json").read_text())["runs"]
+    lines = (ROOT / "examples" / "README.md").read_text().splitlines()
+    for shown, arm in rows.items():
+        own = [run for run in runs if run["arm"] == (arm or shown)]
+        before, first, last = zip(*(run["curve"].values() for run in own), strict=True)
+        mean = seed_interval([run["accuracy"] for run in own])
+        expected = [*first, *last, mean.value, mean.low, mean.high]
+        expected = [before[0], *expected] if name == "lora" else expected
+        (line,) = [line for line in lines if line.startswith(f"| {shown} |")]
+        told = [float(number) for number in re.findall(r"\d\.\d+|\d\d\.\d", line.removeprefix(f"| {shown} |"))]
+        assert told == pytest.approx([unit * value for value in expected], abs=0.0006 * unit), shown
 
 
 def test_flags_for_all_arms_go_to_the_last_stage_that_trains(tmp_path, capsys):
