@@ -16,16 +16,12 @@ from megatron_klear.config.read import load
 from megatron_klear.data.rows import DataError
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.errors import UserError
-from megatron_klear.evaluation.benchmarks import KNOWN, read_benchmark
+from megatron_klear.evaluation.benchmarks import read_benchmark
 from megatron_klear.evaluation.protocols import protocol_for
 from megatron_klear.evaluation.run import evaluate
 from megatron_klear.evaluation.sampling import LocalSource
 from megatron_klear.evaluation.store import Response
 from megatron_klear.evaluation.table import markdown
-from megatron_klear.rewards.base import RewardSettings
-from megatron_klear.rewards.pool import GradingPool
-from megatron_klear.rewards.worker import Request
-from megatron_klear.types import Verdict
 
 
 class Oracle:
@@ -337,16 +333,6 @@ def test_bad_rows_are_named_before_anything_is_drawn(tmp_path, row, words):
         evaluate(config, lambda: pytest.fail("no model is loaded"))
 
 
-def test_the_question_of_chat_messages_is_what_the_user_says(tmp_path):
-    path = tmp_path / "chats.jsonl"
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 + 4?"}]
-    path.write_text(json.dumps({"messages": messages, "answer": None, "solution": "7"}) + "\n")
-    benchmark = {"name": "amc", "files": [str(path)]}
-    (problem,) = read_benchmark(settings(tmp_path, tmp_path / "out", benchmarks=[benchmark]).benchmarks[0])
-    assert problem.messages[0]["content"].startswith("What is 3 + 4?")
-    assert problem.ground_truth == "7"
-
-
 def test_settings_that_contradict_themselves_are_refused(tmp_path):
     benchmark = {"name": "amc", "files": ["x"]}
     for values, words in (
@@ -383,67 +369,3 @@ def test_protocols_say_what_they_are(tmp_path):
     with pytest.raises(UserError, match="repetition penalty"):
         released.local()
     assert protocol_for("greedy", config.sampling, paper_samples=64, samples=None).samples == 1
-
-
-FILES = {
-    "aime24": (("aime_hmmt/aime24.qs.jsonl", "", 30), ("aime_hmmt/aime24.parquet", "", 30)),
-    "aime25": (("aime_hmmt/aime25.qs.jsonl", "", 30), ("aime_hmmt/comp-math-24-25.nemo-skills.jsonl", "aime25", 30)),
-    "hmmt_feb_2025": (("aime_hmmt/HMMT-202502.jsonl", "", 30),),
-    "math500": (("math/math500_test.json", "", 500),),
-    "amc": (("math/amc.json", "", None),),
-    "minerva": (("math/minerva.json", "", None),),
-    "gsm8k": (("gsm8k/test.jsonl", "", 1319),),
-}
-
-
-def test_every_gold_answer_of_a_maths_benchmark_is_right(shared_data):
-    """In each form that its file is met in; HMMT's answer lies under a key of its own."""
-    sources = sorted(KNOWN)
-    with GradingPool(
-        [name for name in sources if name in FILES], RewardSettings(require_thinking=False), timeout_seconds=60
-    ) as pool:
-        for name, forms in FILES.items():
-            for file, subset, count in forms:
-                config = {"name": name, "files": [str(shared_data / file)], "subset": subset}
-                (benchmark,) = EvaluationConfig.model_validate(
-                    {"output": "x", "model": {"path": "m"}, "benchmarks": [config]}
-                ).benchmarks
-                problems = read_benchmark(benchmark)
-                assert count is None or len(problems) == count, file
-                golds = [f"So it is \\boxed{{{problem.ground_truth}}}." for problem in problems]
-                requests = [
-                    Request(p.data_source, p.ground_truth, gold) for p, gold in zip(problems, golds, strict=True)
-                ]
-                scores = pool.grade(requests)
-                wrong = [
-                    (p.place, p.ground_truth, s.note)
-                    for p, s in zip(problems, scores, strict=True)
-                    if s.verdict is not Verdict.RIGHT
-                ]
-                assert not wrong, (file, wrong[:5], len(wrong))
-
-
-def test_contests_are_chosen_by_their_date(tmp_path):
-    path = tmp_path / "lcb.jsonl"
-    rows = [
-        {
-            "question_content": f"Problem of {date}",
-            "starter_code": "",
-            "contest_date": f"{date}T00:00:00",
-            "public_test_cases": json.dumps([{"input": "1\n", "output": "1\n", "testtype": "stdin"}]),
-            "metadata": "{}",
-        }
-        for date in ("2024-07-31", "2024-08-01", "2025-01-31", "2025-02-01", "2025-04-30", "2025-05-01")
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def dates(**more):
-        values = {"output": "x", "model": {"path": "m"}, "benchmarks": [{"files": [str(path)], **more}]}
-        problems = read_benchmark(EvaluationConfig.model_validate(values).benchmarks[0])
-        return [problem.messages[0]["content"].partition("Problem of ")[2][:10] for problem in problems]
-
-    assert dates(name="livecodebench_v5") == ["2024-08-01", "2025-01-31"]
-    assert dates(name="livecodebench_v6") == ["2025-02-01", "2025-04-30"]
-    assert dates(name="livecodebench_v6", since="2024-01-01", until="2024-08-01") == ["2024-07-31"]
-    with pytest.raises(DataError, match=r"YYYY-MM-DD"):
-        dates(name="livecodebench_v6", since="yesterday")
