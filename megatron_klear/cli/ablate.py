@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_klear.ablations.outcome import Outcome, as_json, judge, read_known, read_outcome
-from megatron_klear.ablations.plan import AblationError, ArmRun, arm_runs, preparations
+from megatron_klear.ablations.plan import AblationError, ArmRun, Preparation, arm_runs, preparations
 from megatron_klear.ablations.report import markdown, summary, write_plot
 from megatron_klear.ablations.run import owned, prepare, run_all
 from megatron_klear.config.ablation import AblationConfig, Scale
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
             for run in planned:
                 print("\n".join(f"klear {shlex.join(stage)}" for stage in run.stages))
             return
-        known = read_known(options.known, planned, config.measure) if options.known else {}
+        known = read_known(options.known, planned, config.measure, wanted) if options.known else {}
         if options.known:
             print(f"{len(known)} of {len(planned)} runs are known", flush=True)
         left = [run for run in planned if (run.arm, run.seed) not in known]
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
                     prepare(wanted)
                 run_all(left, options.jobs)
             outcomes = [known.get((run.arm, run.seed)) or read_outcome(run, config.measure) for run in planned]
-            print(conclude(config, scale, options.scale, outcomes, options.runs / name))
+            print(conclude(config, scale, options.scale, outcomes, wanted, options.runs / name))
 
 
 def check_settings(planned: Sequence[ArmRun]) -> None:
@@ -111,14 +111,20 @@ def check_settings(planned: Sequence[ArmRun]) -> None:
                 load(_SETTINGS[command], flags)
 
 
-def conclude(config: AblationConfig, scale: Scale, scale_name: str, outcomes: list[Outcome], folder: Path) -> str:
+def conclude(
+    config: AblationConfig,
+    scale: Scale,
+    scale_name: str,
+    outcomes: list[Outcome],
+    prepared: list[Preparation],
+    folder: Path,
+) -> str:
     """Judge, write the three files; returns the report."""
     folder.mkdir(parents=True, exist_ok=True)
     judged = judge(config, outcomes)
     report = markdown(config, scale, outcomes, judged)
-    write_text_atomically(
-        folder / "result.json", json.dumps(as_json(config, scale_name, outcomes, judged), indent=1) + "\n"
-    )
+    content = as_json(config, scale_name, outcomes, judged, prepared)
+    write_text_atomically(folder / "result.json", json.dumps(content, indent=1) + "\n")
     write_plot(config, outcomes, folder / "plot.png")
     write_text_atomically(folder / "report.md", report)
     return report

@@ -143,6 +143,11 @@ def test_runs_of_another_day_are_taken_where_their_commands_are_the_same(tmp_pat
     assert read_known(known, other, "end") == {}
     with pytest.raises(AblationError, match="by measure 'end', and the recipe is by 'mean'"):
         read_known(known, here, "mean")
+    made, otherwise = (Preparation(creates=tmp_path / "x", arguments=("prepare", "--count", n)) for n in ("4", "5"))
+    known.write_text(json.dumps(as_json(config, "tiny", outcomes, judge(config, outcomes), [made])))
+    assert list(read_known(known, here, "end", [made]).values()) == outcomes
+    with pytest.raises(AblationError, match="share was made otherwise: `prepare --count 4` is not of both"):
+        read_known(known, here, "end", [otherwise])
     known.write_text("{}")
     with pytest.raises(AblationError, match="no result of an ablation"):
         read_known(known, here, "end")
@@ -159,7 +164,8 @@ def test_the_page_tells_what_the_committed_results_say(monkeypatch, capsys):
         config = recipe(ROOT / "examples" / "ablations" / f"{name.removesuffix(f'_{scale}')}.toml")
         config = config.at(config.scales[scale])
         planned = arm_runs(config, config.scales[scale], name, Path("runs/ablations"), config.scales[scale].seeds, ())
-        known = read_known(path, planned, config.measure)
+        prepared = preparations(config.scales[scale], config.arms, Path("runs/ablations"))
+        known = read_known(path, planned, config.measure, prepared)
         assert len(known) == len(planned) == len(content["runs"]), "the results are of another recipe: run it again"
 
 
