@@ -219,6 +219,21 @@ def test_what_cannot_be_drawn_is_told_before_anything_is(tmp_path):
         plan(config.model_copy(update={"protocol": "released"}))
 
 
+def test_a_local_model_is_known_by_its_precision_and_what_its_prompts_are_made_of(tmp_path):
+    folder = write_tiny_model(tmp_path / "model", "qwen3", TinyShape(num_layers=1))
+
+    def identity(**more):
+        config = settings(tmp_path, tmp_path / "out", model={"path": folder, "device": "cpu", **more})
+        return LocalSource(config.model, None).identity()
+
+    first = identity()
+    assert identity() == first
+    assert {key for key, value in identity(dtype="fp32").items() if value != first[key]} == {"dtype"}
+    template = folder / "chat_template.jinja"
+    template.write_text("Hello. " + template.read_text())
+    assert {key for key, value in identity().items() if value != first[key]} == {"files"}
+
+
 @pytest.mark.parametrize(
     ("name", "key"), [("amc", "since"), ("mine", "until"), ("mine", "subset"), ("livecodebench_v5", "subset")]
 )
