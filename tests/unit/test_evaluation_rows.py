@@ -76,6 +76,15 @@ def test_contests_are_chosen_by_their_date(tmp_path):
         dates(name="livecodebench_v6", since="yesterday")
 
 
+@pytest.mark.parametrize(("name", "meant"), [("AIME24", "aime24"), ("hmmt_2025", "hmmt_feb_2025"), ("my_sums", "")])
+def test_rows_that_an_unknown_name_cannot_read_say_so(tmp_path, name, meant):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"problem": "What is 3 + 4?", "answer": "7"}) + "\n")
+    words = f"{name} is no benchmark that is known by name" + (f", did you mean {meant}" if meant else "$")
+    with pytest.raises(DataError, match=words):
+        read_benchmark(BenchmarkConfig(name=name, files=(str(path),)))
+
+
 def test_the_question_of_chat_messages_is_what_the_user_says(tmp_path):
     path = tmp_path / "chats.jsonl"
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 + 4?"}]
