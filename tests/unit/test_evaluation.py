@@ -352,8 +352,15 @@ def test_settings_that_contradict_themselves_are_refused(tmp_path):
     benchmark = {"name": "amc", "files": ["x"]}
     for values, words in (
         ({"benchmarks": [benchmark]}, "model.path"),
-        ({"benchmarks": [benchmark], "model": {"path": "m"}, "endpoint": {"urls": ["u"], "model": "m"}}, "model.path"),
-        ({"benchmarks": [benchmark], "endpoint": {"urls": ["u"]}}, "endpoint.model"),
+        (
+            {"benchmarks": [benchmark], "model": {"path": "m"}, "endpoint": {"urls": ["http://u"], "model": "m"}},
+            "model.path",
+        ),
+        ({"benchmarks": [benchmark], "endpoint": {"urls": ["http://u"]}}, "endpoint.model"),
+        *(
+            ({"benchmarks": [benchmark], "endpoint": {"urls": [url], "model": "m"}}, "expected a base address")
+            for url in ("", "127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1/chat/completions/")
+        ),
         ({"benchmarks": [benchmark, benchmark], "model": {"path": "m"}}, "twice"),
         ({"benchmarks": [], "model": {"path": "m"}}, "empty"),
         *(
