@@ -91,6 +91,7 @@ def _mean(values: Sequence[float]) -> float:
 def comparison(folders: Sequence[Path]) -> str:
     """Differences of evaluations to the first of them, on the same problems, with intervals.
 
+    Says under the table which were drawn by another protocol, or with another number of samples.
     Raises UserError where a folder is no evaluation, or two have no benchmark in common.
     """
     read = [(folder, _results_in(folder)) for folder in folders]
@@ -101,6 +102,7 @@ def comparison(folders: Sequence[Path]) -> str:
         f"| benchmark | {told_as[first_folder]} | against | avg@k | difference on the same problems [95 %] |",
         "| --- | --- | --- | --- | --- |",
     ]
+    apart = []
     for folder, results in others:
         shared = [name for name in first if name in results]
         if not shared:
@@ -115,7 +117,9 @@ def comparison(folders: Sequence[Path]) -> str:
             told = f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
             sampled = f"{100 * _mean(before):.1f} | {told_as[folder]} | {100 * _mean(after):.1f}"
             lines.append(f"| {name}, {len(problems)} problems | {sampled} | {told} |")
-    return "\n".join(lines)
+            if (one := a.get("protocol")) != (other := b.get("protocol")):
+                apart.append(f"- {name} was drawn otherwise: {told_as[first_folder]} {one}; {told_as[folder]} {other}")
+    return "\n".join([*lines, *(["", *apart] if apart else [])])
 
 
 def _results_in(folder: Path) -> dict[str, dict[str, Any]]:

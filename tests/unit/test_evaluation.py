@@ -153,6 +153,12 @@ def test_two_models_are_compared_on_the_same_problems(finished, tmp_path, capsys
     gain = 100 * (after.accuracy - before.accuracy)
     figures = f"{100 * before.accuracy:.1f} | better | {100 * after.accuracy:.1f} | {gain:+.1f} [+"
     assert f"| amc, 12 problems | {figures}" in line
+    evaluate(settings(folder, folder / "greedy", protocol="greedy"), Oracle)
+    main(["--compare", str(folder / "whole"), str(folder / "better"), str(folder / "greedy")])
+    *_, blank, told = capsys.readouterr().out.splitlines()
+    assert blank == ""
+    assert told.startswith("- amc was drawn otherwise: whole avg@4, temperature 0.6")
+    assert "; greedy avg@4, temperature 0," in told
     other = tmp_path / "whole"
     shutil.copytree(folder / "better", other)
     main(["--compare", str(folder / "whole"), str(other)])
