@@ -3,14 +3,17 @@
 import json
 
 import pytest
+from test_evaluation import Oracle, settings
 
 from megatron_klear.config.evaluation import BenchmarkConfig, EvaluationConfig
 from megatron_klear.data.rows import DataError
+from megatron_klear.evaluation import run
 from megatron_klear.evaluation.benchmarks import KNOWN, read_benchmark
-from megatron_klear.rewards.base import RewardSettings
+from megatron_klear.evaluation.table import markdown
+from megatron_klear.rewards.base import RewardError, RewardSettings
 from megatron_klear.rewards.pool import GradingPool
 from megatron_klear.rewards.worker import Request
-from megatron_klear.types import Verdict
+from megatron_klear.types import Score, Verdict
 
 FILES = {
     "aime24": (("aime_hmmt/aime24.qs.jsonl", "", 30), ("aime_hmmt/aime24.parquet", "", 30)),
@@ -83,6 +86,40 @@ def test_rows_that_an_unknown_name_cannot_read_say_so(tmp_path, name, meant):
     words = f"{name} is no benchmark that is known by name" + (f", did you mean {meant}" if meant else "$")
     with pytest.raises(DataError, match=words):
         read_benchmark(BenchmarkConfig(name=name, files=(str(path),)))
+
+
+class Grader:
+    """Says that all is right, but of the first response that its time was up as long as it is `hurried`."""
+
+    hurried = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Nothing is held."""
+
+    def grade(self, requests):
+        Grader.graded = len(requests)
+        late = Score(reward=0.0, verdict=Verdict.TIMEOUT, note="no verdict after 1 s")
+        right = Score(reward=1.0, verdict=Verdict.RIGHT)
+        return [late if self.hurried and i == 0 else right for i in range(len(requests))]
+
+
+def test_what_could_not_be_graded_is_told_and_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_pool", lambda *_: Grader())
+    folder = settings(tmp_path, tmp_path / "out")
+    (result,) = run.evaluate(folder, Oracle)
+    assert (result.not_graded, Grader.graded) == (1, 48)
+    assert "amc: 1 of 48 responses could not be graded and count as wrong" in markdown([result])
+    strict = settings(tmp_path, tmp_path / "out", reward={"require_thinking": False, "max_error_share": 0})
+    with pytest.raises(RewardError, match=r"1 of 48 responses of amc could not be graded.*no verdict after 1 s"):
+        run.evaluate(strict, Oracle)
+    assert Grader.graded == 1
+    monkeypatch.setattr(Grader, "hurried", False)
+    (result,) = run.evaluate(strict, Oracle)
+    assert (result.not_graded, result.accuracy, Grader.graded) == (0, 1.0, 1)
+    assert "could not be graded" not in markdown([result])
 
 
 def test_the_question_of_chat_messages_is_what_the_user_says(tmp_path):
