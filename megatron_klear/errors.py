@@ -93,7 +93,9 @@ def tell(error: BaseException) -> None:
     if isinstance(error, RunLeft):
         text = str(error) if rank == "0" else ""
     elif isinstance(error, KeyboardInterrupt):
-        text = "interrupted before the first step; nothing was saved" if rank == "0" else ""
+        # A training run takes Ctrl-C itself from its first step on; an evaluation or a draw has saved as it went.
+        text = "interrupted; what was saved until now is kept: start the same command again to go on"
+        text = text if rank == "0" else ""
     elif isinstance(error, UserError):
         text = f"error (rank {rank}): {error}"
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from megatron_klear.config.ablation import AblationConfig, Claim
 from megatron_klear.runs.held_out import held_out
 from megatron_klear.statistics.significance import Interval, mean_interval, seed_interval
 
-from .plan import AblationError, ArmRun
+from .plan import AblationError, ArmRun, Preparation
 
 Verdict = Literal["confirmed", "contradicted", "not settled"]
 _NO_WIDTH = 1e-9
@@ -102,11 +103,12 @@ def _outcome(one: ArmRun, measure: Literal["end", "mean"]) -> Outcome:
 
 
 def read_known(
-    path: Path, planned: Sequence[ArmRun], measure: Literal["end", "mean"]
+    path: Path, planned: Sequence[ArmRun], measure: Literal["end", "mean"], prepared: Sequence[Preparation] = ()
 ) -> dict[tuple[str, int], Outcome]:
     """Outcomes of an earlier result.json, by arm and seed, of runs that would be made by the very same commands.
 
-    Raises AblationError where the file is no result, or has figures of another `measure`.
+    Raises AblationError where the file is no result, has figures of another `measure`, or says that what its runs
+    share was made by other commands than `prepared`.
     """
     try:
         content = json.loads(path.read_text())
@@ -114,6 +116,9 @@ def read_known(
             raise AblationError(
                 f"{path} has figures by measure {content['measure']!r}, and the recipe is by {measure!r}"
             )
+        now = _commands(prepared)
+        if other := set(content.get("prepared", now)) ^ set(now):
+            raise AblationError(f"what the runs of {path} share was made otherwise: `{min(other)}` is not of both")
         runs = {(run["arm"], run["seed"]): run for run in content["runs"]}
         found = {}
         for one in planned:
@@ -180,13 +185,18 @@ def arm_means(outcomes: Sequence[Outcome]) -> dict[str, Interval | float]:
 
 
 def as_json(
-    config: AblationConfig, scale: str, outcomes: Sequence[Outcome], judged: Sequence[Judged]
+    config: AblationConfig,
+    scale: str,
+    outcomes: Sequence[Outcome],
+    judged: Sequence[Judged],
+    prepared: Sequence[Preparation] = (),
 ) -> dict[str, Any]:
     """Everything, so that figures can be counted again."""
     return {
         "title": config.title,
         "scale": scale,
         "measure": config.measure,
+        "prepared": _commands(prepared),
         "claims": [
             {
                 "better": one.claim.better,
@@ -212,6 +222,10 @@ def as_json(
             for one in outcomes
         ],
     }
+
+
+def _commands(prepared: Sequence[Preparation]) -> list[str]:
+    return [shlex.join(one.arguments) for one in prepared]
 
 
 def _verdict(interval: Interval | None) -> Verdict:

@@ -16,18 +16,23 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_klear.ablations.outcome import Outcome, as_json, judge, read_known, read_outcome
-from megatron_klear.ablations.plan import AblationError, arm_runs, preparations
+from megatron_klear.ablations.plan import AblationError, ArmRun, Preparation, arm_runs, preparations
 from megatron_klear.ablations.report import markdown, summary, write_plot
 from megatron_klear.ablations.run import owned, prepare, run_all
 from megatron_klear.config.ablation import AblationConfig, Scale
+from megatron_klear.config.base import Settings, SFTConfig
+from megatron_klear.config.evaluation import EvaluationConfig
 from megatron_klear.config.files import write_text_atomically
 from megatron_klear.config.read import exit_on_bad_input, load
+from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.errors import configure_logging, exit_on_error
 
 RECIPES = Path("examples/ablations")
+_SETTINGS: dict[str, type[Settings]] = {"sft": SFTConfig, "gppo": GPPOConfig, "evaluate": EvaluationConfig}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -84,27 +89,42 @@ def main(arguments: list[str] | None = None) -> None:
             for run in planned:
                 print("\n".join(f"klear {shlex.join(stage)}" for stage in run.stages))
             return
-        known = read_known(options.known, planned, config.measure) if options.known else {}
+        known = read_known(options.known, planned, config.measure, wanted) if options.known else {}
         if options.known:
             print(f"{len(known)} of {len(planned)} runs are known", flush=True)
         left = [run for run in planned if (run.arm, run.seed) not in known]
         with owned(options.runs / name):
             if left:
+                check_settings(left)
                 with owned(options.runs / "shared"):
                     prepare(wanted)
                 run_all(left, options.jobs)
             outcomes = [known.get((run.arm, run.seed)) or read_outcome(run, config.measure) for run in planned]
-            print(conclude(config, scale, options.scale, outcomes, options.runs / name))
+            print(conclude(config, scale, options.scale, outcomes, wanted, options.runs / name))
 
 
-def conclude(config: AblationConfig, scale: Scale, scale_name: str, outcomes: list[Outcome], folder: Path) -> str:
+def check_settings(planned: Sequence[ArmRun]) -> None:
+    """End with what is wrong with the settings of a stage, before anything is made for the first."""
+    with exit_on_bad_input():
+        for one in planned:
+            for command, *flags in one.stages:
+                load(_SETTINGS[command], flags)
+
+
+def conclude(
+    config: AblationConfig,
+    scale: Scale,
+    scale_name: str,
+    outcomes: list[Outcome],
+    prepared: list[Preparation],
+    folder: Path,
+) -> str:
     """Judge, write the three files; returns the report."""
     folder.mkdir(parents=True, exist_ok=True)
     judged = judge(config, outcomes)
     report = markdown(config, scale, outcomes, judged)
-    write_text_atomically(
-        folder / "result.json", json.dumps(as_json(config, scale_name, outcomes, judged), indent=1) + "\n"
-    )
+    content = as_json(config, scale_name, outcomes, judged, prepared)
+    write_text_atomically(folder / "result.json", json.dumps(content, indent=1) + "\n")
     write_plot(config, outcomes, folder / "plot.png")
     write_text_atomically(folder / "report.md", report)
     return report

@@ -2,7 +2,7 @@
 
 klear evaluate --config examples/evaluate_gsm8k.toml --model.path runs/quickstart/hf
 klear evaluate --config examples/evaluate_gsm8k.toml --endpoint.urls http://127.0.0.1:8000/v1 --endpoint.model mine
-klear evaluate --config examples/evaluate_gsm8k.toml --model.path runs/quickstart/hf --long 65536       # by YaRN
+klear evaluate --config examples/evaluate_aime.toml --model.path FOLDER --long 65536                       # by YaRN
 klear evaluate --compare runs/evaluate_sft runs/evaluate_gppo              # differences on the same problems
 klear evaluate --benchmarks                                                # those that are known by name
 

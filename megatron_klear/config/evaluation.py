@@ -45,6 +45,13 @@ class EndpointConfig(Settings):
     extensions: bool = True
     """Send what servers of open models understand beyond OpenAI's own: `top_k`, `repetition_penalty`."""
 
+    @model_validator(mode="after")
+    def _check(self) -> EndpointConfig:
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")) or url.rstrip("/").endswith("/completions"):
+                raise ValueError(f"endpoint.urls has {url!r}, expected a base address as in http://127.0.0.1:8000/v1")
+        return self
+
 
 class BenchmarkConfig(Settings):
     """One of `benchmarks`: problems to solve, by a known name or of your own."""

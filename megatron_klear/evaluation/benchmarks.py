@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,10 @@ def read_benchmark(config: BenchmarkConfig) -> list[Problem]:
         try:
             found = known.read(_an_object(row), config)
         except DataError as error:
-            raise DataError(f"{place}: {error}") from None
+            unknown = "" if config.name in KNOWN else f"; {config.name} is no benchmark that is known by name"
+            near = difflib.get_close_matches(config.name.lower(), KNOWN, n=1)
+            meant = f", did you mean {near[0]}?" if unknown and near else ""
+            raise DataError(f"{place}: {error}{unknown}{meant}") from None
         if found is None:
             continue
         name = problem_id(found)

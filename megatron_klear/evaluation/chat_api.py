@@ -238,7 +238,9 @@ def read_completion(content: bytes, said: str) -> Completion:
         text = message.get("content") or ""
         thought = message.get("reasoning_content") or message.get("reasoning") or ""
         tokens = int(usage.get("prompt_tokens") or 0), int(usage["completion_tokens"])
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        if not isinstance(text, str) or not isinstance(thought, str):
+            raise TypeError("its content is no text")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise EndpointError(
             f"{said} with what is no chat completion ({error!r}): {content[:_SHOWN].decode(errors='replace')}"
         ) from None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_klear.config.evaluation import BenchmarkConfig
@@ -54,10 +55,11 @@ def _question(row: Mapping[str, Any]) -> str:
             if isinstance(holder.get(key), str) and holder[key].strip():
                 return str(holder[key])
     messages = row.get("messages")
-    if isinstance(messages, Sequence) and messages and isinstance(messages[0], Mapping):
-        content = messages[0].get("content")
-        if isinstance(content, str) and content.strip():
-            return content
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, Mapping) and message.get("role", "user") == "user":  # a system message is no question
+            content = message.get("content")
+            if isinstance(content, str) and content.strip():
+                return content
     raise DataError("the row has no `problem`, `question` or `messages`")
 
 
@@ -71,19 +73,21 @@ def _answer(row: Mapping[str, Any]) -> str:
     for holder in (row, meta if isinstance(meta, Mapping) else {}):
         for key in ("expected_answer", "answer", "gtruth_answer", "final_answer", "solution"):
             value = holder.get(key)
-            if isinstance(value, list) and value:
-                value = value[0]
-            if isinstance(value, float) and value.is_integer():
-                value = int(value)  # AMC's file has 142.0 for 142
-            if value is not None and not isinstance(value, bool | dict) and str(value).strip():
-                return _final(str(value).strip())
+            if isinstance(value, list):
+                value = value[0] if value else None
+            if isinstance(value, float):
+                if not math.isfinite(value):
+                    continue  # how tables of pandas spell that there is none
+                value = int(value) if value.is_integer() else value  # AMC's file has 142.0 for 142
+            if value is not None and not isinstance(value, bool | dict | list) and (told := _final(str(value))):
+                return told
     raise DataError("the row has no `answer`, `expected_answer` or `solution`")
 
 
 def _final(answer: str) -> str:
     """What follows GSM8K's `####`, without thousands separators; any other answer as it is."""
     _, mark, final = answer.rpartition("####")
-    return final.strip().replace(",", "") if mark else answer
+    return final.strip().replace(",", "") if mark else answer.strip()
 
 
 def own(row: dict[str, Any], config: BenchmarkConfig) -> ProblemRow:

@@ -19,14 +19,14 @@ from megatron_klear.rewards.open import open_pool
 from megatron_klear.rewards.owner import OwnedPool
 from megatron_klear.rewards.votes import vote_of
 from megatron_klear.rewards.worker import Request
-from megatron_klear.types import Score, Verdict
+from megatron_klear.types import Score
 
 from .benchmarks import KNOWN, OWN, Problem, read_benchmark
 from .page import Evaluated, write_page
 from .protocols import Protocol, protocol_for
 from .sampling import Source, Wanted
-from .store import Grade, Key, Lines, Response, StoreError, digest
-from .table import BenchmarkResult, markdown, result_of
+from .store import Grade, Key, Lines, Response, StoreError, check_model, digest
+from .table import NOT_GRADED, BenchmarkResult, markdown, result_of
 
 _log = logging.getLogger(__name__)
 _GRADED_AT_A_TIME = 256
@@ -56,6 +56,7 @@ def evaluate(config: EvaluationConfig, open_source: Callable[[], Source]) -> lis
         responses_made, grades_made = _made_with(config, benchmark, protocol, source)
         Lines.check(config.output / benchmark.name / "responses.jsonl", responses_made, Response)
         Lines.check(config.output / benchmark.name / "grades.jsonl", grades_made, Grade)
+    check_model(config.output, source.identity())
     evaluated = []
     for (benchmark, problems), protocol in zip(benchmarks, protocols, strict=True):
         folder = config.output / benchmark.name
@@ -135,10 +136,11 @@ def _grade(
     lines: Lines,
     folder: Path,
 ) -> dict[Key, Grade]:
-    """A grade for every response; those that are there already are kept."""
+    """A grade for every response; those that are there already are kept, but for failures to grade."""
     by_id = {problem.id: problem for problem in problems}
     of = {key: digest(response.text) for key, response in responses.items()}
-    left = [one for key, one in responses.items() if key not in lines.found or lines.found[key].of != of[key]]
+    kept = {key for key, grade in lines.found.items() if grade.of == of.get(key) and grade.verdict not in NOT_GRADED}
+    left = [one for key, one in responses.items() if key not in kept]
     with _progress(folder.name, "grades", len(left)) as more:
         if left:
             with _pool(config, problems) as pool:
@@ -186,12 +188,12 @@ def _grades(responses: Sequence[Response], texts: Sequence[str], scores: Sequenc
 
 
 def _check_errors(config: EvaluationConfig, grades: dict[Key, Grade], folder: Path) -> None:
-    failed = [grade for grade in grades.values() if grade.verdict in (Verdict.ERROR, Verdict.TIMEOUT)]
+    failed = [grade for grade in grades.values() if grade.verdict in NOT_GRADED]
     if len(failed) > config.reward.max_error_share * len(grades):
         raise RewardError(
             f"{len(failed)} of {len(grades)} responses of {folder.name} could not be graded, for example "
             f"{failed[0].problem} number {failed[0].number}: {failed[0].verdict} {failed[0].note}; raise "
-            f"reward.timeout_seconds or mend the reward, and remove {folder / 'grades.jsonl'}"
+            "reward.timeout_seconds or mend the reward, and start the same command again"
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol as Interface
 
 from megatron_klear.config.evaluation import EvaluatedModelConfig
@@ -15,6 +17,7 @@ from .benchmarks import Problem
 from .protocols import Protocol
 from .store import Response
 
+_READ_SUFFIXES = (".json", ".jinja", ".txt", ".model")  # config.json, generation_config.json, tokenizer, template
 BATCHES = 4  # of `max_sequences` responses between two writes
 
 
@@ -72,6 +75,7 @@ class LocalSource:
 
         assert config.path is not None
         self._path, self._thinking, self._rows = config.path, thinking, config.max_sequences
+        self._dtype = config.dtype
         cuda = torch.cuda.is_available()
         if config.device == "cuda" and not cuda:
             raise UserError("model.device is cuda, and torch sees none; use auto or cpu")
@@ -136,10 +140,15 @@ class LocalSource:
         return f"YaRN {values['factor']:g} over {values['original_max_position_embeddings']:,} positions"
 
     def identity(self) -> dict[str, str]:
-        """The folder, and the size and time of its weights."""
+        """The folder, the precision, size and time of its weights, and a digest of its settings and tokenizer."""
         weights = sorted(self._path.glob("*.safetensors"))
         told = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in weights]
-        return {"model": str(self._path.resolve()), "weights": "; ".join(told)}
+        return {
+            "model": str(self._path.resolve()),
+            "weights": "; ".join(told),
+            "dtype": self._dtype,
+            "files": _digest_of_files(self._path),
+        }
 
     def _draw(self, wanted: Sequence[Wanted], protocol: Protocol, seed: int, drawn: Drawn) -> None:
         prompts = []
@@ -172,3 +181,11 @@ class LocalSource:
                     finish="stop" if sample.finish == "stop" else "length",
                     num_tokens=int(sample.trained.sum()),
                 )
+
+
+def _digest_of_files(folder: Path) -> str:
+    found = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _READ_SUFFIXES and path.is_file():
+            found.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return found.hexdigest()

@@ -68,6 +68,24 @@ def digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
+def check_model(output: Path, model: Mapping[str, str]) -> None:
+    """Raises StoreError where a benchmark in the folder `output` was answered by another model.
+
+    A table, a page and comparisons are of a folder as a whole. What has no first line that could be read is left to
+    whoever goes on with it.
+    """
+    for path in sorted(output.glob("*/responses.jsonl")):
+        try:
+            with path.open("rb") as stream:
+                before = json.loads(stream.readline())["made_with"]
+            changed = [key for key in model if before.get(key) != model[key]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if changed:
+            told = "; ".join(f"{key} was {before.get(key)} and is {model[key]}" for key in changed)
+            raise StoreError(f"{path} is of another model: {told}. Choose another output, or remove {path.parent}")
+
+
 class Lines:
     """A file of records that only grows; a context manager."""
 
@@ -77,11 +95,14 @@ class Lines:
         Raises StoreError where it was begun with another, is damaged, or another process writes to it.
         """
         self._path, self._record = path, record
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.found: dict[Key, Any] = {}
         """The records that are there, in the order of writing."""
         header = json.dumps({"made_with": identity}, sort_keys=True) + "\n"
-        self._stream: IO[bytes] = path.open("ab")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream: IO[bytes] = path.open("ab")
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise StoreError(f"{path} cannot be written: {error}; choose another output") from None
         try:
             self._own()
             whole = self._read(header)
@@ -96,7 +117,7 @@ class Lines:
     @classmethod
     def check(cls, path: Path, identity: Mapping[str, Any], record: type[Response] | type[Grade]) -> None:
         """Raises StoreError where what is there could not be gone on with; makes nothing."""
-        if path.exists():
+        if path.exists() or path.parent.is_file():
             cls(path, identity, record).__exit__()
 
     def __enter__(self) -> Self:

@@ -17,6 +17,9 @@ from .benchmarks import KNOWN, OWN, Problem, Published
 from .protocols import Protocol
 from .store import Grade, Key, Response
 
+NOT_GRADED = (Verdict.TIMEOUT, Verdict.ERROR)
+"""What the grader says where it has no verdict; such a response counts as wrong."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkResult(Figures):
@@ -26,6 +29,8 @@ class BenchmarkResult(Figures):
     cut_off: float
     """Share of responses that reached the length cap."""
     malformed: float
+    not_graded: int
+    """Responses that the grader failed on."""
     mean_tokens: float
     protocol: str
     right: dict[str, int]
@@ -55,6 +60,7 @@ def result_of(
         name=name,
         cut_off=_mean([response.finish == "length" for response in everything]),
         malformed=_mean([grade.verdict == Verdict.MALFORMED for of_problem in all_grades for grade in of_problem]),
+        not_graded=sum(grade.verdict in NOT_GRADED for of_problem in all_grades for grade in of_problem),
         mean_tokens=_mean([response.num_tokens for response in everything]),
         protocol=f"avg@{k}, {protocol.words()}",
         right={problem.id: sum(of_problem) for problem, of_problem in zip(problems, verdicts, strict=True)},
@@ -81,6 +87,12 @@ def markdown(results: Sequence[BenchmarkResult]) -> str:
         )
     beside = [f"- {r.name}: {p.model} {p.score} ({p.protocol})" for r in results for p in r.published]
     drawn = [f"- {r.name}: drawn with {r.protocol}" for r in results]
+    drawn += [
+        f"- {r.name}: {r.not_graded} of {r.num_problems * r.samples} responses could not be graded and count as wrong; "
+        "the same command tries them again"
+        for r in results
+        if r.not_graded
+    ]
     return "\n".join([*lines, "", *drawn, *(["", "Published:", *beside] if beside else [])])
 
 
@@ -91,6 +103,7 @@ def _mean(values: Sequence[float]) -> float:
 def comparison(folders: Sequence[Path]) -> str:
     """Differences of evaluations to the first of them, on the same problems, with intervals.
 
+    Says under the table which were drawn by another protocol, or with another number of samples.
     Raises UserError where a folder is no evaluation, or two have no benchmark in common.
     """
     read = [(folder, _results_in(folder)) for folder in folders]
@@ -101,6 +114,7 @@ def comparison(folders: Sequence[Path]) -> str:
         f"| benchmark | {told_as[first_folder]} | against | avg@k | difference on the same problems [95 %] |",
         "| --- | --- | --- | --- | --- |",
     ]
+    apart = []
     for folder, results in others:
         shared = [name for name in first if name in results]
         if not shared:
@@ -115,7 +129,9 @@ def comparison(folders: Sequence[Path]) -> str:
             told = f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
             sampled = f"{100 * _mean(before):.1f} | {told_as[folder]} | {100 * _mean(after):.1f}"
             lines.append(f"| {name}, {len(problems)} problems | {sampled} | {told} |")
-    return "\n".join(lines)
+            if (one := a.get("protocol")) != (other := b.get("protocol")):
+                apart.append(f"- {name} was drawn otherwise: {told_as[first_folder]} {one}; {told_as[folder]} {other}")
+    return "\n".join([*lines, *(["", *apart] if apart else [])])
 
 
 def _results_in(folder: Path) -> dict[str, dict[str, Any]]:

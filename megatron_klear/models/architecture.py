@@ -118,7 +118,7 @@ def read_architecture(folder: Path) -> Architecture:
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ArchitectureError(
             f"{path} does not exist: model.path must be a Hugging Face model folder (config.json, tokenizer, weights)"
         ) from None

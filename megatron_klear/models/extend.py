@@ -72,10 +72,15 @@ def write_extended(folder: Path, output: Path, factor: float = PAPER_FACTOR, ori
             same = json.loads((output / "config.json").read_text()) == config
         except (OSError, ValueError):
             same = False
-        if same and all((output / path.name).resolve() == path.resolve() for path in _others(folder, output)):
+        # A folder that the model has got since, of an evaluation say, is none of its files.
+        wanted = [path for path in _others(folder, output) if path.is_file() or (output / path.name).is_symlink()]
+        if same and all((output / path.name).resolve() == path.resolve() for path in wanted):
             return output
         raise UserError(f"{output} exists and is another folder; choose another, or remove it")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{output} would lie in a file; choose another output") from None
     beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         for path in _others(folder, output):

@@ -13,16 +13,19 @@ from .format import Thinking, split_thinking
 # Bounded: responses repeat anything a thousand times, and each time would be read to the end.
 _DRESS = r"(?:[\s:*_\"'`$({\[]|\\[(\[]|\\(?:boxed|fbox|text|textbf|mathrm|mathbf|boldsymbol)\b){0,40}"
 # A capital: "the answer is a guess" names no choice. Nothing may follow that makes it a word or a formula.
-# "I think" and "A metal rod" begin a sentence or an option's words; "A because" and "I is right" are letters.
+# "I think" and "A metal rod" begin a sentence or an option's words; "A because" and "I is right" are letters: what
+# follows them goes with no article or pronoun.
 _GOES_ON = (
-    r"(?:is|was|because|since|as|for|and|or|but|due|given|by|which|that|while|so|not|only|alone|the"
-    r"|from|in|on|at|if|with|over)\b"
+    r"is|was|because|since|as|for|and|or|but|due|given|by|which|that|while|so|not|only|alone|the|from|in|on|at|if|with"
+    r"|over|after|although|though|before|between|among|according|based|per|than|rather\s+than|instead|of|to|under"
+    r"|unless|until|when|where|whereas|whose|without|within|through|via|whether"
 )
-_WORD = rf"(?:(?<=[AI])[ \t]+(?!{_GOES_ON})[a-z]|(?<=I)['\u2019][a-z])"
+_GOES_ON_FROM_A = rf"{_GOES_ON}|are|has|does|can|could|would|will|must|should|then|here|there|again|too|also|hence|thus"
+_WORD = rf"(?:(?<=A)[ \t]+(?!(?:{_GOES_ON_FROM_A})\b)[a-z]|(?<=I)[ \t]+(?!(?:{_GOES_ON})\b)[a-z]|(?<=I)['\u2019][a-z])"
 _CAPITAL = rf"([A-Z])(?![\w+\-^/]|\s*=|{_WORD})"
 _AND = r"(?:,|;|&|\\text\{|\s(?i:and|or)\b)+[\s({*]*(?:(?i:and|or)\b[\s({}*]*)?"
-# "A or C" names none; "A, C is wrong" does.
-_ALONE_OF_CHOICES = rf"(?![)}}*\s]*{_AND}[A-Z](?!\w|'|\s+(?:is|are|was|has|does|cannot|would)\b))"
+# "A or C" names none; "A, C is wrong" and "A, I think" do.
+_ALONE_OF_CHOICES = rf"(?![)}}*\s]*{_AND}[A-Z](?!\w|'|{_WORD}|\s+(?:is|are|was|has|does|cannot|would)\b))"
 _LETTER = rf"{_DRESS}(?:(?i:option|choice)\b{_DRESS})?{_CAPITAL}{_ALONE_OF_CHOICES}"
 _NAMED = (
     re.compile(r"(?i:\b(?:final\s+)?answer\b\s{0,9}\**\s{0,9}:)" + _LETTER),

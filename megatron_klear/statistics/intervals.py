@@ -17,6 +17,8 @@ from .significance import Interval, mean_interval
 
 _MEANS = 400  # points of the posterior's grid
 _SPREADS = 60
+_RESOLVED = 40  # points with weight that make ends of an interval smooth
+_NEGLIGIBLE = 1e-12
 _LEAST_SPREAD, _MOST_SPREAD = 0.05, 50.0
 
 
@@ -32,6 +34,11 @@ def benchmark_interval(right: Sequence[int], num_samples: int, confidence: float
     _check(counts, num_samples)
     means = (np.arange(_MEANS) + 0.5) / _MEANS
     weights = _mean_posterior(counts, num_samples, means)
+    held = np.flatnonzero(weights > _NEGLIGIBLE)
+    if len(held) < _RESOLVED:  # thousands of problems: the same grid over where the posterior lies
+        start, end = max(int(held[0]) - 1, 0) / _MEANS, min(int(held[-1]) + 2, _MEANS) / _MEANS
+        means = start + (end - start) * means
+        weights = _mean_posterior(counts, num_samples, means)
     below = np.cumsum(weights) - weights / 2
     low, high = np.interp([(1 - confidence) / 2, (1 + confidence) / 2], below, means)
     value = float(counts.mean() / num_samples)

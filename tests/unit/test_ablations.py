@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from megatron_klear.config.base import SFTConfig
 from megatron_klear.config.evaluation import EvaluationConfig
 from megatron_klear.config.read import load
 from megatron_klear.config.rl import GPPOConfig
+from megatron_klear.statistics.significance import seed_interval
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "examples" / "ablations").glob("*.toml"))
@@ -141,6 +143,11 @@ def test_runs_of_another_day_are_taken_where_their_commands_are_the_same(tmp_pat
     assert read_known(known, other, "end") == {}
     with pytest.raises(AblationError, match="by measure 'end', and the recipe is by 'mean'"):
         read_known(known, here, "mean")
+    made, otherwise = (Preparation(creates=tmp_path / "x", arguments=("prepare", "--count", n)) for n in ("4", "5"))
+    known.write_text(json.dumps(as_json(config, "tiny", outcomes, judge(config, outcomes), [made])))
+    assert list(read_known(known, here, "end", [made]).values()) == outcomes
+    with pytest.raises(AblationError, match="share was made otherwise: `prepare --count 4` is not of both"):
+        read_known(known, here, "end", [otherwise])
     known.write_text("{}")
     with pytest.raises(AblationError, match="no result of an ablation"):
         read_known(known, here, "end")
@@ -157,8 +164,35 @@ def test_the_page_tells_what_the_committed_results_say(monkeypatch, capsys):
         config = recipe(ROOT / "examples" / "ablations" / f"{name.removesuffix(f'_{scale}')}.toml")
         config = config.at(config.scales[scale])
         planned = arm_runs(config, config.scales[scale], name, Path("runs/ablations"), config.scales[scale].seeds, ())
-        known = read_known(path, planned, config.measure)
+        prepared = preparations(config.scales[scale], config.arms, Path("runs/ablations"))
+        known = read_known(path, planned, config.measure, prepared)
         assert len(known) == len(planned) == len(content["runs"]), "the results are of another recipe: run it again"
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "rows"),
+    [
+        (
+            "lora",
+            1,
+            {"all weights, rate 3e-4": "all weights", "all weights, rate 9e-4": "", "adapters, rate 3e-3": "adapters"},
+        ),
+        ("clip_smollm2", 100, {"GPPO": "", "clip-higher": "", "CISPO": ""}),
+    ],
+)
+def test_the_examples_tell_what_the_committed_results_say(name, unit, rows):
+    """Accuracy before (where the table has it), after either validation by seed, and the mean that counts."""
+    runs = json.loads((ROOT / "examples/ablations/results" / name / "result.json").read_text())["runs"]
+    lines = (ROOT / "examples" / "README.md").read_text().splitlines()
+    for shown, arm in rows.items():
+        own = [run for run in runs if run["arm"] == (arm or shown)]
+        before, first, last = zip(*(run["curve"].values() for run in own), strict=True)
+        mean = seed_interval([run["accuracy"] for run in own])
+        expected = [*first, *last, mean.value, mean.low, mean.high]
+        expected = [before[0], *expected] if name == "lora" else expected
+        (line,) = [line for line in lines if line.startswith(f"| {shown} |")]
+        told = [float(number) for number in re.findall(r"\d\.\d+|\d\d\.\d", line.removeprefix(f"| {shown} |"))]
+        assert told == pytest.approx([unit * value for value in expected], abs=0.0006 * unit), shown
 
 
 def test_flags_for_all_arms_go_to_the_last_stage_that_trains(tmp_path, capsys):
@@ -170,6 +204,23 @@ def test_flags_for_all_arms_go_to_the_last_stage_that_trains(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "recipe.toml"), "--scale", "huge"])
     assert "no scale 'huge': tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--job", "2"), "there is no setting job"),
+        (("--seeds", "-1"), "seed is -1"),
+        (("--train.steps", "few"), 'train.steps is "few"'),
+    ],
+)
+def test_settings_that_no_stage_has_are_told_before_anything_is_made(tmp_path, capsys, monkeypatch, flags, words):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as left:
+        main(["examples/ablations/clip.toml", "--runs", str(tmp_path), *flags])
+    assert left.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "shared").exists()
 
 
 @pytest.mark.parametrize(

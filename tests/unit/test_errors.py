@@ -66,3 +66,12 @@ def test_messages_of_the_first_rank_and_errors_of_all_are_seen_once(rank, seen, 
     logger.error("a fault")
     logging.getLogger(errors.__package__).setLevel(logging.NOTSET)  # drops what loggers remember of levels
     assert out.getvalue() == seen
+
+
+def test_an_interruption_does_not_say_that_what_was_saved_is_lost(monkeypatch, capsys):
+    """An evaluation writes each response as it comes, an ablation each run."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(SystemExit) as ended, exit_on_error():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert "is kept: start the same command again to go on" in capsys.readouterr().err

@@ -3,25 +3,25 @@
 import gzip
 import json
 import random
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
+from megatron_klear.cli import evaluate as command
 from megatron_klear.cli.evaluate import main, plan
 from megatron_klear.config.evaluation import EvaluationConfig
+from megatron_klear.config.read import load
 from megatron_klear.data.rows import DataError
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.errors import UserError
-from megatron_klear.evaluation.benchmarks import KNOWN, read_benchmark
+from megatron_klear.evaluation.benchmarks import read_benchmark
 from megatron_klear.evaluation.protocols import protocol_for
 from megatron_klear.evaluation.run import evaluate
 from megatron_klear.evaluation.sampling import LocalSource
 from megatron_klear.evaluation.store import Response
 from megatron_klear.evaluation.table import markdown
-from megatron_klear.rewards.base import RewardSettings
-from megatron_klear.rewards.pool import GradingPool
-from megatron_klear.rewards.worker import Request
-from megatron_klear.types import Verdict
 
 
 class Oracle:
@@ -153,6 +153,12 @@ def test_two_models_are_compared_on_the_same_problems(finished, tmp_path, capsys
     gain = 100 * (after.accuracy - before.accuracy)
     figures = f"{100 * before.accuracy:.1f} | better | {100 * after.accuracy:.1f} | {gain:+.1f} [+"
     assert f"| amc, 12 problems | {figures}" in line
+    evaluate(settings(folder, folder / "greedy", protocol="greedy"), Oracle)
+    main(["--compare", str(folder / "whole"), str(folder / "better"), str(folder / "greedy")])
+    *_, blank, told = capsys.readouterr().out.splitlines()
+    assert blank == ""
+    assert told.startswith("- amc was drawn otherwise: whole avg@4, temperature 0.6")
+    assert "; greedy avg@4, temperature 0," in told
     other = tmp_path / "whole"
     shutil.copytree(folder / "better", other)
     main(["--compare", str(folder / "whole"), str(other)])
@@ -219,6 +225,21 @@ def test_what_cannot_be_drawn_is_told_before_anything_is(tmp_path):
         plan(config.model_copy(update={"protocol": "released"}))
 
 
+def test_a_local_model_is_known_by_its_precision_and_what_its_prompts_are_made_of(tmp_path):
+    folder = write_tiny_model(tmp_path / "model", "qwen3", TinyShape(num_layers=1))
+
+    def identity(**more):
+        config = settings(tmp_path, tmp_path / "out", model={"path": folder, "device": "cpu", **more})
+        return LocalSource(config.model, None).identity()
+
+    first = identity()
+    assert identity() == first
+    assert {key for key, value in identity(dtype="fp32").items() if value != first[key]} == {"dtype"}
+    template = folder / "chat_template.jinja"
+    template.write_text("Hello. " + template.read_text())
+    assert {key for key, value in identity().items() if value != first[key]} == {"files"}
+
+
 @pytest.mark.parametrize(
     ("name", "key"), [("amc", "since"), ("mine", "until"), ("mine", "subset"), ("livecodebench_v5", "subset")]
 )
@@ -271,6 +292,34 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
         evaluate(settings(tmp_path, tmp_path / "sums.jsonl"), lambda: pytest.fail("no model is loaded"))
 
 
+@pytest.mark.parametrize("taken", ["amc", "amc/responses.jsonl/folder"])
+def test_a_place_that_something_else_has_is_refused(tmp_path, taken):
+    place = tmp_path / "out" / taken
+    place.parent.mkdir(parents=True)
+    place.touch()
+    oracle = Oracle()
+    with pytest.raises(UserError, match=r"out/amc/responses.jsonl cannot be written"):
+        evaluate(settings(tmp_path, tmp_path / "out"), lambda: oracle)
+    assert oracle.drawn == 0
+
+
+def test_a_folder_is_of_one_model(tmp_path):
+    """Also where the other model answered another benchmark."""
+    evaluate(settings(tmp_path, tmp_path / "out"), Oracle)
+    other = {"name": "minerva", "files": [str(problems_file(tmp_path))], "samples": 1}
+
+    class Another(Oracle):
+        def identity(self):
+            return {"model": "another"}
+
+    config = settings(tmp_path, tmp_path / "out", benchmarks=[other])
+    with pytest.raises(UserError, match=r"amc/responses.jsonl is of another model: model was oracle and is another"):
+        evaluate(config, Another)
+    assert not (tmp_path / "out" / "minerva").exists()
+    (result,) = evaluate(config, Oracle)
+    assert result.name == "minerva"
+
+
 def test_a_damaged_line_is_named(finished, tmp_path):
     folder, whole, _ = finished
     (tmp_path / "amc").mkdir()
@@ -285,6 +334,11 @@ def test_a_damaged_line_is_named(finished, tmp_path):
     [
         ({"problem": "?"}, "no `answer`"),
         ({"answer": "4"}, "no `problem`"),
+        ({"problem": "?", "answer": []}, "no `answer`"),
+        ({"problem": "?", "answer": float("nan")}, "no `answer`"),
+        ({"problem": "?", "answer": [["4"]]}, "no `answer`"),
+        ({"problem": "?", "answer": "so much: ####"}, "no `answer`"),
+        ({"messages": [{"role": "system", "content": "Be brief."}], "answer": "4"}, "no `problem`"),
         ([1], "no object"),
         ({"problem": "?", "answer": "it depends"}, None),
     ],
@@ -304,8 +358,15 @@ def test_settings_that_contradict_themselves_are_refused(tmp_path):
     benchmark = {"name": "amc", "files": ["x"]}
     for values, words in (
         ({"benchmarks": [benchmark]}, "model.path"),
-        ({"benchmarks": [benchmark], "model": {"path": "m"}, "endpoint": {"urls": ["u"], "model": "m"}}, "model.path"),
-        ({"benchmarks": [benchmark], "endpoint": {"urls": ["u"]}}, "endpoint.model"),
+        (
+            {"benchmarks": [benchmark], "model": {"path": "m"}, "endpoint": {"urls": ["http://u"], "model": "m"}},
+            "model.path",
+        ),
+        ({"benchmarks": [benchmark], "endpoint": {"urls": ["http://u"]}}, "endpoint.model"),
+        *(
+            ({"benchmarks": [benchmark], "endpoint": {"urls": [url], "model": "m"}}, "expected a base address")
+            for url in ("", "127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1/chat/completions/")
+        ),
         ({"benchmarks": [benchmark, benchmark], "model": {"path": "m"}}, "twice"),
         ({"benchmarks": [], "model": {"path": "m"}}, "empty"),
         *(
@@ -315,6 +376,15 @@ def test_settings_that_contradict_themselves_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             EvaluationConfig.model_validate({"output": tmp_path, **values})
+
+
+def test_the_commands_of_the_help_have_valid_settings(monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    shown = [
+        line.partition("  #")[0] for line in command.__doc__.splitlines() if line.startswith("klear evaluate --config")
+    ]
+    loaded = [load(EvaluationConfig, shlex.split(line)[2:]) for line in shown]
+    assert 65536 in [settings.long for settings in loaded]
 
 
 def test_protocols_say_what_they_are(tmp_path):
@@ -327,67 +397,3 @@ def test_protocols_say_what_they_are(tmp_path):
     with pytest.raises(UserError, match="repetition penalty"):
         released.local()
     assert protocol_for("greedy", config.sampling, paper_samples=64, samples=None).samples == 1
-
-
-FILES = {
-    "aime24": (("aime_hmmt/aime24.qs.jsonl", "", 30), ("aime_hmmt/aime24.parquet", "", 30)),
-    "aime25": (("aime_hmmt/aime25.qs.jsonl", "", 30), ("aime_hmmt/comp-math-24-25.nemo-skills.jsonl", "aime25", 30)),
-    "hmmt_feb_2025": (("aime_hmmt/HMMT-202502.jsonl", "", 30),),
-    "math500": (("math/math500_test.json", "", 500),),
-    "amc": (("math/amc.json", "", None),),
-    "minerva": (("math/minerva.json", "", None),),
-    "gsm8k": (("gsm8k/test.jsonl", "", 1319),),
-}
-
-
-def test_every_gold_answer_of_a_maths_benchmark_is_right(shared_data):
-    """In each form that its file is met in; HMMT's answer lies under a key of its own."""
-    sources = sorted(KNOWN)
-    with GradingPool(
-        [name for name in sources if name in FILES], RewardSettings(require_thinking=False), timeout_seconds=60
-    ) as pool:
-        for name, forms in FILES.items():
-            for file, subset, count in forms:
-                config = {"name": name, "files": [str(shared_data / file)], "subset": subset}
-                (benchmark,) = EvaluationConfig.model_validate(
-                    {"output": "x", "model": {"path": "m"}, "benchmarks": [config]}
-                ).benchmarks
-                problems = read_benchmark(benchmark)
-                assert count is None or len(problems) == count, file
-                golds = [f"So it is \\boxed{{{problem.ground_truth}}}." for problem in problems]
-                requests = [
-                    Request(p.data_source, p.ground_truth, gold) for p, gold in zip(problems, golds, strict=True)
-                ]
-                scores = pool.grade(requests)
-                wrong = [
-                    (p.place, p.ground_truth, s.note)
-                    for p, s in zip(problems, scores, strict=True)
-                    if s.verdict is not Verdict.RIGHT
-                ]
-                assert not wrong, (file, wrong[:5], len(wrong))
-
-
-def test_contests_are_chosen_by_their_date(tmp_path):
-    path = tmp_path / "lcb.jsonl"
-    rows = [
-        {
-            "question_content": f"Problem of {date}",
-            "starter_code": "",
-            "contest_date": f"{date}T00:00:00",
-            "public_test_cases": json.dumps([{"input": "1\n", "output": "1\n", "testtype": "stdin"}]),
-            "metadata": "{}",
-        }
-        for date in ("2024-07-31", "2024-08-01", "2025-01-31", "2025-02-01", "2025-04-30", "2025-05-01")
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def dates(**more):
-        values = {"output": "x", "model": {"path": "m"}, "benchmarks": [{"files": [str(path)], **more}]}
-        problems = read_benchmark(EvaluationConfig.model_validate(values).benchmarks[0])
-        return [problem.messages[0]["content"].partition("Problem of ")[2][:10] for problem in problems]
-
-    assert dates(name="livecodebench_v5") == ["2024-08-01", "2025-01-31"]
-    assert dates(name="livecodebench_v6") == ["2025-02-01", "2025-04-30"]
-    assert dates(name="livecodebench_v6", since="2024-01-01", until="2024-08-01") == ["2024-07-31"]
-    with pytest.raises(DataError, match=r"YYYY-MM-DD"):
-        dates(name="livecodebench_v6", since="yesterday")

@@ -125,6 +125,16 @@ def test_a_server_that_is_not_there_is_told(server):
         draw(server, urls=("http://127.0.0.1:1/v1",), attempts=2)
 
 
+@pytest.mark.parametrize("part", ["content", "reasoning_content"])
+def test_content_that_is_no_text_is_no_completion(server, part):
+    server.message = {part: [{"type": "text", "text": "It is 4."}]}
+    with pytest.raises(EndpointError, match="its content is no text"):
+        draw(server, names="a", samples=1)
+    told = b'{"choices": [{"message": {}, "finish_reason": "stop"}], "usage": {"completion_tokens": 1e999}}'
+    with pytest.raises(EndpointError, match="no chat completion"):
+        chat_api.read_completion(told, "said")
+
+
 def test_other_ends_than_stop_and_length_are_no_response(server):
     server.finish = "content_filter"
     with pytest.raises(EndpointError, match="content_filter"):

@@ -96,3 +96,15 @@ def test_folders_are_linked_too_but_for_hidden_ones_and_the_output(model, tmp_pa
     assert (long / "additional_chat_templates/tool_use.jinja").read_text() == "{{ messages }}"
     assert not (long / ".cache").exists()
     assert not (long / "longer").exists()
+    (model / "evaluation").mkdir()
+    assert write_extended(model, long) == long
+    (model / "chat_template.json").write_text("{}")
+    with pytest.raises(UserError, match="is another folder"):
+        write_extended(model, long)
+
+
+def test_a_file_is_neither_a_model_nor_a_place_for_one(model, tmp_path):
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
+        write_extended(model / "config.json", tmp_path / "long")
+    with pytest.raises(UserError, match="would lie in a file"):
+        write_extended(model, model / "config.json" / "long")

@@ -37,6 +37,19 @@ def test_extremes_have_an_interval_that_holds_the_value(counts):
     assert interval.high - interval.low > 0.01
 
 
+@pytest.mark.parametrize(("right", "problems"), [(13972, 14042), (14028, 14042), (1187, 1319), (5000, 100_000)])
+def test_thousands_of_problems_have_an_interval_as_narrow_as_they_allow(right, problems):
+    """One sample each: the posterior of a uniform prior is Beta(right + 1, wrong + 1)."""
+    wrong = problems - right
+    spread = math.sqrt(right * wrong / problems) / problems
+    means = np.linspace(max(0.0, right / problems - 9 * spread), min(1.0, right / problems + 9 * spread), 200_001)[1:-1]
+    logarithms = right * np.log(means) + wrong * np.log1p(-means)
+    below = np.cumsum(np.exp(logarithms - logarithms.max()))
+    low, high = np.interp([0.025, 0.975], below / below[-1], means)
+    interval = benchmark_interval([1] * right + [0] * wrong, 1)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.02 * (high - low))
+
+
 def test_run_to_run_is_the_spread_of_runs():
     rng = np.random.default_rng(1)
     chances = rng.beta(0.5, 0.25, 30)
