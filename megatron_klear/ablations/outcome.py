@@ -86,7 +86,9 @@ def _outcome(one: ArmRun, measure: Literal["end", "mean"]) -> Outcome:
         )
     validations = held_out(one.result)
     if not validations:
-        raise AblationError(f"{one.result} has neither a validation nor an evaluation")
+        raise AblationError(
+            f"{one.result} has neither a validation nor an evaluation; remove {one.folder}, and the run is made again"
+        )
     first, *later = sorted(validations)
     counted = later[-1:] if measure == "end" else later
     if not counted:

@@ -50,7 +50,7 @@ def prepare(wanted: Sequence[Preparation]) -> None:
     for one in wanted:
         mark = one.creates.with_name(f".{one.creates.name}.command.json")
         if one.creates.exists():
-            before = json.loads(mark.read_text()) if mark.exists() else list(one.arguments)
+            before = _marked(mark, one.creates) if mark.exists() else list(one.arguments)
             if before != list(one.arguments):
                 raise AblationError(
                     f"{one.creates} was made by `{shlex.join(before)}`, and is wanted by "
@@ -97,7 +97,7 @@ def _run(one: ArmRun, commands: _Commands) -> float | None:
     for index, arguments in enumerate(one.stages):
         mark = one.folder / f"stage-{index}.json"
         if mark.exists():
-            before = json.loads(mark.read_text())
+            before = _marked(mark, one.folder)
             if before != list(arguments):
                 raise AblationError(
                     f"{one.folder} was made with other settings: stage {index} was `{' '.join(before)}` and is "
@@ -109,6 +109,17 @@ def _run(one: ArmRun, commands: _Commands) -> float | None:
         write_text_atomically(mark, json.dumps(list(arguments)) + "\n")
         ran = True
     return time.monotonic() - start if ran else None
+
+
+def _marked(mark: Path, made: Path) -> list[str]:
+    """The command that `mark` says `made` was made by."""
+    try:
+        words = json.loads(mark.read_text())
+        if isinstance(words, list):
+            return [str(word) for word in words]
+    except ValueError:
+        pass
+    raise AblationError(f"{mark} does not say what {made} was made by; remove both, and it is made again")
 
 
 class _Commands:

@@ -114,6 +114,14 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(tmp_path)
     first = (folder / "stage-0.log").stat().st_mtime_ns
     run_all([one], 1)
     assert (folder / "stage-0.log").stat().st_mtime_ns == first
+    with pytest.raises(AblationError, match=r"neither a validation nor an evaluation; remove .*a_0, and the run is"):
+        read_outcome(one, "end")
+    made = (folder / "stage-0.json").read_text()
+    for damaged in ("", "7"):
+        (folder / "stage-0.json").write_text(damaged)
+        with pytest.raises(AblationError, match=r"stage-0.json does not say what .*a_0 was made by; remove both"):
+            run_all([one], 1)
+    (folder / "stage-0.json").write_text(made)
     other = ArmRun(arm="a", seed=0, folder=folder, stages=(("losses", "--help"),), result=folder)
     with pytest.raises(AblationError, match="made with other settings"):
         run_all([other], 1)
