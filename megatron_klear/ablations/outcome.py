@@ -119,7 +119,7 @@ def read_known(
                 f"{path} has figures by measure {content['measure']!r}, and the recipe is by {measure!r}"
             )
         now = _commands(prepared)
-        if other := set(content.get("prepared", now)) ^ set(now):
+        if other := set(content["prepared"]) ^ set(now):
             raise AblationError(f"what the runs of {path} share was made otherwise: `{min(other)}` is not of both")
         runs = {(run["arm"], run["seed"]): run for run in content["runs"]}
         found = {}
