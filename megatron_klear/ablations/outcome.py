@@ -20,7 +20,7 @@ from .plan import AblationError, ArmRun, Preparation
 
 Verdict = Literal["confirmed", "contradicted", "not settled"]
 _NO_WIDTH = 1e-9
-_MEANS = ("entropy", "grad_norm", "response_length_mean", "zero_advantage_share", "seconds")
+_MEANS = ("entropy", "grad_norm", "response_length_mean", "zero_advantage_share")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

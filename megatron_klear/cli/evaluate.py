@@ -13,6 +13,7 @@ An evaluation that was stopped goes on when the same command is given again.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -73,15 +74,24 @@ def report(config: EvaluationConfig, open_source: Callable[[], Source]) -> None:
 
 
 def plan(config: EvaluationConfig) -> str:
-    """What would be drawn, a line a benchmark; reads the benchmarks, loads no model."""
+    """What would be drawn, a line a benchmark; reads the benchmarks and a model's settings, not its weights.
+
+    Raises UserError where a folder is no model, or no response so long fits into it.
+    """
     from megatron_klear.evaluation.benchmarks import read_benchmark
     from megatron_klear.evaluation.run import protocol_of
 
+    positions = None if config.model.path is None else _positions(config.model.path, config.long is not None)
     lines = []
     for benchmark in config.benchmarks:
         problems, protocol = len(read_benchmark(benchmark)), protocol_of(config, benchmark)
-        if config.model.path is not None:
+        if positions is not None:
             protocol.local()  # which says what the local engine lacks
+            if protocol.max_tokens >= positions:
+                raise UserError(
+                    f"{benchmark.name}: a prompt and a response of {protocol.max_tokens} go beyond the model's "
+                    f"{positions} positions: lower --sampling.max-tokens, or extend the model (--long, klear extend)"
+                )
         lines.append(
             f"{benchmark.name}: {problems} problems x {protocol.samples} = {problems * protocol.samples:,} responses, "
             f"{protocol.words()}"
@@ -99,6 +109,18 @@ def extended(config: EvaluationConfig) -> EvaluatedModelConfig:
         return model
     long = exchange.from_first_rank(lambda: write_extended(path, config.output / "long_model"))
     return model.model_copy(update={"path": long})
+
+
+def _positions(folder: Path, long: bool) -> int:
+    """Those of the model that would be sampled from."""
+    from megatron_klear.models.architecture import read_architecture
+    from megatron_klear.models.extend import PAPER_FACTOR, extended_config
+
+    positions = read_architecture(folder).max_positions
+    if not long:
+        return positions
+    path = folder / "config.json"
+    return int(extended_config(json.loads(path.read_text()), PAPER_FACTOR, None, str(path))["max_position_embeddings"])
 
 
 def known_benchmarks() -> str:

@@ -223,6 +223,13 @@ def test_what_cannot_be_drawn_is_told_before_anything_is(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="repetition penalty"):
         plan(config.model_copy(update={"protocol": "released"}))
+    with pytest.raises(UserError, match="amc: a prompt and a response of 96 go beyond the model's 96 positions"):
+        plan(config.model_copy(update={"sampling": config.sampling.model_copy(update={"max_tokens": 96})}))
+    assert "120 tokens" in plan(
+        config.model_copy(update={"sampling": config.sampling.model_copy(update={"max_tokens": 120}), "long": 120})
+    )
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
+        plan(config.model_copy(update={"model": config.model.model_copy(update={"path": tmp_path / "none"})}))
 
 
 def test_a_local_model_is_known_by_its_precision_and_what_its_prompts_are_made_of(tmp_path):
