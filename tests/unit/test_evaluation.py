@@ -17,7 +17,6 @@ from megatron_klear.data.rows import DataError
 from megatron_klear.data.tiny import TinyShape, write_tiny_model
 from megatron_klear.errors import UserError
 from megatron_klear.evaluation.benchmarks import read_benchmark
-from megatron_klear.evaluation.protocols import protocol_for
 from megatron_klear.evaluation.run import evaluate
 from megatron_klear.evaluation.sampling import LocalSource
 from megatron_klear.evaluation.store import Response
@@ -392,15 +391,3 @@ def test_the_commands_of_the_help_have_valid_settings(monkeypatch):
     ]
     loaded = [load(EvaluationConfig, shlex.split(line)[2:]) for line in shown]
     assert 65536 in [settings.long for settings in loaded]
-
-
-def test_protocols_say_what_they_are(tmp_path):
-    config = settings(tmp_path, tmp_path)
-    paper = protocol_for("paper", config.sampling, paper_samples=64, samples=None)
-    assert paper.samples == 64
-    assert paper.words() == "temperature 0.6, top_p 0.95, 32,768 tokens"
-    released = protocol_for("released", config.sampling, paper_samples=64, samples=8)
-    assert released.words() == "temperature 0.6, top_p 0.95, top_k 20, repetition penalty 1.05, 32,768 tokens"
-    with pytest.raises(UserError, match="repetition penalty"):
-        released.local()
-    assert protocol_for("greedy", config.sampling, paper_samples=64, samples=None).samples == 1

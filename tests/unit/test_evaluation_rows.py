@@ -7,8 +7,10 @@ from test_evaluation import Oracle, settings
 
 from megatron_klear.config.evaluation import BenchmarkConfig, EvaluationConfig
 from megatron_klear.data.rows import DataError
+from megatron_klear.errors import UserError
 from megatron_klear.evaluation import run
 from megatron_klear.evaluation.benchmarks import KNOWN, read_benchmark
+from megatron_klear.evaluation.protocols import protocol_for
 from megatron_klear.evaluation.table import markdown
 from megatron_klear.rewards.base import RewardError, RewardSettings
 from megatron_klear.rewards.pool import GradingPool
@@ -129,3 +131,15 @@ def test_the_question_of_chat_messages_is_what_the_user_says(tmp_path):
     (problem,) = read_benchmark(BenchmarkConfig(name="amc", files=(str(path),)))
     assert problem.messages[0]["content"].startswith("What is 3 + 4?")
     assert problem.ground_truth == "7"
+
+
+def test_protocols_say_what_they_are(tmp_path):
+    config = settings(tmp_path, tmp_path)
+    paper = protocol_for("paper", config.sampling, paper_samples=64, samples=None)
+    assert paper.samples == 64
+    assert paper.words() == "temperature 0.6, top_p 0.95, 32,768 tokens"
+    released = protocol_for("released", config.sampling, paper_samples=64, samples=8)
+    assert released.words() == "temperature 0.6, top_p 0.95, top_k 20, repetition penalty 1.05, 32,768 tokens"
+    with pytest.raises(UserError, match="repetition penalty"):
+        released.local()
+    assert protocol_for("greedy", config.sampling, paper_samples=64, samples=None).samples == 1
