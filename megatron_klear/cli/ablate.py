@@ -32,7 +32,7 @@ from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.errors import configure_logging, exit_on_error
 
 RECIPES = Path("examples/ablations")
-_SETTINGS: dict[str, type[Settings]] = {"sft": SFTConfig, "gppo": GPPOConfig, "evaluate": EvaluationConfig}
+SETTINGS: dict[str, type[Settings]] = {"sft": SFTConfig, "gppo": GPPOConfig, "evaluate": EvaluationConfig}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -108,7 +108,7 @@ def check_settings(planned: Sequence[ArmRun]) -> None:
     with exit_on_bad_input():
         for one in planned:
             for command, *flags in one.stages:
-                load(_SETTINGS[command], flags)
+                load(SETTINGS[command], flags)
 
 
 def conclude(

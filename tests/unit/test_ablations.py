@@ -16,17 +16,13 @@ from megatron_klear.ablations.outcome import Outcome, as_json, judge, read_known
 from megatron_klear.ablations.plan import AblationError, ArmRun, Preparation, arm_runs, preparations
 from megatron_klear.ablations.report import markdown, write_plot
 from megatron_klear.ablations.run import owned, prepare, run_all
-from megatron_klear.cli.ablate import main
+from megatron_klear.cli.ablate import SETTINGS, main
 from megatron_klear.config.ablation import AblationConfig
-from megatron_klear.config.base import SFTConfig
-from megatron_klear.config.evaluation import EvaluationConfig
 from megatron_klear.config.read import load
-from megatron_klear.config.rl import GPPOConfig
 from megatron_klear.statistics.significance import seed_interval
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "examples" / "ablations").glob("*.toml"))
-SETTINGS = {"sft": SFTConfig, "gppo": GPPOConfig, "evaluate": EvaluationConfig}
 
 
 def recipe(path):
@@ -212,6 +208,17 @@ def test_flags_for_all_arms_go_to_the_last_stage_that_trains(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "recipe.toml"), "--scale", "huge"])
     assert "no scale 'huge': tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arm", ["soft", "hard"])
+def test_the_examples_tell_of_the_code_stage_what_its_results_say(arm):
+    """Solved before, means over seeds after 10 and 20 steps, the end by seed."""
+    runs = json.loads((ROOT / "examples/ablations/results/soft_reward/result.json").read_text())["runs"]
+    curves = [run["curve"] for run in runs if run["arm"] == arm]
+    means = [sum(curve[step] for curve in curves) / len(curves) for step in ("0", "10", "20")]
+    (line,) = [one for one in (ROOT / "examples/README.md").read_text().splitlines() if one.startswith(f"| {arm} |")]
+    told = [float(number) for number in re.findall(r"\d\.\d+", line)]
+    assert told == pytest.approx([*means, *(curve["40"] for curve in curves)], abs=0.0006)
 
 
 @pytest.mark.parametrize(
