@@ -176,7 +176,7 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _flush_to_disk(path: Path) -> None:
+def _flush_to_disk(path: Path) -> None:  # as config.files has it, which this room may not import
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

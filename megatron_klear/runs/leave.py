@@ -71,7 +71,7 @@ class Leaving:
         )
 
     def _take(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # forked, and not yet by itself
+        if os.getpid() != self._pid:  # forked a moment ago; what writes checkpoints then takes no signals
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
