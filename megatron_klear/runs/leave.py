@@ -41,7 +41,8 @@ class Leaving:
     """Takes SIGTERM and SIGINT while a run trains; outside the main thread, where Python has no signals, takes none."""
 
     def __init__(self, topology: Topology) -> None:
-        self._topology, self._signal, self._pressed, self._pid = topology, 0, 0.0, os.getpid()
+        self._topology, self._pressed, self._pid = topology, 0.0, os.getpid()
+        self._signal = self._agreed = 0
         self._before: dict[int, Any] = {}
         self._over = threading.Event()
 
@@ -49,6 +50,8 @@ class Leaving:
         """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGINT)}
+            if self._topology.size > 1:
+                threading.Thread(target=self._listen, name="failures", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,21 +62,20 @@ class Leaving:
 
     def asked(self) -> bool:
         """Whether any rank was asked to stop. Collective: one number over the world."""
-        self._signal = int(self._topology.all_reduce([float(self._signal)], op=dist.ReduceOp.MAX)[0])
-        return self._signal != 0
+        # A signal that comes while the ranks wait here is the next call's: the answer must not take its place.
+        self._agreed = int(self._topology.all_reduce([float(self._signal)], op=dist.ReduceOp.MAX)[0])
+        return self._agreed != 0
 
     def left(self, step: int, checkpoint: Path) -> RunLeft:
         """The error that ends the run after its checkpoint was saved."""
-        name = "Ctrl-C" if self._signal == signal.SIGINT else "SIGTERM"
+        name = "Ctrl-C" if self._agreed == signal.SIGINT else "SIGTERM"
         return RunLeft(
             f"{name}: stopped after step {step}, saved {checkpoint}; the same command goes on from there",
-            128 + self._signal,
+            128 + self._agreed,
         )
 
     def _take(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # forked a moment ago; what writes checkpoints then takes no signals
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
+        if os.getpid() != self._pid:  # forked a moment ago, and about to ignore signals: it writes a checkpoint
             return
         now = time.monotonic()
         if number == signal.SIGINT and self._pressed and now - self._pressed > _SAME_PRESS_SECONDS:
@@ -81,14 +83,14 @@ class Leaving:
             os._exit(130)
         if number == signal.SIGINT and not self._pressed:
             self._pressed = now
-        if number == signal.SIGTERM and self._signal != number and self._topology.size > 1:
-            threading.Thread(target=self._listen, name="failures", daemon=True).start()
         self._signal = max(self._signal, int(number))
 
     def _listen(self) -> None:
-        """End this rank where another failed and its step goes on regardless."""
+        """End this rank where it was told to stop, another failed, and its step goes on regardless."""
         while not self._over.wait(_LISTEN_SECONDS):
-            if exchange.has_failed() and not self._over.wait(_OWN_END_SECONDS):
+            if self._signal != signal.SIGTERM or not exchange.has_failed():
+                continue
+            if not self._over.wait(_OWN_END_SECONDS):
                 words = f"rank {self._topology.rank}: another rank failed, and this one ends without its step\n"
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, words.encode())
                 os._exit(1)

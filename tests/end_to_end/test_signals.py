@@ -15,6 +15,7 @@ import tiny_run
 from megatron_klear.errors import RunLeft
 from megatron_klear.mcore.checkpoints import manifest
 from megatron_klear.mcore.checkpoints.compare import compare_checkpoints
+from megatron_klear.runs.leave import Leaving
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"sft": ("pretrain_sft.py", tiny_run), "gppo": ("train_gppo.py", tiny_rl_run)}
@@ -121,11 +122,33 @@ def test_an_error_publishes_the_checkpoint_that_is_being_written(processes: int,
     assert len(list(checkpoints.iterdir())) == 1, "nothing half written is left"
 
 
+class SignalledMeanwhile:
+    """A world of two ranks: while this one waits for the other's number, a signal comes."""
+
+    rank, size = 0, 2
+
+    def __init__(self, number: int) -> None:
+        self.to_come = [number]
+
+    def all_reduce(self, values: list[float], op: object) -> list[float]:
+        while self.to_come:
+            os.kill(os.getpid(), self.to_come.pop())
+        return values
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_while_ranks_agree_ends_the_next_step(number: int):
+    with Leaving(SignalledMeanwhile(number)) as leaving:  # type: ignore[arg-type]
+        assert not leaving.asked(), "the other rank may have answered before"
+        assert leaving.asked()
+        assert leaving.left(2, Path("step-2")).exit_code == 128 + number
+
+
 PRESSED_TWICE = """
-import os, signal
+import os, signal, types
 from megatron_klear.runs import leave
 leave._SAME_PRESS_SECONDS = 0.0  # two presses, without a wait between them
-with leave.Leaving(None):
+with leave.Leaving(types.SimpleNamespace(size=1)):
     os.kill(os.getpid(), signal.SIGINT)
     print("the step goes on", flush=True)
     os.kill(os.getpid(), signal.SIGINT)
