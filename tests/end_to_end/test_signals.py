@@ -52,7 +52,12 @@ def losses(folder: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize(
     ("kind", "ranks", "sent"),
-    [("sft", 1, signal.SIGINT), ("sft", 2, signal.SIGTERM), ("gppo", 1, signal.SIGTERM)],
+    [
+        ("sft", 1, signal.SIGINT),
+        ("sft", 2, signal.SIGTERM),
+        ("gppo", 1, signal.SIGTERM),
+        ("gppo", 2, signal.SIGTERM),
+    ],
 )
 def test_a_signal_saves_and_leaves_in_one_line(kind: str, ranks: int, sent: signal.Signals, tmp_path: Path):
     toml = SCRIPTS[kind][1].write_run(tmp_path)
