@@ -121,7 +121,9 @@ class ServersWeights:
     def deliver(self, version: int, urls: Sequence[str], gone: Sequence[str]) -> Delivery:
         """Send the weights, and compare what every worker holds with what was sent; see Sender."""
         sent: dict[str, str] = {}
-        delivery = exchange.same_outcome(lambda: self._deliver(version, urls, gone, sent))
+        # Told to all before any gathers weights: in that the others would wait for a rank that gave up here.
+        unready = exchange.on_first_rank(lambda: self._attach(urls, gone)) or {}
+        delivery = exchange.same_outcome(lambda: self._deliver(version, urls, unready, sent))
         exchange.on_first_rank(lambda: _compare(self.held, sent, version))
         return delivery
 
@@ -149,14 +151,12 @@ class ServersWeights:
                 self._portal.run(self._session.close(), 20)
             self._portal.close()
 
-    def _deliver(self, version: int, urls: Sequence[str], gone: Sequence[str], sent: dict[str, str]) -> Delivery:
+    def _deliver(self, version: int, urls: Sequence[str], unready: Mapping[str, str], sent: dict[str, str]) -> Delivery:
         weights = sent_weights(self._engine)
         if self._portal is None:
             self._transport.send(weights, version, (), None)
             return Delivery(holders=())
-        for url in gone:
-            self._transport.detach(url)
-        failures = self._attach(self._portal, urls)
+        failures = dict(unready)
         servers = [self._clients[url] for url in urls if url not in failures]
         try:
             self.held = self._transport.send(_noted(weights, sent, self._dtype), version, servers, self._portal)
@@ -165,15 +165,18 @@ class ServersWeights:
             failures |= error.failures
         return Delivery(holders=tuple(self.held), failures=failures)
 
-    def _attach(self, portal: Portal, urls: Sequence[str]) -> dict[str, str]:
-        """Get to know the servers; why not, by the address of those that do not answer."""
+    def _attach(self, urls: Sequence[str], gone: Sequence[str]) -> dict[str, str]:
+        """Get to know the servers, those of `gone` anew; why not, by the address of those that do not answer."""
+        assert self._portal is not None
+        for url in gone:
+            self._transport.detach(url)
 
         async def together() -> list[BaseException | None]:
             calls = (self._transport.attach([self._clients[url]]) for url in urls)
             return await asyncio.gather(*calls, return_exceptions=True)
 
         failures = {}
-        for url, outcome in zip(urls, portal.run(together(), _ATTACH_SECONDS), strict=True):
+        for url, outcome in zip(urls, self._portal.run(together(), _ATTACH_SECONDS), strict=True):
             if isinstance(outcome, ServerError):
                 failures[url] = str(outcome)
             elif outcome is not None:

@@ -16,10 +16,12 @@ class Transport:
 
     needs_shared_device = False
 
-    def __init__(self, error: str = "", wrong: bool = False) -> None:
-        self.error, self.wrong, self.detached, self.closed = error, wrong, [], False
+    def __init__(self, error: str = "", wrong: bool = False, unfit: str = "") -> None:
+        self.error, self.wrong, self.unfit, self.detached, self.closed = error, wrong, unfit, [], False
 
     async def attach(self, servers) -> None:
+        if self.unfit:
+            raise UserError(self.unfit)
         for server in servers:
             await server.post("/init_weight_transfer_engine", {"init_info": {}}, timeout_seconds=1)
 
@@ -50,8 +52,14 @@ def opened(url: str, transport: Transport):
     from megatron_klear.train import weight_sync
 
     weight_sync.open_transport = lambda *_, **__: transport
+
+    def gathered():
+        whole = torch.full((2,), 0.5)
+        dist.all_reduce(whole)  # as tensor-parallel ranks gather a weight together
+        yield "model.norm.weight", whole
+
     engine = SimpleNamespace(
-        hf_weights=lambda: iter([("model.norm.weight", torch.ones(2))]),
+        hf_weights=gathered,
         architecture=SimpleNamespace(vocab_size=VOCAB),
         run=SimpleNamespace(model=SimpleNamespace(dtype="fp32"), lora=None),
         topology=SimpleNamespace(device=torch.device("cpu"), rank=dist.get_rank(), size=2),
@@ -77,9 +85,9 @@ def deliver(url: str, gone: list[str]) -> tuple[tuple[str, ...], list[str], dict
         assert transport.closed
 
 
-def failing(url: str, error: str, wrong: bool) -> str:
-    """What each rank raises when the first one's transport fails, or the servers hold other weights."""
-    trainer = opened(url, Transport(error, wrong))
+def failing(url: str, error: str, wrong: bool, unfit: str) -> str:
+    """What each rank raises when the first one's transport fails, or servers are unfit or hold other weights."""
+    trainer = opened(url, Transport(error, wrong, unfit))
     try:
         with pytest.raises(UserError) as caught:
             trainer.deliver(3, [url], [])
@@ -107,10 +115,16 @@ def test_a_server_that_does_not_answer_costs_only_itself(ranks):
 
 
 @pytest.mark.parametrize(
-    ("error", "wrong", "told"),
-    [("no room for buckets", False, "no room for buckets"), ("", True, "does not hold the trainer's weights")],
+    ("error", "wrong", "unfit", "told"),
+    [
+        ("no room for buckets", False, "", "no room for buckets"),
+        ("", True, "", "does not hold the trainer's weights"),
+        ("", False, "started with another backend", "started with another backend"),
+    ],
 )
-def test_a_failure_of_the_first_rank_is_raised_on_all(ranks, server: FakeServer, error: str, wrong: bool, told: str):
+def test_a_failure_of_the_first_rank_is_raised_on_all(
+    ranks, server: FakeServer, error: str, wrong: bool, unfit: str, told: str
+):
     start = time.monotonic()
-    assert all(told in said for said in ranks(2, failing, server.url, error, wrong))
+    assert all(told in said for said in ranks(2, failing, server.url, error, wrong, unfit))
     assert time.monotonic() - start < 30
