@@ -1,8 +1,10 @@
 """The vLLM engine on fake servers: spread, weights, pauses, and what it gives back."""
 
+import asyncio
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from megatron_klear.errors import UserError
 from megatron_klear.rollout.engine import GroupRequest
 from megatron_klear.rollout.vllm.dispatch import sample_seed
 from megatron_klear.rollout.vllm.engine import WeightsNeeded
+from megatron_klear.rollout.vllm.fleet import Fleet
 
 
 def test_generate_gives_whole_groups_in_order(servers: list[FakeServer]):
@@ -145,6 +148,28 @@ def test_responses_under_way_go_on_with_the_new_weights(servers: list[FakeServer
         for sample in several:
             assert [span.version for span in sample.version_spans] == [3, 4]
         assert engine.counters()["server_retries"] == 0
+
+
+@pytest.mark.parametrize("happens", ["update", "restart"])
+def test_a_place_that_an_update_or_a_lost_server_overtakes_is_not_used(happens: str):
+    async def overtaken() -> None:
+        fleet = Fleet([SimpleNamespace(url="http://a")], replace(FAST, requests_per_server=1))  # type: ignore[list-item]
+        (member,) = fleet.begin_update(3)
+        fleet.end_update([member])
+        assert await fleet.place(9, deadline=None, avoid=None, first=False) is member
+        waiting = asyncio.ensure_future(fleet.place(9, deadline=None, avoid=None, first=False))
+        await asyncio.sleep(0)
+        fleet.free(member, 9)  # the place is the waiting request's, whose turn is yet to come
+        fleet.begin_update(4) if happens == "update" else fleet.came_back("http://a")
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not waiting.done(), "it would be drawn with the weights before"
+        assert (member.requests, member.tokens) == (0, 0)
+        fleet.end_update([member])
+        assert await waiting is member
+        assert (member.requests, member.tokens) == (1, 9)
+
+    asyncio.run(overtaken())
 
 
 def test_the_probe_asks_every_server_that_holds_the_weights(servers: list[FakeServer]):

@@ -104,11 +104,16 @@ class Fleet:
             self._waiting.append(waiter)
         self._hand_out()
         try:
-            return await waiter.place
+            member = await waiter.place
         except asyncio.CancelledError:
             if waiter.place.done() and not waiter.place.cancelled() and waiter.place.exception() is None:
                 self.free(waiter.place.result(), tokens)
             raise
+        if member in self._usable():
+            return member
+        # Between the place and this task's turn an update began, or the server was lost.
+        self.free(member, tokens)
+        return await self.place(tokens, deadline=deadline, avoid=avoid, first=True)
 
     def free(self, member: Member, tokens: int) -> None:
         """Give a place back."""
