@@ -23,6 +23,7 @@ from fake_vllm import FakeServer, sampling, token_after
 
 from megatron_klear.errors import UserError
 from megatron_klear.rollout.engine import GroupRequest
+from megatron_klear.rollout.vllm.client import WrongWeights
 from megatron_klear.rollout.vllm.dispatch import sample_seed
 from megatron_klear.rollout.vllm.engine import WeightsNeeded
 from megatron_klear.rollout.vllm.fleet import Fleet
@@ -170,6 +171,26 @@ def test_a_place_that_an_update_or_a_lost_server_overtakes_is_not_used(happens: 
         assert (member.requests, member.tokens) == (1, 9)
 
     asyncio.run(overtaken())
+
+
+def test_weights_that_come_while_a_server_is_asked_for_its_version_are_not_lost():
+    class Client:
+        url = "http://a"
+
+        async def weight_version(self, timeout_seconds: float) -> str:
+            (member,) = fleet.begin_update(4)
+            fleet.end_update([member])
+            return "4"
+
+    async def examined() -> None:
+        fleet.end_update(fleet.begin_update(3))
+        fleet.failed(fleet.members[0], WrongWeights("http://a", "", 200, "tokens drawn with version 2"))
+        assert not fleet.holders()
+        await asyncio.gather(*fleet._helpers)
+        assert fleet.holders() == fleet.members
+
+    fleet = Fleet([Client()], FAST)  # type: ignore[list-item]
+    asyncio.run(examined())
 
 
 def test_the_probe_asks_every_server_that_holds_the_weights(servers: list[FakeServer]):

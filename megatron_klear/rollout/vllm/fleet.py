@@ -318,6 +318,8 @@ class Fleet:
         for member in members:
             version = member.version
             label = await member.client.weight_version(self.limits.health_seconds)
+            if member.version != version:
+                continue  # an update ended meanwhile, which the label may be of
             if version == NO_WEIGHTS or label != str(version):
                 self.lose(member)
             if label is None or not label.isdigit():
