@@ -184,7 +184,12 @@ class Rollouts:
         if self._under_way:
             raise OrchestratorLost(f"the orchestrator was left in the middle of {self._under_way}")
         self._under_way = name
-        self._send((name, arguments))
+        try:
+            self._send((name, arguments))
+        except Exception:
+            if self._loss is None:  # what cannot be pickled was not begun
+                self._under_way = ""
+            raise
 
     def _was_written(self, step: int) -> bool:
         found = self._found.get(step)

@@ -151,6 +151,16 @@ def test_its_death_is_told_again_by_every_later_call():
     rollouts.close()
 
 
+def test_a_call_that_cannot_be_pickled_is_not_under_way():
+    with Rollouts(SimpleNamespace(config=SimpleNamespace(reward=None))) as rollouts:
+        with pytest.raises(AttributeError, match="no attribute 'architecture'"):
+            rollouts.read_prompts()
+        with pytest.raises((AttributeError, pickle.PicklingError), match="pickle"):
+            rollouts.arrays(lambda: None)
+        with pytest.raises(IndexError):  # the orchestrator's own answer: it has not read its prompts
+            rollouts.sleep()
+
+
 LONG_STEP = """
 import os, signal, time
 from types import SimpleNamespace
