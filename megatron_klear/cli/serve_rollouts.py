@@ -31,6 +31,7 @@ from megatron_klear.rollout.servers.command import ServerCommand, bracketed, loo
 from megatron_klear.rollout.servers.servers import Servers, choose_ports
 
 POLL_SECONDS = 0.5
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 def reachable(command: ServerCommand) -> str:
@@ -44,7 +45,7 @@ def reachable(command: ServerCommand) -> str:
 def serve(servers: Servers, commands: Sequence[ServerCommand]) -> None:
     """Run the servers until SIGTERM or SIGINT; raises ServersError where they do not start or cannot be kept up."""
     # An exception in place of an exit, so that what was begun is ended in order.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _ENDING:
         signal.signal(number, _interrupt)
     try:
         servers.start()
@@ -59,13 +60,18 @@ def serve(servers: Servers, commands: Sequence[ServerCommand]) -> None:
     except KeyboardInterrupt:
         print("ending the servers", flush=True)
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+        _ignore()
         servers.close()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    _ignore()  # once: another would break off the ending of the servers
     raise KeyboardInterrupt
+
+
+def _ignore() -> None:
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

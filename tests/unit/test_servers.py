@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_klear.cli.serve_rollouts import serve
 from megatron_klear.rollout.servers import servers as servers_module
 from megatron_klear.rollout.servers.command import ServerCommand
 from megatron_klear.rollout.servers.servers import Servers, ServersError, choose_ports
@@ -205,6 +206,41 @@ def test_nothing_outlives_a_killed_run(tmp_path: Path):
     run.kill()
     run.wait()
     wait_until(lambda: not machine.left_behind())
+
+
+class Signalled:
+    """Servers whose process is told to end as they start."""
+
+    closed = False
+
+    def start(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def poll(self) -> None:
+        pytest.fail("they go on")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_second_signal_does_not_break_off_their_end(monkeypatch: pytest.MonkeyPatch):
+    servers, install, to_come = Signalled(), signal.signal, [signal.SIGINT]
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def signalled_again(number: int, handler: object) -> None:
+        install(number, handler)
+        if handler is signal.SIG_IGN and to_come:
+            os.kill(os.getpid(), to_come.pop())
+
+    monkeypatch.setattr(signal, "signal", signalled_again)
+    try:
+        serve(servers, [])  # type: ignore[arg-type]
+    except KeyboardInterrupt:
+        pytest.fail("the second one was not ignored")
+    finally:
+        for number, handler in before.items():
+            install(number, handler)
+    assert servers.closed
 
 
 def test_ports_that_are_taken_are_told():
