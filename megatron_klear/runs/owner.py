@@ -13,7 +13,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -66,12 +66,23 @@ def _hold_by_file(folder: Path) -> Path:
                 raise FolderInUse(
                     f"{_refusal(folder, content)}. The file system has no locks: if that process is gone, remove {path}"
                 ) from None
-            path.unlink(missing_ok=True)
+            _remove(path, content)
         else:
             os.write(descriptor, _this_process())
             os.close(descriptor)
             return path
     raise FolderInUse(f"several runs are being started in {folder} at once; start one")
+
+
+def _remove(path: Path, content: bytes) -> None:
+    """Remove the file unless another run, started at the same moment, has taken it over since `content` was read."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    with suppress(FileNotFoundError):
+        path.rename(aside)
+        if aside.read_bytes() == content:
+            aside.unlink()
+        else:
+            aside.rename(path)
 
 
 def _this_process() -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_klear.config.checks import check_launch
+from megatron_klear.runs import owner as owner_module
 from megatron_klear.runs.owner import FolderInUse, owned
 
 HOLDS = """
@@ -52,16 +53,36 @@ def test_without_locks_a_file_stands_for_them(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(fcntl, "lockf", none)
     held = tmp_path / ".owner.held"
     with owned(tmp_path):
-        owner = json.loads(held.read_bytes())
+        content = json.loads(held.read_bytes())
         with pytest.raises(FolderInUse, match=f"remove {held}"), owned(tmp_path):
             pass
     assert not held.exists()
-    held.write_text(json.dumps(owner | {"ticks": "1"}))  # the process id was given to another process since
+    held.write_text(json.dumps(content | {"ticks": "1"}))  # the process id was given to another process since
     with owned(tmp_path):
         pass
-    held.write_text(json.dumps(owner | {"ticks": "1", "host": "another"}))  # of it nothing is known here
+    held.write_text(json.dumps(content | {"ticks": "1", "host": "another"}))  # of it nothing is known here
     with pytest.raises(FolderInUse), owned(tmp_path):
         pass
+
+
+def test_of_two_runs_that_find_a_dead_owner_without_locks_one_has_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    held, is_gone, others = tmp_path / ".owner.held", owner_module._is_gone, [tmp_path]
+    gone = {"pid": os.getpid(), "host": socket.gethostname(), "since": "2", "ticks": "1"}
+    held.write_text(json.dumps(gone))
+
+    def taken_over_meanwhile(content: bytes) -> bool:
+        found = is_gone(content)
+        if others:
+            owner_module._hold_by_file(others.pop())
+        return found
+
+    monkeypatch.setattr(owner_module, "_is_gone", taken_over_meanwhile)
+    with pytest.raises(FolderInUse, match=f"process {os.getpid()}"):
+        owner_module._hold_by_file(tmp_path)
+    assert json.loads(held.read_bytes())["ticks"] != "1"
+    assert list(tmp_path.iterdir()) == [held]
 
 
 @pytest.mark.parametrize(
