@@ -70,7 +70,7 @@ class RolloutWriter:
         self._newest = -1  # the step that is pending or was written last
         self._told = False  # whether somebody knows that it could not be written
         for left in folder.glob(".step-*.partial"):  # by a run that was killed as it wrote
-            left.unlink()
+            left.unlink(missing_ok=True)  # or is yet to end, and has just finished it
 
     def write(
         self,

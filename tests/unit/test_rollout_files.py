@@ -3,6 +3,7 @@
 import threading
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,6 +115,11 @@ def test_what_a_kill_left_half_written_is_swept(tmp_path):
     (tmp_path / ".step-00000004.parquet.partial").write_bytes(b"PAR1")
     RolloutWriter(tmp_path).close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_a_run_before_finishes_meanwhile_is_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "glob", lambda folder, _: iter([folder / ".step-00000004.parquet.partial"]))
+    RolloutWriter(tmp_path).close()
 
 
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path):
