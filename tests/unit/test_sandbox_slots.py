@@ -141,6 +141,35 @@ def assert_ends(handle, seconds=20):
     assert ended, "a process has outlived its worker"
 
 
+ORPHANED = """
+import os
+from types import SimpleNamespace
+from megatron_klear.rewards.sandbox.inside import keeper, landlock, runner, system
+
+def until_the_keeper_is_gone():
+    while os.getppid() == minded:
+        pass
+
+minded = os.fork()
+if minded == 0:
+    minded = os.getpid()
+    os.setsid = until_the_keeper_is_gone
+    landlock.restrict = lambda *_: None
+    system.Filter.load = lambda _: None
+    runner.run_tests = lambda _: os._exit(print(os.read(runner.CHANNEL, 1), flush=True) or 0)
+    test = keeper._Process(SimpleNamespace(mode="stdin"), {"namespaces": False, "readable": [], "devices": []})
+    os.write(test.channel, b"g")
+    os._exit(0)
+os.waitpid(minded, 0)
+"""
+
+
+def test_no_test_begins_whose_keeper_was_killed_as_it_started_it():
+    command = [sys.executable, "-c", ORPHANED]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("", "", 0)
+
+
 def test_limits_of_the_worker_itself_do_not_reach_the_slot(slot):
     """A grading process has a limit on computing time that moves; the slot outlives many."""
     import resource

@@ -140,9 +140,10 @@ class _Process:
         ours.close()
         other = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, _ABOVE_ALL)
         theirs.close()
+        parent = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
-            self._become_test(job, other, request)
+            self._become_test(job, other, request, parent)
         os.close(other)
         if job.mode == "check":
             os.close(runner.LINK)  # the program is to see when its test has ended
@@ -156,13 +157,15 @@ class _Process:
             self.poll.register(runner.LINK, 0)  # tells of its end alone
 
     @staticmethod
-    def _become_test(job: runner.Job, channel: int, request: dict[str, Any]) -> None:
+    def _become_test(job: runner.Job, channel: int, request: dict[str, Any], parent: int) -> None:
         try:
             os.setsid()  # signals to its group reach nobody else
             os.dup2(channel, runner.CHANNEL)
             os.closerange(runner.LINK + (job.mode in LINKED), _MAX_FILES)
             if not request["namespaces"]:
                 system.die_with_parent(signal.SIGKILL)
+                if os.getppid() != parent:  # it has ended before, and may have said that the test begins
+                    os._exit(runner.NOT_READY)
                 landlock.restrict([*request["readable"], "/proc/self"], request["devices"])
                 system.Filter(seccomp.no_foreign_signals(system.MACHINE, os.getpid())).load()
             _NO_NEW_PROCESSES.load()
