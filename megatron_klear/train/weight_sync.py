@@ -163,6 +163,9 @@ class ServersWeights:
         except TransferFailed as error:
             self.held = error.checksums
             failures |= error.failures
+        finally:
+            for _ in weights:  # the others gather them to the end, whatever ended the sending here
+                pass
         return Delivery(holders=tuple(self.held), failures=failures)
 
     def _attach(self, urls: Sequence[str], gone: Sequence[str]) -> dict[str, str]:

@@ -10,6 +10,8 @@ from fake_vllm import VOCAB, FakeServer
 
 from megatron_klear.errors import UserError
 
+TORN = "no memory for a copy of the first weight"
+
 
 class Transport:
     """Goes through the weights on every rank; on the first, tells the servers of them."""
@@ -28,7 +30,11 @@ class Transport:
     def send(self, weights, version, servers, portal):
         from megatron_klear.rollout.weights.checksum import checksum
 
-        held = {name: checksum(tensor + self.wrong) for name, tensor in weights}
+        held = {}
+        for name, tensor in weights:
+            held[name] = checksum(tensor + self.wrong)
+            if portal is not None and self.error == TORN:
+                raise RuntimeError(self.error)
         if portal is None:
             return {}
         if self.error:
@@ -54,9 +60,10 @@ def opened(url: str, transport: Transport):
     weight_sync.open_transport = lambda *_, **__: transport
 
     def gathered():
-        whole = torch.full((2,), 0.5)
-        dist.all_reduce(whole)  # as tensor-parallel ranks gather a weight together
-        yield "model.norm.weight", whole
+        for name in ("model.norm.weight", "lm_head.weight"):
+            whole = torch.full((2,), 0.5)
+            dist.all_reduce(whole)  # as tensor-parallel ranks gather a weight together
+            yield name, whole
 
     engine = SimpleNamespace(
         hf_weights=gathered,
@@ -89,7 +96,7 @@ def failing(url: str, error: str, wrong: bool, unfit: str) -> str:
     """What each rank raises when the first one's transport fails, or servers are unfit or hold other weights."""
     trainer = opened(url, Transport(error, wrong, unfit))
     try:
-        with pytest.raises(UserError) as caught:
+        with pytest.raises((UserError, RuntimeError)) as caught:
             trainer.deliver(3, [url], [])
         return str(caught.value)
     finally:
@@ -118,6 +125,7 @@ def test_a_server_that_does_not_answer_costs_only_itself(ranks):
     ("error", "wrong", "unfit", "told"),
     [
         ("no room for buckets", False, "", "no room for buckets"),
+        (TORN, False, "", TORN),
         ("", True, "", "does not hold the trainer's weights"),
         ("", False, "started with another backend", "started with another backend"),
     ],
