@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import torch
 
@@ -52,13 +52,17 @@ def run(start: GPPOStart) -> None:
         device = torch.cuda.get_device_name() if topology.device.type == "cuda" else None
         throughput = Throughput.of(config, architecture, topology.size, device)
         with (
+            ExitStack() as outputs,
             publishing(engine),
             closing(open_trainer(engine, config, stop.ids)) as trainer,
-            open_log(
-                config, rank=topology.rank, resume_step=first, total_steps=config.train.steps, throughput=throughput
-            ) as log,
             told_at_once(),
         ):
+            # Closed last: a tracker takes longer than ranks wait for each other to publish.
+            log = outputs.enter_context(
+                open_log(
+                    config, rank=topology.rank, resume_step=first, total_steps=config.train.steps, throughput=throughput
+                )
+            )
             rollouts.tell, rollouts.trainer = log.say, trainer
             trainer.connect(rollouts.open())
             for warning in (*start.warnings, *changed, *of_prompts):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,12 +62,13 @@ def run(start: Start) -> None:
             write_resolved(config, resolved_settings(config))
         device = torch.cuda.get_device_name() if topology.device.type == "cuda" else None
         throughput = Throughput.of(config, architecture, topology.size, device)
-        with (
-            publishing(engine),
-            open_log(
-                config, rank=topology.rank, resume_step=engine.step, total_steps=total_steps, throughput=throughput
-            ) as log,
-        ):
+        with ExitStack() as outputs, publishing(engine):
+            # Closed last: a tracker takes longer than ranks wait for each other to publish.
+            log = outputs.enter_context(
+                open_log(
+                    config, rank=topology.rank, resume_step=engine.step, total_steps=total_steps, throughput=throughput
+                )
+            )
             for warning in (*start.warnings, *changed):
                 log.say(f"warning: {warning}")
             for note in training_notes(tokenizer, stop):

@@ -127,6 +127,30 @@ def test_an_error_publishes_the_checkpoint_that_is_being_written(processes: int,
     assert len(list(checkpoints.iterdir())) == 1, "nothing half written is left"
 
 
+def noting_what_is_published(kind: str, toml: Path, output: Path) -> None:
+    """The run in this rank, which meets an error and notes the checkpoints that there are when its log is closed."""
+    from megatron_klear.runs.log import RunLog
+
+    close = RunLog.close
+
+    def noted(log: RunLog) -> None:
+        (output / "published").write_text(json.dumps(manifest.steps(output / "checkpoints")))
+        close(log)
+
+    RunLog.close = noted
+    run_with(kind, toml, output, 1, "error", "--checkpoint.save_every", "1")
+
+
+@pytest.mark.parametrize("kind", ["sft", "gppo"])
+def test_a_tracker_that_is_slow_to_close_keeps_no_checkpoint_from_being_published(kind: str, tmp_path: Path, ranks):
+    toml = SCRIPTS[kind][1].write_run(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        ranks(1, noting_what_is_published, kind, toml, tmp_path / "run")
+    published = manifest.steps(tmp_path / "run/checkpoints")
+    assert published
+    assert json.loads((tmp_path / "run/published").read_text()) == published
+
+
 class SignalledMeanwhile:
     """A world of two ranks: while this one waits for the other's number, a signal comes."""
 
