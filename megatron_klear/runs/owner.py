@@ -61,7 +61,10 @@ def _hold_by_file(folder: Path) -> Path:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:  # its run has just ended
+                continue
             if not _is_gone(content):
                 raise FolderInUse(
                     f"{_refusal(folder, content)}. The file system has no locks: if that process is gone, remove {path}"

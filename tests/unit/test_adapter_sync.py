@@ -1,6 +1,7 @@
 """Adapters sent to servers by themselves: files, names and versions on fakes, and settings that cannot work."""
 
 import asyncio
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,22 @@ def test_a_server_that_was_started_again_is_told_the_name_again(receivers, tmp_p
     receivers.portal.run(transport.attach([client]))
     transport.send(iter(adapters(2).items()), 2, [client], receivers.portal)
     assert server.routes.count("load_lora_adapter") == 3
+
+
+def test_a_full_disk_gives_the_update_up_and_leaves_no_file(receivers, tmp_path):
+    client, transport = receivers.add(fit()), transport_in(tmp_path)
+    receivers.portal.run(transport.attach([client]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(TransferFailed, match="could not be written"):
+            transport.send(
+                iter({name: torch.ones(100, 100) for name in adapters(1)}.items()), 1, [client], receivers.portal
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"] == []
+    transport.close()
 
 
 @pytest.mark.parametrize("phase", ["klear_load_adapter", "load_lora_adapter", "update_weight_version"])

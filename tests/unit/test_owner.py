@@ -65,6 +65,19 @@ def test_without_locks_a_file_stands_for_them(tmp_path: Path, monkeypatch: pytes
         pass
 
 
+def test_an_owner_without_locks_that_ends_meanwhile_leaves_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    held, read = tmp_path / ".owner.held", Path.read_bytes
+    held.touch()
+
+    def ended(path: Path) -> bytes:
+        path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", ended)
+    assert owner_module._hold_by_file(tmp_path) == held
+    assert held.exists()
+
+
 def test_of_two_runs_that_find_a_dead_owner_without_locks_one_has_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from megatron_klear.config.base import LoraConfig, RunConfig
@@ -132,7 +132,7 @@ def _write_peft_folder(out: Path, form: AdapterForm, base: str, tensors: dict[st
     with safetensors_io.staged_folder(out, force) as staging:
         write_adapter_config(staging, form, base)
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(whole, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        (staging / WEIGHTS_FILE).write_bytes(save(whole, metadata={"format": "pt"}))  # tells a full disk as an OSError
         written = load_file(staging / WEIGHTS_FILE)
         same = written.keys() == whole.keys() and all(torch.equal(written[name], whole[name]) for name in whole)
         if not same:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from megatron_klear.models.peft import WEIGHTS_FILE, AdapterForm, write_adapter_config
@@ -89,7 +89,9 @@ class AdapterTransport(ByFiles):
         try:
             staging.mkdir()
             write_adapter_config(staging, self._form, SERVED_NAME)
-            save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+            (staging / WEIGHTS_FILE).write_bytes(
+                save(tensors, metadata={"format": "pt"})
+            )  # tells a full disk as an OSError
             staging.rename(folder)
         finally:
             with contextlib.suppress(OSError):
