@@ -89,9 +89,8 @@ class AdapterTransport(ByFiles):
         try:
             staging.mkdir()
             write_adapter_config(staging, self._form, SERVED_NAME)
-            (staging / WEIGHTS_FILE).write_bytes(
-                save(tensors, metadata={"format": "pt"})
-            )  # tells a full disk as an OSError
+            whole = save(tensors, metadata={"format": "pt"})
+            (staging / WEIGHTS_FILE).write_bytes(whole)  # tells a full disk as an OSError
             staging.rename(folder)
         finally:
             with contextlib.suppress(OSError):
