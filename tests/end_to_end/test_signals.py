@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_rl_run
@@ -167,7 +168,8 @@ class SignalledMeanwhile:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_that_comes_while_ranks_agree_ends_the_next_step(number: int):
-    with Leaving(SignalledMeanwhile(number)) as leaving:  # type: ignore[arg-type]
+    world: Any = SignalledMeanwhile(number)
+    with Leaving(world) as leaving:
         assert not leaving.asked(), "the other rank may have answered before"
         assert leaving.asked()
         assert leaving.left(2, Path("step-2")).exit_code == 128 + number

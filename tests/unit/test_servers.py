@@ -208,23 +208,23 @@ def test_nothing_outlives_a_killed_run(tmp_path: Path):
     wait_until(lambda: not machine.left_behind())
 
 
-class Signalled:
-    """Servers whose process is told to end as they start."""
+class Signalled(Servers):
+    """None, whose process is told to end as they start."""
 
     closed = False
 
     def start(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def poll(self) -> None:
+    def poll(self) -> list[str]:
         pytest.fail("they go on")
 
     def close(self) -> None:
         self.closed = True
 
 
-def test_a_second_signal_does_not_break_off_their_end(monkeypatch: pytest.MonkeyPatch):
-    servers, install, to_come = Signalled(), signal.signal, [signal.SIGINT]
+def test_a_second_signal_does_not_break_off_their_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    servers, install, to_come = Signalled([], folder=tmp_path), signal.signal, [signal.SIGINT]
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def signalled_again(number: int, handler: object) -> None:
@@ -234,7 +234,7 @@ def test_a_second_signal_does_not_break_off_their_end(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(signal, "signal", signalled_again)
     try:
-        serve(servers, [])  # type: ignore[arg-type]
+        serve(servers, [])
     except KeyboardInterrupt:
         pytest.fail("the second one was not ignored")
     finally:

@@ -4,7 +4,6 @@ import asyncio
 import threading
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from fake_vllm import FakeServer, sampling, token_after
 
 from megatron_klear.errors import UserError
 from megatron_klear.rollout.engine import GroupRequest
-from megatron_klear.rollout.vllm.client import WrongWeights
+from megatron_klear.rollout.vllm.client import ServerClient, WrongWeights
 from megatron_klear.rollout.vllm.dispatch import sample_seed
 from megatron_klear.rollout.vllm.engine import WeightsNeeded
 from megatron_klear.rollout.vllm.fleet import Fleet
@@ -151,10 +150,17 @@ def test_responses_under_way_go_on_with_the_new_weights(servers: list[FakeServer
         assert engine.counters()["server_retries"] == 0
 
 
+class Unasked(ServerClient):
+    """A server that gets no request."""
+
+    def __init__(self) -> None:
+        self.url = "http://a"
+
+
 @pytest.mark.parametrize("happens", ["update", "restart"])
 def test_a_place_that_an_update_or_a_lost_server_overtakes_is_not_used(happens: str):
     async def overtaken() -> None:
-        fleet = Fleet([SimpleNamespace(url="http://a")], replace(FAST, requests_per_server=1))  # type: ignore[list-item]
+        fleet = Fleet([Unasked()], replace(FAST, requests_per_server=1))
         (member,) = fleet.begin_update(3)
         fleet.end_update([member])
         assert await fleet.place(9, deadline=None, avoid=None, first=False) is member
@@ -174,10 +180,8 @@ def test_a_place_that_an_update_or_a_lost_server_overtakes_is_not_used(happens: 
 
 
 def test_weights_that_come_while_a_server_is_asked_for_its_version_are_not_lost():
-    class Client:
-        url = "http://a"
-
-        async def weight_version(self, timeout_seconds: float) -> str:
+    class UpdatedMeanwhile(Unasked):
+        async def weight_version(self, timeout_seconds: float = 0.0) -> str:
             (member,) = fleet.begin_update(4)
             fleet.end_update([member])
             return "4"
@@ -189,7 +193,7 @@ def test_weights_that_come_while_a_server_is_asked_for_its_version_are_not_lost(
         await asyncio.gather(*fleet._helpers)
         assert fleet.holders() == fleet.members
 
-    fleet = Fleet([Client()], FAST)  # type: ignore[list-item]
+    fleet = Fleet([UpdatedMeanwhile()], FAST)
     asyncio.run(examined())
 
 
